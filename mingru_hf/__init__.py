@@ -1,0 +1,48 @@
+"""MinGRU recurrent networks for Hugging Face Transformers.
+
+Layers with torch-mingru's interface (`MinGRU`, `MinGRUCell`, `Bidirectional`), text models that train in parallel over
+time and generate with a state of constant size, and the scan they run on (`mingru_scan`). Importing the package
+registers the models with transformers' Auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_mingru import MinGRUCacheLayer
+from .configuration_mingru import MinGRUConfig
+from .layers import Bidirectional, MinGRU, MinGRUCell
+from .modeling_mingru import (
+    MinGRUForCausalLM,
+    MinGRUForSequenceClassification,
+    MinGRUForTokenClassification,
+    MinGRUModel,
+    MinGRUPreTrainedModel,
+)
+from .scan import mingru_scan
+
+AutoConfig.register("mingru", MinGRUConfig, exist_ok=True)
+AutoModel.register(MinGRUConfig, MinGRUModel, exist_ok=True)
+AutoModelForCausalLM.register(MinGRUConfig, MinGRUForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(MinGRUConfig, MinGRUForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(MinGRUConfig, MinGRUForTokenClassification, exist_ok=True)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bidirectional",
+    "MinGRU",
+    "MinGRUCacheLayer",
+    "MinGRUCell",
+    "MinGRUConfig",
+    "MinGRUForCausalLM",
+    "MinGRUForSequenceClassification",
+    "MinGRUForTokenClassification",
+    "MinGRUModel",
+    "MinGRUPreTrainedModel",
+    "mingru_scan",
+]

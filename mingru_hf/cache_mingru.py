@@ -1,0 +1,174 @@
+"""The recurrent state as a layer of transformers' own caches.
+
+Importing this file makes `DynamicCache(config=model.config)` build `MinGRUCacheLayer`s for a MinGRU model. A layer
+holds a state of fixed size, and yet does what an attention layer's cache does: it counts tokens, so generate() can
+slice prompts, continue over turns and prefill in pieces, and with `activate_past_recording()` it keeps the last few
+states, so that `crop` rolls back exactly.
+
+Legend: B batch, R recorded steps, D channels of the state, W the convolution's window (taps - 1), E its channels.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+
+class MinGRUCacheLayer(CacheLayerMixin):
+    """The state of one MinGRU block after the tokens seen so far; memory does not grow with their number.
+
+    Attributes:
+        states: (B, R, D) float32 (float64 for float64 models), the state after each of the last R steps, oldest
+            first; None before the first step. R is 1 unless the past is recorded.
+        windows: (B, R, W, E) last inputs of the convolution in front, after each of those steps; None without one.
+        seq_length: steps (tokens, padding included) behind the newest state.
+        record_past: whether to keep more than the newest state.
+    """
+
+    _layer_type = "mingru"
+    is_croppable = True
+    supports_early_init = False
+    # States kept over several calls while recording. One call that records more keeps all of its own.
+    max_recorded_steps = 256
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__()
+        self.states: Tensor | None = None
+        self.windows: Tensor | None = None
+        self.seq_length = 0
+        self.record_past = False
+
+    @property
+    def state(self) -> Tensor | None:
+        """(B, 1, D) newest state, None before the first step."""
+        return None if self.states is None else self.states[:, -1:]
+
+    @property
+    def window(self) -> Tensor | None:
+        """(B, W, E) newest window of the convolution, None before the first step or without a convolution."""
+        return None if self.windows is None else self.windows[:, -1]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before the first step."""
+        return -1 if self.states is None else self.states.shape[0]
+
+    def append(self, states: Tensor, windows: Tensor | None, num_steps: int) -> None:
+        """Take over the states after the last R of `num_steps` steps just run.
+
+        Args:
+            states: (B, R, D) states, 1 <= R <= num_steps.
+            windows: (B, R, W, E) windows of the convolution after the same steps, or None.
+            num_steps: tokens of this call, padding included.
+        """
+        complete = states.shape[1] == num_steps
+        if not self.record_past:
+            states, windows, complete = (
+                states[:, -1:],
+                None if windows is None else windows[:, -1:],
+                num_steps == 1,
+            )
+        elif self.states is not None and complete:  # no gap between the old states and the new
+            limit = max(self.max_recorded_steps, num_steps)
+            states = torch.cat([self.states, states], dim=1)[:, -limit:]
+            windows = None if windows is None else torch.cat([self.windows, windows], dim=1)[:, -limit:]
+        # Copies where these are slices: a slice would keep the states of the whole forward pass in memory.
+        self.states = states if complete else states.clone()
+        self.windows = None if windows is None else windows.clone()
+        self.seq_length += num_steps
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the first step brings its state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Refuse keys and values: this layer belongs to a MinGRU block.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "This cache was built for a MinGRU model and holds recurrent states, not keys and values; build the "
+            "cache from the configuration of the model you pass it to."
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seq_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the mask over the tokens seen and the `query_length` new ones."""
+        return self.seq_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """Keep the state after each step from now on, so that `crop` can go back to it."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Go back by -tokens_to_remove steps; 0 changes nothing.
+
+        Args:
+            tokens_to_remove: minus the number of steps to take back, as transformers passes it.
+
+        Raises:
+            ValueError: if the argument is positive or the states of that time are no longer held.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"A recurrent cache is cropped by minus the number of tokens to remove, got {tokens_to_remove}."
+            )
+        steps = -tokens_to_remove
+        if steps == 0:
+            return
+        if steps == self.seq_length:
+            self.reset()
+            return
+        recorded = 0 if self.states is None else self.states.shape[1]
+        if steps >= recorded:
+            raise ValueError(
+                f"Cannot take back {steps} of {self.seq_length} steps: the states after the last {recorded} are held. "
+                "Call cache.activate_past_recording() before running the steps to be taken back."
+            )
+        self.states = self.states[:, :-steps]
+        if self.windows is not None:
+            self.windows = self.windows[:, :-steps]
+        self.seq_length -= steps
+
+    def reset(self) -> None:
+        """Forget all steps: the next one starts from g(0) = 0.5."""
+        self.states, self.windows, self.seq_length, self.is_initialized = None, None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take row beam_idx[i] for row i."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Move the tensors to the CPU."""
+        if self.states is not None:
+            self.device = self.states.device
+            self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the tensors back to where they came from."""
+        if self.states is not None and hasattr(self, "device"):
+            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _map(self, function) -> None:
+        if self.states is not None:
+            self.states = function(self.states)
+        if self.windows is not None:
+            self.windows = function(self.windows)
+
+
+__all__ = ["MinGRUCacheLayer"]

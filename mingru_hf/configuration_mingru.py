@@ -1,0 +1,157 @@
+"""MinGRU text model configuration."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class MinGRUConfig(PreTrainedConfig):
+    """Sizes and switches of the MinGRU text model.
+
+    A block computes `x + conv(x)`, then `x + out_proj(mingru(norm(x)))`, then `x + mlp(norm(x))`. The defaults are
+    the language model of Feng et al. 2024 (arXiv:2410.01201); with the convolution and the MLP switched off,
+    `expand=1` and `hidden_sizes` given it is torch-mingru's stack.
+
+    Args:
+        vocab_size: number of token ids; at least 1.
+        hidden_size: width of the embedding, and of every block unless `hidden_sizes` is given.
+        num_hidden_layers: number of blocks. None: as many as `hidden_sizes` names, else 6.
+        hidden_sizes: width of each block's output, where they differ. None: all have `hidden_size`.
+        expand: width of the recurrent state over the width of its block; above 0.
+        use_out_proj: map the state back to the block's width. None: only where `expand` is not 1, since there it
+            cannot be left out.
+        conv_kernel: taps of the causal depthwise convolution in front of the recurrence, in tokens, counting the
+            current one; 0 switches it off.
+        use_mlp: whether each block ends with an MLP.
+        intermediate_size: width of the MLP's hidden layer. None: 4 times the block's width.
+        hidden_act: activation of the MLP, a name known to transformers' ACT2FN.
+        use_bias: biases in the recurrent projection, the convolution, the output projection and the MLP.
+        norm_type: "layer_norm", "rms_norm" or "none": applied to the input of the recurrence and of the MLP.
+        norm_bias: bias of those norms (layer_norm alone has one).
+        norm_eps: added to the variance in all norms.
+        use_final_norm: normalise the last block's output.
+        final_norm_bias: bias of that norm.
+        lm_head_bias: bias of the language-model head.
+        residual: add each recurrence's input to its output, through a linear map without bias where widths differ.
+        embedding_dropout: probability of zeroing an element of the embeddings, in training.
+        residual_dropout: the same for the outputs of the recurrent branch and of the MLP, before they are added.
+        block_dropout: the same for each block's output but the last's, after the sum (torch-mingru's dropout).
+        classifier_dropout: the same in front of the classification heads.
+        initializer_range: standard deviation of newly drawn weights.
+        use_cache: whether a forward pass outside training returns its state for the next one.
+        tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
+        scan_backend: which implementation runs the recurrence: "auto", "reference", "log" or "torch". A choice for
+            this run: it is not written to config.json.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
+
+    Example:
+        >>> config = MinGRUConfig(vocab_size=96, hidden_size=256, num_hidden_layers=4)
+    """
+
+    model_type = "mingru"
+    keys_to_ignore_at_inference = ("cache",)
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int | None = None
+    hidden_sizes: list[int] | None = None
+    expand: float | int = 2
+    use_out_proj: bool | None = None
+    conv_kernel: int = 4
+    use_mlp: bool = True
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    use_bias: bool = True
+    norm_type: Literal["layer_norm", "rms_norm", "none"] = "layer_norm"
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+    use_final_norm: bool = True
+    final_norm_bias: bool = True
+    lm_head_bias: bool = False
+    residual: bool = True
+    embedding_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    block_dropout: float | int = 0.0
+    classifier_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    scan_backend: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = 6 if self.hidden_sizes is None else len(self.hidden_sizes)
+        if self.use_out_proj is None:
+            self.use_out_proj = self.expand != 1
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache layer each block has, for `DynamicCache(config=...)`."""
+        return ["mingru"] * self.num_hidden_layers
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Width of each block's output."""
+        return self.hidden_sizes if self.hidden_sizes is not None else [self.hidden_size] * self.num_hidden_layers
+
+    @property
+    def output_size(self) -> int:
+        """Width of the last block's output, which the heads read."""
+        return self.block_sizes[-1]
+
+    def to_dict(self):
+        """As in PreTrainedConfig, less the choices that hold for one run only."""
+        output = super().to_dict()
+        output.pop("scan_backend", None)
+        return output
+
+    def validate_layer_type(self):
+        """The layer type belongs to this package, not to the list that transformers checks against."""
+
+    def validate_architecture(self):
+        """Check that the sizes and switches can belong to one model (called by the `strict` decorator)."""
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "expand": self.expand,
+        }
+        if self.intermediate_size is not None:
+            sizes["intermediate_size"] = self.intermediate_size
+        if self.hidden_sizes is not None:
+            if len(self.hidden_sizes) != self.num_hidden_layers:
+                raise ValueError(
+                    f"hidden_sizes names {len(self.hidden_sizes)} blocks but num_hidden_layers is "
+                    f"{self.num_hidden_layers}; leave one of them out."
+                )
+            sizes.update({f"hidden_sizes[{i}]": size for i, size in enumerate(self.hidden_sizes)})
+        for name, size in sizes.items():
+            if size <= 0:
+                raise ValueError(f"{name} must be above 0, got {size}.")
+        if min(int(self.expand * size) for size in self.block_sizes) < 1:
+            raise ValueError(f"expand={self.expand} leaves a recurrent state of no channels.")
+        if self.conv_kernel < 0 or self.conv_kernel == 1:
+            raise ValueError(f"conv_kernel must be 0 (no convolution) or at least 2 tokens, got {self.conv_kernel}.")
+        if self.expand != 1 and not self.use_out_proj:
+            raise ValueError(
+                f"use_out_proj=False needs expand=1: a state {self.expand} times as wide has to be mapped back."
+            )
+        for name in ("embedding_dropout", "residual_dropout", "block_dropout", "classifier_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}.")
+        if self.tie_word_embeddings and self.output_size != self.hidden_size:
+            raise ValueError(
+                f"tie_word_embeddings=True needs a last block as wide as the embedding, got {self.output_size} and "
+                f"{self.hidden_size}; set it to False."
+            )
+
+
+__all__ = ["MinGRUConfig"]

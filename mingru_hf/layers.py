@@ -1,0 +1,283 @@
+"""MinGRU layers with the interface of the torch-mingru package: arguments, returns and parameter names.
+
+`out, h = rnn(x, h)`: x (B, T, D_in) runs in parallel over time, one step at a time with the same numbers if T = 1
+and the returned h is passed on. h is a list with one (B, 1, D) tensor a layer. All layers can be scripted with
+`torch.jit.script`.
+
+Source of the equations: Feng et al. 2024, arXiv:2410.01201; of the interface: github.com/cheind/mingru.
+
+Legend: B batch, T time steps, D channels.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .scan import initial_state, mingru_scan, scan_reference
+
+
+def _scan(gate_and_candidate: Tensor, h0: Tensor) -> Tensor:
+    """(B, T, 2D) pre-activations, (B, 1, D) state -> (B, T, D) states; the plain loop inside TorchScript."""
+    if torch.jit.is_scripting():
+        states = scan_reference(gate_and_candidate, h0).to(gate_and_candidate.dtype)
+    else:
+        states = mingru_scan(gate_and_candidate, h0)
+    return states
+
+
+def _check_sequence(x: Tensor, input_size: int) -> None:
+    if x.dim() != 3 or x.shape[2] != input_size:
+        raise ValueError(f"x must have shape (B, T, {input_size}), got {list(x.shape)}.")
+
+
+def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
+    if len(h) != len(hidden_sizes):
+        raise ValueError(f"h must hold one state a layer, {len(hidden_sizes)} in all, got {len(h)}.")
+    for i, state in enumerate(h):
+        expected = [x.shape[0], 1, hidden_sizes[i]]
+        if list(state.shape) != expected:
+            raise ValueError(f"h[{i}] must have shape {expected} (B, 1, hidden), got {list(state.shape)}.")
+
+
+def _check_sizes(input_size: int, hidden_sizes: list[int], dropout: float = 0.0) -> None:
+    if len(hidden_sizes) == 0:
+        raise ValueError("hidden_sizes is empty: give the width of at least one layer.")
+    if min([input_size, *hidden_sizes]) < 1:
+        raise ValueError(f"All sizes must be at least 1, got input_size={input_size} and hidden sizes {hidden_sizes}.")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout is a probability between 0 and 1, got {dropout}.")
+
+
+class MinGRUCell(nn.Module):
+    """One MinGRU layer, h_t = (1 - z_t) h_{t-1} + z_t g(v_t) with (k, v) = Linear(x), z = sigmoid(k).
+
+    Args:
+        input_size: channels of the input.
+        hidden_size: channels of the state and of the output.
+        bias: whether the projection has a bias.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is below 1.
+
+    Example:
+        >>> cell = MinGRUCell(3, 8)
+        >>> out, h = cell(torch.randn(2, 16, 3))  # (2, 16, 8), [(2, 1, 8)]
+        >>> out, h = cell(torch.randn(2, 1, 3), h)  # goes on from there
+    """
+
+    layer_sizes: list[int]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, [hidden_size])
+        self.layer_sizes = [input_size, hidden_size]
+        self.num_layers = 1
+        self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size) from h, a list of one (B, 1, hidden_size); 0.5 everywhere if None.
+
+        Returns:
+            States (B, T, hidden_size) and the last of them as a list of one (B, 1, hidden_size).
+
+        Raises:
+            ValueError: if x or h does not fit.
+        """
+        _check_sequence(x, self.layer_sizes[0])
+        if h is None:
+            h = self.init_hidden_state(x)
+        else:
+            _check_state(h, x, self.layer_sizes[1:])
+        out = _scan(self.to_gate_hidden(x), h[0])
+        return out, [out[:, -1:]]
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state g(0) = 0.5 for a batch like x, as a list of one (B, 1, hidden_size)."""
+        return [initial_state(x, [x.shape[0], 1, self.layer_sizes[1]])]
+
+    def extra_repr(self) -> str:
+        return f"{self.layer_sizes[0]}, {self.layer_sizes[1]}"
+
+
+class _MinGRULayer(nn.Module):
+    """The parameters of one layer of the stack, under torch-mingru's names."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool, norm: bool, residual: bool, factory: dict
+    ) -> None:
+        super().__init__()
+        self.gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, **factory)
+        aligned = residual and input_size != hidden_size
+        self.res_align = nn.Linear(input_size, hidden_size, bias=False, **factory) if aligned else nn.Identity()
+        self.norm = nn.LayerNorm(input_size, **factory) if norm else nn.Identity()
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, D_in), h (B, 1, D) -> states (B, T, D) and the residual branch's (B, T, D)."""
+        return _scan(self.gate_hidden(self.norm(x)), h), self.res_align(x)
+
+
+class MinGRU(nn.Module):
+    """A stack of MinGRU layers: layer i + 1 reads the outputs of layer i.
+
+    Args:
+        input_size: channels of the input.
+        hidden_sizes: channels of each layer's state; an int means a single layer.
+        bias: whether the projections have biases.
+        norm: normalise each layer's input with a LayerNorm.
+        dropout: probability of zeroing an output of each layer but the last, in training.
+        residual: add each layer's input to its output, through a linear map without bias where the sizes differ.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is below 1, hidden_sizes is empty or dropout is no probability.
+
+    Example:
+        >>> rnn = MinGRU(3, [32, 64], residual=True)
+        >>> out, h = rnn(torch.randn(10, 128, 3))  # (10, 128, 64), [(10, 1, 32), (10, 1, 64)]
+    """
+
+    layer_sizes: list[int]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: int | list[int],
+        *,
+        bias: bool = True,
+        norm: bool = False,
+        dropout: float = 0.0,
+        residual: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, int) else list(hidden_sizes)
+        _check_sizes(input_size, hidden_sizes, dropout)
+        self.layer_sizes = [input_size, *hidden_sizes]
+        self.num_layers = len(hidden_sizes)
+        self.residual = residual
+        self.dropout = nn.Dropout(dropout)
+        factory = {"device": device, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            _MinGRULayer(n_in, n_out, bias, norm, residual, factory)
+            for n_in, n_out in zip(self.layer_sizes[:-1], self.layer_sizes[1:], strict=True)
+        )
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size) from h, one (B, 1, hidden_sizes[i]) a layer; 0.5 everywhere if None.
+
+        Returns:
+            Outputs of the last layer (B, T, hidden_sizes[-1]) and the last state of each layer, taken before the
+            residual sum: what `h` of the next call expects.
+
+        Raises:
+            ValueError: if x or h does not fit.
+        """
+        _check_sequence(x, self.layer_sizes[0])
+        if h is None:
+            h = self.init_hidden_state(x)
+        else:
+            _check_state(h, x, self.layer_sizes[1:])
+        last_states: list[Tensor] = []
+        out = x
+        for i, layer in enumerate(self.layers):
+            states, skip = layer(out, h[i])
+            last_states.append(states[:, -1:])
+            out = states + skip if self.residual else states
+            if i < self.num_layers - 1:
+                out = self.dropout(out)
+        return out, last_states
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state g(0) = 0.5 for a batch like x: one (B, 1, hidden_sizes[i]) a layer."""
+        return [initial_state(x, [x.shape[0], 1, size]) for size in self.layer_sizes[1:]]
+
+    def extra_repr(self) -> str:
+        return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
+
+
+def _reset_parameters(module: nn.Module) -> None:
+    for child in module.modules():
+        if hasattr(child, "reset_parameters"):
+            child.reset_parameters()
+
+
+class Bidirectional(nn.Module):
+    """Run a MinGRU layer or stack over time in both directions and concatenate the outputs.
+
+    As in `nn.GRU(bidirectional=True)`, the backward direction has weights of its own and its outputs are aligned in
+    time: out[:, t] holds what the forward pass knows of steps 0..t and the backward pass of t..T-1. Unlike there, a
+    stack runs as a whole in each direction; its layers do not mix directions.
+
+    Args:
+        rnn: a layer or stack of this package. It becomes the forward direction; the backward direction is a copy
+            with newly drawn weights.
+        shared_weights: use one set of weights for both directions, as torch-mingru does.
+        aligned: put the backward outputs in the order of time. False leaves them in the order of processing, which
+            is what torch-mingru's outputs are and what a head trained on them expects.
+
+    Example:
+        >>> rnn = Bidirectional(MinGRU(3, [32, 64]))
+        >>> out, h = rnn(torch.randn(10, 128, 3))  # (10, 128, 128), 4 states: forward, then backward
+    """
+
+    layer_sizes: list[int]
+    shared_weights: torch.jit.Final[bool]  # a constant, so that TorchScript compiles only the branch taken
+
+    def __init__(self, rnn: nn.Module, *, shared_weights: bool = False, aligned: bool = True) -> None:
+        super().__init__()
+        if not hasattr(rnn, "init_hidden_state") or isinstance(rnn, Bidirectional):
+            raise ValueError(
+                f"Bidirectional wraps a recurrent layer or stack of this package, got {type(rnn).__name__}."
+            )
+        self.rnn = rnn
+        self.layer_sizes = list(rnn.layer_sizes)
+        self.num_layers = rnn.num_layers
+        self.aligned = aligned
+        self.shared_weights = shared_weights
+        self.backward_rnn = nn.Identity() if shared_weights else copy.deepcopy(rnn)
+        _reset_parameters(self.backward_rnn)
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size, *); h lists the forward, then the backward direction's states.
+
+        Returns:
+            Outputs (B, T, 2 * hidden, *), forward channels first, and the final states of both directions.
+
+        Raises:
+            ValueError: if x or h does not fit.
+        """
+        h_forward: list[Tensor] | None = None
+        h_backward: list[Tensor] | None = None
+        if h is not None:
+            if len(h) != 2 * self.num_layers:
+                raise ValueError(f"h must hold {2 * self.num_layers} states, one a layer and direction, got {len(h)}.")
+            h_forward, h_backward = h[: self.num_layers], h[self.num_layers :]
+        out_forward, h_forward_last = self.rnn(x, h_forward)
+        if self.shared_weights:
+            out_backward, h_backward_last = self.rnn(x.flip(1), h_backward)
+        else:
+            out_backward, h_backward_last = self.backward_rnn(x.flip(1), h_backward)
+        if self.aligned:
+            out_backward = out_backward.flip(1)
+        return torch.cat([out_forward, out_backward], dim=2), h_forward_last + h_backward_last
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state for a batch like x: those of the forward, then of the backward direction."""
+        return self.rnn.init_hidden_state(x) + self.rnn.init_hidden_state(x)
+
+
+__all__ = ["Bidirectional", "MinGRU", "MinGRUCell"]

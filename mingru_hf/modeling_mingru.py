@@ -1,0 +1,629 @@
+"""The MinGRU text model, read top to bottom: convolution, recurrence, block, model, heads.
+
+Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201.
+
+Legend: B batch, T tokens, E width of a block's input, D of its state, F of its output, V vocabulary,
+K taps of the convolution, R steps whose state the cache records.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_mingru import MinGRUCacheLayer
+from .configuration_mingru import MinGRUConfig
+from .scan import mingru_scan
+
+
+def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(size, eps=config.norm_eps, bias=bias)
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.Identity()
+
+
+class MinGRUConv(nn.Module):
+    """Causal depthwise convolution over the last K real tokens of the same document, padding skipped."""
+
+    def __init__(self, size: int, kernel_size: int, bias: bool):
+        super().__init__()
+        self.conv = nn.Conv1d(size, size, kernel_size, groups=size, bias=bias)
+
+    def forward(
+        self, x: Tensor, window: Tensor | None, mask: Tensor | None, reset: Tensor | None, num_recorded: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Convolve x (B, T, E) behind the inputs before it.
+
+        Args:
+            x: (B, T, E) inputs.
+            window: (B, K - 1, E) inputs before x, zeros where there were none; None means all zeros.
+            mask: (B, T) False where a token is to be skipped; None for all real.
+            reset: (B, T) True where a document starts; what lies before does not count.
+            num_recorded: R, the steps at the end for which the window after the step is returned; 0 for none.
+
+        Returns:
+            (B, T, E) outputs, undefined at masked tokens, and (B, R, K - 1, E) windows or None.
+        """
+        steps = x.shape[1]
+        taps = self.conv.kernel_size[0]
+        if mask is not None:  # real tokens first, in order: then they are each other's neighbours
+            order = torch.argsort(~mask, dim=1, stable=True)  # (B, T)
+            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
+            reset = None if reset is None else reset.gather(1, order)
+        if window is None:
+            padded = F.pad(x, (0, 0, taps - 1, 0))
+        else:
+            padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, K - 1 + T, E)
+
+        document = None
+        if reset is None:
+            out = self.conv(padded.transpose(1, 2)).transpose(1, 2)
+        else:
+            document = F.pad(reset.cumsum(1), (taps - 1, 0))  # (B, K - 1 + T), 0 for what came before
+            out = torch.zeros_like(x) if self.conv.bias is None else self.conv.bias.expand_as(x)
+            for tap in range(taps):
+                same = document[:, tap : tap + steps] == document[:, taps - 1 :]
+                out = (
+                    out
+                    + torch.where(same.unsqueeze(-1), padded[:, tap : tap + steps], 0.0) * self.conv.weight[:, 0, tap]
+                )
+
+        windows = self._windows(padded, mask, document, num_recorded, steps) if num_recorded else None
+        if mask is not None:  # back to the places of the tokens
+            rank = (mask.cumsum(1) - 1).clamp(min=0)
+            out = out.gather(1, rank.unsqueeze(-1).expand_as(out))
+        return out, windows
+
+    def _windows(
+        self, padded: Tensor, mask: Tensor | None, document: Tensor | None, num_recorded: int, steps: int
+    ) -> Tensor:
+        """(B, R, K - 1, E): the last K - 1 real inputs of the document after each of the last R steps."""
+        length = self.conv.kernel_size[0] - 1
+        if mask is None and document is None:
+            return padded.unfold(1, length, 1)[:, -num_recorded:].transpose(2, 3)
+        batch = padded.shape[0]
+        if mask is None:
+            seen = torch.arange(1, steps + 1, device=padded.device).expand(batch, steps)
+        else:
+            seen = mask.cumsum(1)  # real tokens up to each step
+        seen = seen[:, -num_recorded:]
+        columns = seen.unsqueeze(-1) + torch.arange(length, device=padded.device)  # (B, R, K - 1)
+        rows = torch.arange(batch, device=padded.device)[:, None, None]
+        windows = padded[rows, columns]
+        if document is not None:
+            current = document.gather(1, seen + length - 1).unsqueeze(-1)  # the document after the step
+            windows = torch.where((document[rows, columns] == current).unsqueeze(-1), windows, 0.0)
+        return windows
+
+
+class MinGRUMixer(nn.Module):
+    """The recurrence of a block: project to gate and candidate, scan over time, project back."""
+
+    def __init__(self, config: MinGRUConfig, input_size: int, output_size: int):
+        super().__init__()
+        self.config = config
+        state_size = int(config.expand * output_size)
+        self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
+        if config.use_out_proj:
+            self.out_proj = nn.Linear(state_size, output_size, bias=config.use_bias)
+        else:
+            self.out_proj = nn.Identity()
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, mask: Tensor | None, reset: Tensor | None, keep_states: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, E), state (B, 1, D) -> outputs (B, T, F) and, if `keep_states`, the states (B, T, D) in float32."""
+        gate_and_candidate = self.gate_hidden(x)  # (B, T, 2D)
+        dtype = gate_and_candidate.dtype
+        states = mingru_scan(
+            gate_and_candidate,
+            state,
+            mask,
+            reset,
+            backend=self.config.scan_backend,
+            # The cache holds what a 16-bit state would round, so that decoding goes on from the exact state.
+            dtype=torch.float32 if keep_states and dtype != torch.float64 else dtype,
+        )
+        return self.out_proj(states.to(dtype)), states if keep_states else None
+
+
+class MinGRUMLP(nn.Module):
+    """Two linear maps with an activation between them."""
+
+    def __init__(self, config: MinGRUConfig, size: int):
+        super().__init__()
+        intermediate_size = config.intermediate_size or 4 * size
+        self.up_proj = nn.Linear(size, intermediate_size, bias=config.use_bias)
+        self.down_proj = nn.Linear(intermediate_size, size, bias=config.use_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
+class MinGRUBlock(GradientCheckpointingLayer):
+    """[x + conv(x)] -> x + out_proj(mingru(norm(x))) -> [x + mlp(norm(x))]"""
+
+    def __init__(self, config: MinGRUConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        sizes = [config.hidden_size, *config.block_sizes]
+        input_size, output_size = sizes[layer_idx], sizes[layer_idx + 1]
+        self.residual = config.residual
+        self.conv = None
+        if config.conv_kernel:
+            self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias)
+        self.norm = _norm(config, input_size, config.norm_bias)
+        self.mixer = MinGRUMixer(config, input_size, output_size)
+        self.res_align = nn.Identity()
+        if config.residual and input_size != output_size:
+            self.res_align = nn.Linear(input_size, output_size, bias=False)
+        self.mlp = None
+        if config.use_mlp:
+            self.mlp_norm = _norm(config, output_size, config.norm_bias)
+            self.mlp = MinGRUMLP(config, output_size)
+        self.branch_dropout = nn.Dropout(config.residual_dropout)
+        is_last = layer_idx == config.num_hidden_layers - 1
+        self.block_dropout = nn.Dropout(0.0 if is_last else config.block_dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        num_recorded: int = 1,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Run the block and leave its state in the cache.
+
+        Args:
+            hidden_states: (B, T, E).
+            mask: (B, T) False at padding; None for no padding.
+            reset: (B, T) True at the first token of a document; None for none.
+            num_recorded: states to keep for `cache.crop`, counted from the last token.
+            cache: the model's cache, or None.
+
+        Returns:
+            (B, T, F) hidden states.
+        """
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        num_recorded = 0 if layer is None else num_recorded if layer.record_past else 1
+        windows = None
+        if self.conv is not None:
+            window = None if layer is None else layer.window
+            conv, windows = self.conv(hidden_states, window, mask, reset, num_recorded)
+            hidden_states = hidden_states + conv
+        state = None if layer is None else layer.state
+        mixed, states = self.mixer(self.norm(hidden_states), state, mask, reset, keep_states=layer is not None)
+        if layer is not None:
+            layer.append(states[:, -num_recorded:], windows, num_steps=hidden_states.shape[1])
+        mixed = self.branch_dropout(mixed)
+        hidden_states = self.res_align(hidden_states) + mixed if self.residual else mixed
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.branch_dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return self.block_dropout(hidden_states)
+
+
+class MinGRUPreTrainedModel(PreTrainedModel):
+    """What all MinGRU text models share: configuration, initialisation and what generate() may do with them."""
+
+    config_class = MinGRUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MinGRUBlock"]
+    _skip_keys_device_placement = ["cache"]
+    _is_stateful = False  # the state can be rolled back, so nothing that generate() offers is closed to it
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MinGRUBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MinGRUConv):
+            # Of the size of torch's default: four taps with the matrices' deviation would hardly be heard.
+            init.kaiming_uniform_(module.conv.weight, a=5**0.5)
+
+
+class MinGRUModel(MinGRUPreTrainedModel):
+    """The bare MinGRU text model: embedding, blocks, final norm.
+
+    Args:
+        config: sizes and switches.
+    """
+
+    def __init__(self, config: MinGRUConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(MinGRUBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.Identity()
+        if config.use_final_norm:
+            self.norm = _norm(config, config.output_size, config.final_norm_bias)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_recorded: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Compute hidden states for a batch of token sequences.
+
+        Args:
+            input_ids: (B, T) token ids.
+            attention_mask: (B, T), or longer with the tokens behind `cache` in front: 0 at padding, on whichever
+                side or in between. The state passes over padding unchanged.
+            position_ids: (B, T) or (1, T). A 0 starts a new document: the state goes back to g(0). Other positions
+                change nothing. None: every row goes on.
+            cache: the state to go on from; it is updated in place.
+            inputs_embeds: (B, T, hidden_size) instead of input_ids.
+            use_cache: return the state after the last token. None: config.use_cache, but not in training.
+            num_recorded: with a cache that records its past, the states to keep, counted from the last token.
+                None: all.
+            **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,)
+                mark the documents of packed rows as transformers' collators do.
+
+        Returns:
+            last_hidden_state (B, T, width of the last block), cache, hidden_states: the embeddings' and each
+            block's output, the last of them normed.
+
+        Raises:
+            ValueError: if both or neither of input_ids and inputs_embeds are given, a token id is out of range, a
+                mask does not fit, or the cache belongs to another kind of model or batch.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must have shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}."
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            use_cache = False  # the second forward would move the state on once more
+        if cache is not None:
+            self._check_cache(cache, inputs_embeds.shape[0])
+        elif use_cache:
+            cache = DynamicCache(config=self.config)
+
+        batch, steps = inputs_embeds.shape[:2]
+        mask = self._padding_mask(attention_mask, batch, steps)
+        reset = self._document_starts(mask, position_ids, cache, batch, steps, **kwargs)
+        num_recorded = steps if num_recorded is None else min(num_recorded, steps)
+
+        hidden_states = self.embedding_dropout(inputs_embeds)
+        for block in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = block(hidden_states, mask, reset, num_recorded, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}.")
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            low, high = input_ids.aminmax()
+            raise ValueError(
+                f"Token ids must lie between 0 and {self.embed_tokens.num_embeddings - 1}, got {low.item()} to {high.item()}: "
+                "does the tokenizer belong to this model?"
+            ) from error
+
+    def _check_cache(self, cache: Cache, batch: int) -> None:
+        layers = getattr(cache, "layers", None)
+        kinds = None if layers is None else [getattr(layer, "_layer_type", None) for layer in layers]
+        if kinds is None or kinds[: len(self.layers)] != ["mingru"] * self.config.num_hidden_layers:
+            raise ValueError(
+                f"cache is a {type(cache).__name__} that holds no state for each of this model's "
+                f"{self.config.num_hidden_layers} blocks; make one with DynamicCache(config=model.config)."
+            )
+        if cache.batch_size not in (-1, batch):
+            raise ValueError(f"cache holds {cache.batch_size} rows, but the inputs have {batch}.")
+
+    def _padding_mask(self, attention_mask: Tensor | None, batch: int, steps: int) -> Tensor | None:
+        """(B, T) boolean for this call's tokens; None where nothing is padding."""
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < steps:
+            raise ValueError(
+                f"attention_mask must have shape ({batch}, {steps}), or more columns for the tokens in the cache; got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        mask = attention_mask[:, -steps:].bool()
+        # One look saves the masked path. Not while tracing, and not for single steps of a GPU, where it would wait.
+        if not is_tracing(mask) and (mask.device.type == "cpu" or steps > 1) and bool(mask.all()):
+            return None
+        return mask
+
+    def _document_starts(
+        self,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        batch: int,
+        steps: int,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor | None:
+        """(B, T) boolean, True at the first token of each document of this call; None where no state changes."""
+        reset = None
+        if position_ids is not None:
+            if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != steps:
+                raise ValueError(
+                    f"position_ids must have shape ({batch}, {steps}) or (1, {steps}), got {list(position_ids.shape)}."
+                )
+            reset = (position_ids == 0).expand(batch, steps)
+        if seq_idx is not None:
+            starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
+            reset = starts if reset is None else reset | starts
+        if cu_seq_lens_q is not None:
+            columns = torch.arange(steps, device=cu_seq_lens_q.device)
+            starts = torch.isin(columns, cu_seq_lens_q[:-1]).expand(batch, steps)
+            reset = starts if reset is None else reset | starts
+        if reset is None:
+            return None
+        if mask is not None:
+            reset = reset & mask  # generate() gives padding the position 0
+        if cache is None or cache.get_seq_length() == 0:
+            # A row's first real token starts from g(0) in any case.
+            if mask is None:
+                reset = F.pad(reset[:, 1:], (1, 0))
+            else:
+                reset = reset & (mask.cumsum(1) > 1)
+        if not is_tracing(reset) and (reset.device.type == "cpu" or steps > 1) and not bool(reset.any()):
+            return None
+        return reset
+
+
+class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
+    """MinGRU with a language-model head.
+
+    Args:
+        config: sizes and switches.
+
+    Example:
+        >>> model = MinGRUForCausalLM(MinGRUConfig(vocab_size=96, hidden_size=128, num_hidden_layers=2))
+        >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5)
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MinGRUConfig):
+        super().__init__(config)
+        self.model = MinGRUModel(config)
+        self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at each place.
+
+        Args:
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
+            labels: (B, T) token ids, usually input_ids: the loss at place t is that of predicting labels[:, t + 1];
+                -100 leaves a place out.
+            logits_to_keep: compute logits for the last so many places only, or for the places in a tensor; 0: all.
+
+        Returns:
+            loss (mean over the places, in nats a token, if labels are given), logits (B, T, vocab_size), cache,
+            hidden_states.
+
+        Raises:
+            ValueError: as `MinGRUModel.forward`.
+        """
+        # generate() asks for just the logits it may accept or take back, so no older state is needed either.
+        num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_recorded=num_recorded,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
+        )
+
+
+class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
+    """MinGRU with a linear classifier on the last real token of each row.
+
+    Args:
+        config: sizes and switches; `num_labels` and `problem_type` as everywhere in transformers.
+    """
+
+    def __init__(self, config: MinGRUConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MinGRUModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.output_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify each row.
+
+        Args:
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
+            labels: (B,) class ids; (B, num_labels) floats for several labels a row; (B,) or (B, num_labels) floats
+                for regression.
+
+        Returns:
+            loss (if labels are given), logits (B, num_labels), cache, hidden_states.
+
+        Raises:
+            ValueError: as `MinGRUModel.forward`, or if the last real token of several rows cannot be told, for lack
+                of both an attention_mask and a pad_token_id.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        last = self._last_real_token(input_ids, attention_mask, outputs.last_hidden_state)  # (B,)
+        rows = torch.arange(last.shape[0], device=last.device)
+        logits = self.score(self.dropout(outputs.last_hidden_state[rows, last]))  # (B, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels.to(logits.device))
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
+        )
+
+    def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+        batch, steps = hidden.shape[:2]
+        columns = torch.arange(steps, device=hidden.device)
+        if attention_mask is not None:
+            return (columns * attention_mask[:, -steps:].to(hidden.device).bool()).argmax(-1)
+        if input_ids is not None and self.config.pad_token_id is not None:
+            return (columns * (input_ids != self.config.pad_token_id)).argmax(-1)
+        if batch > 1 and input_ids is not None:
+            raise ValueError("Cannot tell where each row ends: pass an attention_mask, or set config.pad_token_id.")
+        return columns[-1].expand(batch)
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.config.problem_type
+        if problem is None:
+            if self.num_labels == 1:
+                problem = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                problem = "single_label_classification"
+            else:
+                problem = "multi_label_classification"
+            self.config.problem_type = problem
+        if problem == "regression":
+            return MSELoss()(logits.squeeze(), labels.to(logits.dtype).squeeze())
+        if problem == "single_label_classification":
+            return CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1).long())
+        return BCEWithLogitsLoss()(logits, labels)
+
+
+class MinGRUForTokenClassification(MinGRUPreTrainedModel):
+    """MinGRU with a linear classifier on every token; each sees the tokens up to itself.
+
+    Args:
+        config: sizes and switches; `num_labels` as everywhere in transformers.
+    """
+
+    def __init__(self, config: MinGRUConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MinGRUModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.output_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Classify each token.
+
+        Args:
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
+            labels: (B, T) class ids; -100 leaves a token out.
+
+        Returns:
+            loss (if labels are given), logits (B, T, num_labels), hidden_states.
+
+        Raises:
+            ValueError: as `MinGRUModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)
+        loss = None
+        if labels is not None:
+            loss = CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1).to(logits.device))
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "MinGRUCacheLayer",
+    "MinGRUForCausalLM",
+    "MinGRUForSequenceClassification",
+    "MinGRUForTokenClassification",
+    "MinGRUModel",
+    "MinGRUPreTrainedModel",
+]
