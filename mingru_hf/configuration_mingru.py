@@ -3,6 +3,7 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -83,7 +84,7 @@ class MinGRUConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    scan_backend: str = "auto"
+    scan_backend: Literal["auto", "reference", "log", "torch"] = "auto"
 
     def __post_init__(self, **kwargs):
         if self.num_hidden_layers is None:
@@ -144,6 +145,8 @@ class MinGRUConfig(PreTrainedConfig):
             raise ValueError(
                 f"use_out_proj=False needs expand=1: a state {self.expand} times as wide has to be mapped back."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to transformers; known: {', '.join(ACT2FN)}.")
         for name in ("embedding_dropout", "residual_dropout", "block_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}.")

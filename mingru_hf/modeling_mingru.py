@@ -333,7 +333,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         except IndexError as error:
             low, high = input_ids.aminmax()
             raise ValueError(
-                f"Token ids must lie between 0 and {self.embed_tokens.num_embeddings - 1}, got {low.item()} to {high.item()}: "
+                f"Token ids must lie between 0 and {self.config.vocab_size - 1}, got {low.item()} to {high.item()}: "
                 "does the tokenizer belong to this model?"
             ) from error
 

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+
+# Two variants of the text model that between them use every part: the paper's block, and torch-mingru's stack.
+MODEL_KINDS = {
+    "paper": {"hidden_size": 32, "num_hidden_layers": 3, "conv_kernel": 4, "expand": 2},
+    "stack": {"hidden_size": 16, "hidden_sizes": [24, 24, 32], "conv_kernel": 0, "expand": 1, "use_mlp": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=MODEL_KINDS)
+def model(request):
+    """A tiny causal language model with weights large enough that its outputs vary from token to token."""
+    config = MinGRUConfig(vocab_size=40, pad_token_id=0, initializer_range=0.3, **MODEL_KINDS[request.param])
+    return MinGRUForCausalLM(config).eval()
+
+
+@pytest.fixture
+def input_ids():
+    """(3, 12) token ids, none of them padding."""
+    return torch.randint(1, 40, (3, 12))

@@ -1,0 +1,122 @@
+"""The recurrent state as a cache layer: what transformers does to caches, done to ours."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+# Logits of a few units in float32; matrix products of other row counts round differently.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def next_logits(model, ids):
+    """(B, V) logits behind `ids`, computed without any cache."""
+    return model(ids, use_cache=False).logits[:, -1]
+
+
+def test_memory_does_not_grow_with_tokens(model, input_ids):
+    def held(cache):
+        tensors = [tensor for layer in cache.layers for tensor in (layer.states, layer.windows) if tensor is not None]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+    cache = DynamicCache(config=model.config)
+    model(input_ids, cache=cache)
+    first = held(cache)
+    for _ in range(20):
+        model(input_ids, cache=cache)
+    assert held(cache) == first
+    assert cache.get_seq_length() == 21 * input_ids.shape[1]
+
+
+def test_state_of_a_bfloat16_model_stays_float32(model, input_ids):
+    cache = model.bfloat16()(input_ids, use_cache=True).cache
+    assert all(layer.states.dtype == torch.float32 for layer in cache.layers)
+
+
+def test_crop_rolls_back_exactly(model, input_ids):
+    cache = DynamicCache(config=model.config)
+    model(input_ids[:, :4], cache=cache)
+    cache.activate_past_recording()
+    model(input_ids[:, 4:9], cache=cache)
+    model(input_ids[:, 9:10], cache=cache)
+    cache.crop(0)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 7
+    logits = model(input_ids[:, 7:8], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, input_ids[:, :8]), **CLOSE)
+    cache.crop(-4)  # over the border of calls, to where recording began
+    logits = model(input_ids[:, 4:6], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, input_ids[:, :6]), **CLOSE)
+
+
+def test_crop_of_everything_forgets_everything(model, input_ids):
+    cache = model(input_ids, use_cache=True).cache
+    cache.crop(-input_ids.shape[1])
+    assert cache.get_seq_length() == 0
+    logits = model(input_ids, cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, input_ids), **CLOSE)
+
+
+def test_crop_says_what_it_cannot_do(model, input_ids):
+    cache = model(input_ids, use_cache=True).cache
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-2)
+    with pytest.raises(ValueError, match="minus the number of tokens"):
+        cache.crop(2)
+
+
+def test_reset_starts_anew(model, input_ids):
+    cache = model(input_ids, use_cache=True).cache
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(input_ids, cache=cache).logits, model(input_ids).logits)
+
+
+def test_rows_can_be_reordered_repeated_and_selected(model, input_ids):
+    prompt, new = input_ids[:, :8], input_ids[:, 8:9]
+    rows = torch.tensor([2, 0, 0])
+    for change, expected in (
+        (lambda cache: cache.reorder_cache(rows), prompt[rows]),
+        (lambda cache: cache.batch_select_indices(rows[:2]), prompt[rows[:2]]),
+        (lambda cache: cache.batch_repeat_interleave(2), prompt.repeat_interleave(2, dim=0)),
+    ):
+        cache = model(prompt, use_cache=True).cache
+        change(cache)
+        assert cache.batch_size == len(expected)
+        following = new[:1].expand(len(expected), -1)
+        logits = model(following, cache=cache).logits[:, -1]
+        torch.testing.assert_close(logits, next_logits(model, torch.cat([expected, following], dim=1)), **CLOSE)
+
+
+def test_a_copy_goes_its_own_way(model, input_ids):
+    cache = model(input_ids[:, :8], use_cache=True).cache
+    fork = copy.deepcopy(cache)
+    model(input_ids[:, 8:], cache=cache)
+    logits = model(input_ids[:, 8:9], cache=fork).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, input_ids[:, :9]), **CLOSE)
+
+
+def test_a_saved_cache_goes_on(model, input_ids, tmp_path):
+    cache = model(input_ids[:, :8], use_cache=True).cache
+    torch.save(cache, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+    logits = model(input_ids[:, 8:9], cache=loaded).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, input_ids[:, :9]), **CLOSE)
+
+
+def test_foreign_caches_are_refused(model, input_ids):
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(input_ids, cache=DynamicCache())
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=3, n_head=2, n_positions=32))
+    with pytest.raises(ValueError, match="recurrent states, not keys and values"):
+        gpt2(input_ids, cache=DynamicCache(config=model.config))
+    cache = model(input_ids, use_cache=True).cache
+    with pytest.raises(ValueError, match="cache holds 3 rows, but the inputs have 2"):
+        model(input_ids[:2], cache=cache)

@@ -1,0 +1,73 @@
+"""The text model's configuration: round trips, what it derives, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+
+CONFIGS = Path(__file__).parent.parent / "scripts" / "configs"
+
+
+def test_round_trip_through_json(tmp_path):
+    config = MinGRUConfig(vocab_size=9, hidden_size=4, hidden_sizes=[4, 8], tie_word_embeddings=False, expand=1.5)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MinGRUConfig
+    loaded._name_or_path = config._name_or_path
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.num_hidden_layers == 2
+    assert loaded.block_sizes == [4, 8]
+
+
+def test_scan_backend_is_a_choice_for_one_run(tmp_path):
+    config = MinGRUConfig(scan_backend="torch")
+    assert config.scan_backend == "torch"
+    config.save_pretrained(tmp_path)
+    assert "scan_backend" not in json.loads((tmp_path / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path).scan_backend == "auto"
+    assert AutoConfig.from_pretrained(tmp_path, scan_backend="reference").scan_backend == "reference"
+
+
+def test_a_dynamic_cache_can_be_built_from_it():
+    cache = DynamicCache(config=MinGRUConfig(num_hidden_layers=3))
+    assert len(cache) == 3
+    assert cache.get_seq_length() == 0
+    assert cache.is_croppable
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be above 0"),
+        ({"hidden_size": -1}, "hidden_size must be above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0"),
+        ({"hidden_sizes": [4, 0]}, r"hidden_sizes\[1\] must be above 0"),
+        ({"hidden_sizes": [4, 8], "num_hidden_layers": 3}, "names 2 blocks but num_hidden_layers is 3"),
+        ({"hidden_sizes": []}, "num_hidden_layers must be above 0"),
+        ({"hidden_size": 4, "expand": 0.1}, "no channels"),
+        ({"conv_kernel": 1}, "conv_kernel must be 0"),
+        ({"use_out_proj": False, "expand": 2}, "needs expand=1"),
+        ({"residual_dropout": 1.5}, "residual_dropout is a probability"),
+        ({"hidden_size": 4, "hidden_sizes": [4, 8], "tie_word_embeddings": True}, "got 8 and 4"),
+        ({"norm_type": "batch_norm"}, "norm_type"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"intermediate_size": 0}, "intermediate_size must be above 0"),
+        ({"hidden_act": "gelly"}, "hidden_act"),
+        ({"scan_backend": "quick"}, "scan_backend"),
+    ],
+)
+def test_impossible_sizes_are_refused(kwargs, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        MinGRUConfig(**kwargs)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configs_build_models(path):
+    config = MinGRUConfig.from_json_file(path)
+    assert not set(json.loads(path.read_text())) - set(config.to_dict())  # no key that nothing reads
+    config.vocab_size = 11
+    assert type(AutoModelForCausalLM.from_config(config)) is MinGRUForCausalLM

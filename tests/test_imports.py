@@ -1,0 +1,76 @@
+"""The shape of the package: imports point down only, and what travels with a checkpoint travels whole."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mingru_hf"
+# Files that transformers copies, flat, beside the weights of a checkpoint with custom code.
+TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("__init__.py", "conversion.py"))
+OPTIONAL = {"numba", "triton", "datasets", "accelerate", "matplotlib", "torchvision", "av", "timm"}
+
+# What each file of the package may import from it, lower floors only.
+ALLOWED = {
+    "scan_numba": set(),
+    "scan_triton": set(),
+    "scan": {"scan_numba", "scan_triton"},
+    "layers": {"scan"},
+    "cache_mingru": set(),
+    "configuration_mingru": set(),
+    "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru"},
+}
+
+
+def imports_of(path):
+    """(module, line, inside try, is relative) of each import statement in a file."""
+    tree = ast.parse(path.read_text())
+    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, id(node) in guarded, False
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), node.lineno, id(node) in guarded, node.level > 0
+
+
+@pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.stem)
+def test_travelling_files_import_only_flat_neighbours_below_them(path):
+    for module, line, guarded, relative in imports_of(path):
+        place = f"{path.name}:{line} imports {module}"
+        if relative:
+            assert re.fullmatch(r"\.\w+", module), f"{place}: only `from .name import x` is copied by transformers"
+            assert module[1:] in ALLOWED[path.stem], f"{place}: imports point down only"
+        else:
+            assert module.split(".")[0] != "mingru_hf", f"{place}: breaks in a checkpoint without the package"
+            assert guarded or module.split(".")[0] not in OPTIONAL, f"{place}: optional packages go inside try:"
+
+
+@pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.stem)
+def test_no_text_looks_like_a_relative_import(path):
+    """transformers finds imports by a regular expression, in docstrings too, and line by line."""
+    tree = ast.parse(path.read_text())
+    real = {node.lineno: node.end_lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        if re.match(r"\s*(from\s+\.|import\s+\.)", text):
+            assert number in real, f"{path.name}:{number} looks like an import"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_imports_the_scripts_and_configurations_import_transformers_alone(path):
+    modules = [module for module, *_ in imports_of(path)]
+    assert not any(module.split(".")[0] == "scripts" for module in modules)
+    if path.stem.startswith("configuration_"):
+        assert {module.split(".")[0] for module in modules} <= {"typing", "huggingface_hub", "transformers"}
+    if path.parent.name == "data":
+        assert not any("training" in module for module in modules)
+
+
+def test_package_imports_without_any_extra():
+    blocked = sorted(OPTIONAL | {"tensorboard", "scipy", "pandas"})
+    code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\nimport mingru_hf\nmingru_hf.MinGRU(3, 4)"
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)

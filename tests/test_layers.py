@@ -1,0 +1,234 @@
+"""The core layers: torch-mingru's interface, its equations written by hand, and TorchScript."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mingru_hf as mingru
+
+script = pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="torch.jit.script does not work on Python 3.14 and later"
+)
+
+# Two float32 evaluations that sum in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def hand_written_stack(rnn, x, h):
+    """torch-mingru's stack, one step at a time, from the parameters alone."""
+    parameters = dict(rnn.named_parameters())
+    last_states = []
+    for i in range(rnn.num_layers):
+        name = f"layers.{i}"
+        normed = x
+        if f"{name}.norm.weight" in parameters:
+            normed = F.layer_norm(x, x.shape[-1:], parameters[f"{name}.norm.weight"], parameters[f"{name}.norm.bias"])
+        projected = normed @ parameters[f"{name}.gate_hidden.weight"].T + parameters.get(f"{name}.gate_hidden.bias", 0)
+        size = rnn.layer_sizes[i + 1]
+        gate, candidate = projected[..., :size], projected[..., size:]
+        state, outputs = h[i][:, 0], []
+        for t in range(x.shape[1]):
+            z, v = torch.sigmoid(gate[:, t]), candidate[:, t]
+            state = (1 - z) * state + z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+            outputs.append(state)
+        last_states.append(state.unsqueeze(1))
+        out = torch.stack(outputs, dim=1)
+        if rnn.residual:
+            align = parameters.get(f"{name}.res_align.weight")
+            out = out + (x if align is None else x @ align.T)
+        x = out
+    return x, last_states
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hidden_sizes", [5, [4, 4, 7]])
+def test_stack_equals_the_hand_written_equations(hidden_sizes, bias, residual, norm):
+    rnn = mingru.MinGRU(4, hidden_sizes, bias=bias, residual=residual, norm=norm).double()
+    x = torch.randn(3, 11, 4, dtype=torch.double, requires_grad=True)
+    h = [torch.rand_like(state).requires_grad_() for state in rnn.init_hidden_state(x)]
+    inputs = [x, *h, *rnn.parameters()]
+    out, last = rnn(x, h)
+    expected, expected_last = hand_written_stack(rnn, x, h)
+    torch.testing.assert_close([out, *last], [expected, *expected_last])
+    weight = torch.randn_like(out)
+    actual_grads = torch.autograd.grad((out * weight).sum() + last[0].sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weight).sum() + expected_last[0].sum(), inputs)
+    torch.testing.assert_close(actual_grads, expected_grads)
+
+
+def test_cell_equals_a_stack_of_one():
+    cell, rnn = mingru.MinGRUCell(3, 5), mingru.MinGRU(3, 5)
+    rnn.layers[0].gate_hidden.load_state_dict(cell.to_gate_hidden.state_dict())
+    x = torch.randn(2, 9, 3)
+    torch.testing.assert_close(cell(x), rnn(x))
+
+
+def test_parameter_names_are_those_of_torch_mingru():
+    rnn = mingru.MinGRU(3, [4, 4], norm=True, residual=True)
+    assert set(rnn.state_dict()) == {
+        "layers.0.gate_hidden.weight",
+        "layers.0.gate_hidden.bias",
+        "layers.0.res_align.weight",
+        "layers.0.norm.weight",
+        "layers.0.norm.bias",
+        "layers.1.gate_hidden.weight",
+        "layers.1.gate_hidden.bias",
+        "layers.1.norm.weight",
+        "layers.1.norm.bias",
+    }
+    assert set(mingru.MinGRUCell(3, 4, bias=False).state_dict()) == {"to_gate_hidden.weight"}
+    assert rnn.layer_sizes == [3, 4, 4]
+    assert rnn.num_layers == 2
+
+
+def test_snippet_of_torch_mingrus_readme():
+    B, input_size, hidden_sizes, S = 10, 3, [32, 64], 128
+    rnn = mingru.MinGRU(input_size=input_size, hidden_sizes=hidden_sizes, dropout=0.0, residual=True).eval()
+    x = torch.randn(B, S, input_size)
+    out, h = rnn(x)
+    assert out.shape == (B, S, 64)
+    assert h[0].shape == (B, 1, 32)
+    assert h[1].shape == (B, 1, 64)
+    h = rnn.init_hidden_state(x)
+    out, h = rnn(torch.randn(B, S, input_size), h=h)
+    h = rnn.init_hidden_state(x)
+    out_seq = []
+    for i in range(x.shape[1]):
+        out, h = rnn(x[:, i : i + 1], h=h)
+        out_seq.append(out)
+    out_seq = torch.cat(out_seq, 1)
+    assert out_seq.shape == (B, S, 64)
+    out_par, h = rnn(x, rnn.init_hidden_state(x))
+    torch.testing.assert_close(out_seq, out_par, **CLOSE)
+
+
+def make_layers():
+    return {
+        "cell": mingru.MinGRUCell(3, 5),
+        "stack": mingru.MinGRU(3, [4, 4, 6], residual=True, norm=True, dropout=0.5),
+        "plain": mingru.MinGRU(3, 6, bias=False),
+        "bidirectional": mingru.Bidirectional(mingru.MinGRU(3, [4, 6])),
+        "shared": mingru.Bidirectional(mingru.MinGRUCell(3, 6), shared_weights=True),
+    }
+
+
+LAYERS = list(make_layers())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@script
+def test_scripted_layers_give_the_same_outputs_and_gradients(name):
+    layer = make_layers()[name].eval()
+    scripted = torch.jit.script(layer)
+    x = torch.randn(2, 9, 3)
+    out, h = layer(x)
+    scripted_out, scripted_h = scripted(x)
+    torch.testing.assert_close([scripted_out, *scripted_h], [out, *h], **CLOSE)
+    torch.testing.assert_close(scripted(x, h)[0], layer(x, h)[0], **CLOSE)
+    torch.testing.assert_close(scripted.init_hidden_state(x), layer.init_hidden_state(x))
+    parameters = list(layer.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(scripted(x)[0].square().sum(), list(scripted.parameters())),
+        torch.autograd.grad(layer(x)[0].square().sum(), parameters),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@script
+def test_scripted_layers_load_in_a_process_without_the_package(tmp_path):
+    x = torch.randn(2, 9, 3)
+    expected = {}
+    for name, layer in make_layers().items():
+        torch.jit.script(layer.eval()).save(tmp_path / f"{name}.pt")
+        expected[name] = layer(x)[0].detach()
+    torch.save({"x": x, "expected": expected}, tmp_path / "expected.pt")
+    code = """
+import sys, torch
+sys.modules["mingru_hf"] = None  # importing it would raise
+data = torch.load("expected.pt")
+for name, expected in data["expected"].items():
+    out, h = torch.jit.load(f"{name}.pt")(data["x"])
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-5, atol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@script
+def test_bfloat16_layer_scripts():
+    layer = mingru.MinGRU(3, [4, 6]).bfloat16()
+    x = torch.randn(2, 9, 3).bfloat16()
+    out = torch.jit.script(layer)(x)[0]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, layer(x)[0], rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_spares_the_last_layer_and_evaluation():
+    rnn = mingru.MinGRU(3, [50, 50], dropout=1.0)
+    x = torch.randn(2, 9, 3)
+    out = rnn(x)[0]  # the second layer sees zeros: its output is that of its bias alone
+    zeros = torch.zeros(2, 9, 50)
+    expected, _ = hand_written_stack(rnn, x, rnn.init_hidden_state(x))
+    assert not torch.allclose(out, expected)
+    second = mingru.MinGRU(50, 50)
+    second.layers[0].load_state_dict(rnn.layers[1].state_dict())
+    torch.testing.assert_close(out, second(zeros)[0])
+    torch.testing.assert_close(rnn.eval()(x)[0], expected, **CLOSE)
+
+
+def test_bidirectional_sees_the_past_and_the_future_aligned_in_time():
+    rnn = mingru.Bidirectional(mingru.MinGRU(3, [4, 5]))
+    x = torch.randn(2, 9, 3)
+    out, h = rnn(x)
+    assert out.shape == (2, 9, 10)
+    torch.testing.assert_close(out[..., :5], rnn.rnn(x)[0])
+    backward_out, backward_h = rnn.backward_rnn(x.flip(1))
+    torch.testing.assert_close(out[..., 5:], backward_out.flip(1))
+    torch.testing.assert_close(h, rnn.rnn(x)[1] + backward_h)
+    changed = x.clone()
+    changed[:, 4] += 1
+    moved = (rnn(changed)[0] - out).abs().amax(dim=(0, 2))
+    forward_moved = (rnn(changed)[0] - out)[..., :5].abs().amax(dim=(0, 2))
+    assert (moved > 0).all()
+    assert not forward_moved[:4].any()
+
+
+def test_bidirectional_draws_its_own_backward_weights_unless_shared():
+    rnn = mingru.Bidirectional(mingru.MinGRU(3, 4))
+    weight, backward = rnn.rnn.layers[0].gate_hidden.weight, rnn.backward_rnn.layers[0].gate_hidden.weight
+    assert not torch.equal(weight, backward)
+    shared = mingru.Bidirectional(mingru.MinGRU(3, 4), shared_weights=True)
+    assert {name.split(".")[0] for name in shared.state_dict()} == {"rnn"}
+    x = torch.randn(2, 9, 3)
+    torch.testing.assert_close(shared(x)[0][..., 4:], shared.rnn(x.flip(1))[0].flip(1))
+    as_torch_mingru = mingru.Bidirectional(shared.rnn, shared_weights=True, aligned=False)
+    torch.testing.assert_close(as_torch_mingru(x)[0][..., 4:], shared.rnn(x.flip(1))[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mingru.MinGRU(3, []), "hidden_sizes is empty"),
+        (lambda: mingru.MinGRU(3, [4, 0]), "at least 1"),
+        (lambda: mingru.MinGRU(3, 4, dropout=1.5), "between 0 and 1"),
+        (lambda: mingru.MinGRUCell(0, 4), "at least 1"),
+        (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 5, 4)), r"\(B, T, 3\), got \[2, 5, 4\]"),
+        (lambda: mingru.MinGRU(3, 4)(torch.randn(5, 3)), r"\(B, T, 3\)"),
+        (lambda: mingru.MinGRU(3, [4, 5])(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)]), "2 in all, got 1"),
+        (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 5, 3), [torch.rand(1, 1, 4)]), r"h\[0\] must have shape"),
+        (lambda: mingru.MinGRUCell(3, 4)(torch.randn(2, 5, 3), [torch.rand(2, 1, 5)]), r"h\[0\] must have shape"),
+        (lambda: mingru.Bidirectional(torch.nn.Linear(3, 4)), "wraps a recurrent layer"),
+        (
+            lambda: mingru.Bidirectional(mingru.MinGRU(3, 4))(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)]),
+            "must hold 2 states",
+        ),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

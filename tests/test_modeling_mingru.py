@@ -1,0 +1,454 @@
+"""The text models: padding, packing, caching, generation, heads, saving, and parity with torch-mingru's models."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
+)
+
+import mingru_hf
+from mingru_hf import (
+    MinGRUConfig,
+    MinGRUForCausalLM,
+    MinGRUForSequenceClassification,
+    MinGRUForTokenClassification,
+    MinGRUModel,
+)
+
+CONFIGS = Path(__file__).parent.parent / "scripts" / "configs"
+
+# Logits of a few units in float32; matrix products of other row counts round differently.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def left_padded(ids, count):
+    padding = torch.zeros(ids.shape[0], count, dtype=torch.long)
+    return torch.cat([padding, ids], dim=1), torch.cat([padding, torch.ones_like(ids)], dim=1)
+
+
+# --- Forward passes that must agree
+
+
+def test_any_chunking_equals_the_whole(model, input_ids):
+    whole = model(input_ids).logits
+    for cuts in ([1] * 12, [5, 1, 6], [2, 10], [11, 1]):
+        cache, parts = DynamicCache(config=model.config), []
+        for part in input_ids.split(cuts, dim=1):
+            parts.append(model(part, cache=cache).logits)
+        assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_padding_on_either_side_changes_nothing(model, input_ids):
+    expected = model(input_ids).logits
+    ids, mask = left_padded(input_ids, 4)
+    assert_close(model(ids, attention_mask=mask).logits[:, 4:], expected)
+    assert_close(
+        model(ids.flip(1).roll(0), attention_mask=mask.flip(1)).logits[:, :12], model(input_ids.flip(1)).logits
+    )
+
+
+def test_rows_of_unequal_length_equal_each_alone(model, input_ids):
+    lengths = [12, 1, 7]
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    ids = input_ids.masked_fill(~mask, 0)
+    output = model(ids, attention_mask=mask.long(), use_cache=True)
+    following = model(input_ids[:, :2], cache=output.cache).logits  # goes on from each row's last real token
+    for row, length in enumerate(lengths):
+        alone = model(torch.cat([ids[row, :length], input_ids[row, :2]]).unsqueeze(0)).logits[0]
+        assert_close(output.logits[row, :length], alone[:length])
+        assert_close(following[row], alone[length:])
+
+
+def test_masked_tokens_inside_a_row_are_skipped(model, input_ids):
+    places = torch.rand(3, 18).argsort(dim=1)[:, :12].sort(dim=1).values
+    ids = torch.zeros(3, 18, dtype=torch.long).scatter(1, places, input_ids)
+    output = model(ids, attention_mask=(ids != 0).long(), use_cache=True)
+    whole = model(torch.cat([input_ids, input_ids[:, :3]], dim=1)).logits
+    assert_close(output.logits.gather(1, places.unsqueeze(-1).expand(-1, -1, 40)), whole[:, :12])
+    assert_close(model(input_ids[:, :3], cache=output.cache).logits, whole[:, 12:])
+
+
+@pytest.mark.parametrize("marks", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+def test_packed_documents_equal_separate_ones(model, input_ids, marks):
+    lengths = [5, 1, 1, 3, 12]
+    documents = list(input_ids.flatten()[: sum(lengths)].split(lengths))
+    packed = torch.cat(documents).unsqueeze(0)
+    kwargs = {
+        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)},
+        "seq_idx": {"seq_idx": torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).unsqueeze(0)},
+        "cu_seq_lens_q": {"cu_seq_lens_q": F.pad(torch.tensor(lengths).cumsum(0), (1, 0))},
+    }[marks]
+    separate = [model(document.unsqueeze(0)).logits[0] for document in documents]
+    assert_close(model(packed, **kwargs).logits[0], torch.cat(separate))
+
+    def gradients(logits):
+        model.zero_grad()
+        logits.square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients(torch.cat([model(document.unsqueeze(0)).logits[0] for document in documents]))
+    for actual, reference in zip(gradients(model(packed, **kwargs).logits), expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+
+
+def test_packed_documents_in_chunks_of_any_border(model, input_ids):
+    positions = torch.arange(4).repeat(3).unsqueeze(0)
+    ids = input_ids[:1]
+    whole = model(ids, position_ids=positions).logits
+    for cuts in ([4, 8], [3, 6, 3], [1] * 12):
+        cache, parts = DynamicCache(config=model.config), []
+        for part, places in zip(ids.split(cuts, dim=1), positions.split(cuts, dim=1), strict=True):
+            parts.append(model(part, position_ids=places, cache=cache).logits)
+        assert_close(torch.cat(parts, dim=1), whole)
+
+
+def test_embeddings_instead_of_ids(model, input_ids):
+    embeds = model.get_input_embeddings()(input_ids)
+    assert_close(model(inputs_embeds=embeds).logits, model(input_ids).logits)
+
+
+def test_logits_to_keep_and_hidden_states(model, input_ids):
+    output = model(input_ids, output_hidden_states=True)
+    assert_close(model(input_ids, logits_to_keep=2).logits, output.logits[:, -2:])
+    widths = [model.config.hidden_size, *model.config.block_sizes]
+    assert [state.shape for state in output.hidden_states] == [(3, 12, width) for width in widths]
+    assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert model(input_ids, return_dict=False)[0].shape == (3, 12, 40)
+
+
+def test_loss_is_that_of_the_next_token(model, input_ids):
+    labels = input_ids.clone()
+    labels[0, :5] = -100
+    output = model(input_ids, labels=labels)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(model, input_ids, reentrant):
+    model.train()
+    model(input_ids, labels=input_ids).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    output = model(input_ids, labels=input_ids)
+    assert output.cache is None
+    output.loss.backward()
+    for actual, reference in zip(model.parameters(), expected, strict=True):
+        assert_close(actual.grad, reference)
+
+
+def test_training_builds_no_cache_unless_asked(model, input_ids):
+    assert model(input_ids).cache is not None
+    model.train()
+    assert model(input_ids).cache is None
+    assert model(input_ids, use_cache=True).cache is not None
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_scan_backends_agree_in_the_model(model, input_ids, backend):
+    expected = model(input_ids).logits
+    model.config.scan_backend = backend
+    assert_close(model(input_ids).logits, expected)
+
+
+def test_training_step_compiles_without_a_break(model, input_ids):
+    model.train()
+    eager = model(input_ids, labels=input_ids).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(input_ids, labels=input_ids).loss
+    loss.backward()
+    assert_close(loss, eager)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# --- generate()
+
+GENERATION = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 10},
+    "beams": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("mode", GENERATION)
+def test_cached_generation_equals_uncached(model, input_ids, mode):
+    ids, mask = left_padded(input_ids, 2)
+    mask[1, :5] = 0  # rows of unequal length
+    outputs = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        outputs.append(
+            model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=20,
+                repetition_penalty=1.3,
+                use_cache=use_cache,
+                output_scores=True,
+                return_dict_in_generate=True,
+                **GENERATION[mode],
+            )
+        )
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    assert_close(torch.stack(outputs[0].scores), torch.stack(outputs[1].scores))
+    assert len(outputs[0].sequences[0].unique()) > 5
+
+
+def test_padded_rows_generate_what_they_generate_alone(model, input_ids):
+    ids, mask = left_padded(input_ids[:1, :7], 5)
+    batch = torch.cat([ids, input_ids[1:]])
+    mask = torch.cat([mask, torch.ones_like(input_ids[1:])])
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=15, repetition_penalty=1.3)
+    alone = model.generate(input_ids[:1, :7], max_new_tokens=15, repetition_penalty=1.3)
+    assert torch.equal(together[0, 12:], alone[0, 7:])
+
+
+def test_turns_go_on_from_the_returned_cache(model, input_ids):
+    settings = {"max_new_tokens": 6, "repetition_penalty": 1.3}
+    first = model.generate(input_ids, return_dict_in_generate=True, **settings)
+    following = torch.randint(1, 40, (3, 4))
+    full = torch.cat([first.sequences, following], dim=1)
+    expected = model.generate(full, **settings)
+    assert torch.equal(model.generate(full, cache=first.cache, **settings), expected)
+
+
+def test_a_turn_with_the_new_ids_alone(model, input_ids):
+    settings = {"max_new_tokens": 6}
+    first = model.generate(input_ids, return_dict_in_generate=True, **settings)
+    following = torch.randint(1, 40, (3, 4))
+    expected = model.generate(torch.cat([first.sequences, following], dim=1), **settings)
+    # The last token of the first turn has not been read yet: it comes first.
+    new = torch.cat([first.sequences[:, -1:], following], dim=1)
+    mask = torch.ones(3, first.cache.get_seq_length() + new.shape[1], dtype=torch.long)
+    continued = model.generate(new, attention_mask=mask, cache=first.cache, **settings)
+    assert torch.equal(continued[:, -6:], expected[:, -6:])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+def test_prefill_in_chunks(model, input_ids, chunk):
+    expected = model.generate(input_ids, max_new_tokens=8, repetition_penalty=1.3)
+    actual = model.generate(input_ids, max_new_tokens=8, repetition_penalty=1.3, prefill_chunk_size=chunk)
+    assert torch.equal(actual, expected)
+
+
+def test_prompt_lookup_gives_the_greedy_tokens(model, input_ids):
+    ids = input_ids[:1].repeat(1, 2)
+    expected = model.generate(ids, max_new_tokens=20, repetition_penalty=1.1)
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=20, repetition_penalty=1.1, prompt_lookup_num_tokens=3), expected
+    )
+
+
+def test_generation_from_nothing(model):
+    model.generation_config.bos_token_id = 1
+    assert model.generate(max_new_tokens=3).shape == (1, 4)
+
+
+def test_old_cache_argument_still_works_with_a_warning(model, input_ids):
+    cache = model(input_ids[:, :8], use_cache=True).cache
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        logits = model(input_ids[:, 8:], past_key_values=cache).logits
+    assert_close(logits, model(input_ids).logits[:, 8:])
+
+
+# --- Heads
+
+
+def test_sequence_classification_reads_the_last_real_token(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=3, initializer_range=0.3)
+    classifier = MinGRUForSequenceClassification(config).eval()
+    alone = classifier(input_ids[:1, :7]).logits
+    ids, mask = left_padded(input_ids[:1, :7], 5)
+    assert_close(classifier(ids, attention_mask=mask).logits, alone)
+    right, right_mask = torch.cat([ids[:, 5:], ids[:, :5]], dim=1), torch.cat([mask[:, 5:], mask[:, :5]], dim=1)
+    assert_close(classifier(right, attention_mask=right_mask).logits, alone)
+    with pytest.raises(ValueError, match="where each row ends"):
+        classifier(input_ids)
+    classifier.config.pad_token_id = 0
+    assert_close(classifier(right).logits, alone)
+    assert_close(classifier(inputs_embeds=classifier.get_input_embeddings()(input_ids[:1, :7])).logits, alone)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "problem"),
+    [
+        (3, torch.tensor([0, 2, 1]), "single_label_classification"),
+        (3, torch.rand(3, 3), "multi_label_classification"),
+        (1, torch.rand(3), "regression"),
+    ],
+)
+def test_sequence_classification_losses(input_ids, num_labels, labels, problem):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=num_labels, pad_token_id=0)
+    output = MinGRUForSequenceClassification(config)(input_ids, labels=labels)
+    assert output.logits.shape == (3, num_labels)
+    expected = {
+        "single_label_classification": lambda: F.cross_entropy(output.logits, labels),
+        "multi_label_classification": lambda: F.binary_cross_entropy_with_logits(output.logits, labels),
+        "regression": lambda: F.mse_loss(output.logits.squeeze(), labels),
+    }[problem]()
+    assert_close(output.loss, expected)
+
+
+def test_token_classification(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=5)
+    labels = torch.randint(0, 5, (3, 12))
+    labels[0, 3] = -100
+    output = MinGRUForTokenClassification(config)(input_ids, labels=labels)
+    assert output.logits.shape == (3, 12, 5)
+    assert_close(output.loss, F.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+
+
+# --- Saving and loading
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_models_load_through_the_auto_classes(tmp_path, input_ids, tied):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, tie_word_embeddings=tied, num_labels=4)
+    model = MinGRUForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MinGRUForCausalLM
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, rtol=0, atol=0)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is MinGRUModel
+    torch.testing.assert_close(
+        base(input_ids).last_hidden_state, model.model(input_ids).last_hidden_state, rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("auto", "expected"),
+    [
+        (AutoModelForSequenceClassification, MinGRUForSequenceClassification),
+        (AutoModelForTokenClassification, MinGRUForTokenClassification),
+    ],
+)
+def test_heads_load_through_the_auto_classes(tmp_path, input_ids, auto, expected):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=4, pad_token_id=0)
+    model = expected(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is expected
+    torch.testing.assert_close(loaded(input_ids).logits, model(input_ids).logits, rtol=0, atol=0)
+
+
+def test_saved_weights_give_the_same_numbers_in_another_process(tmp_path, model, input_ids):
+    model.save_pretrained(tmp_path)
+    tokens = model.generate(input_ids, max_new_tokens=5)
+    torch.save({"ids": input_ids, "tokens": tokens}, tmp_path / "expected.pt")
+    code = f"""
+import torch, mingru_hf
+from transformers import AutoModelForCausalLM
+data = torch.load("expected.pt")
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+assert torch.equal(model.generate(data["ids"], max_new_tokens=5), data["tokens"])
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+# --- One class for the paper's model and torch-mingru's
+
+
+class TorchMinGRUText(nn.Module):
+    """torch-mingru's text model (issue #1 of its examples): `emb`, `rnn`, `ln` without bias, `fc`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.emb = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rnn = mingru_hf.MinGRU(config.hidden_size, config.hidden_sizes, norm=True, residual=True)
+        self.ln = nn.LayerNorm(config.hidden_sizes[-1], bias=False) if config.use_final_norm else nn.Identity()
+        self.fc = nn.Linear(config.hidden_sizes[-1], config.vocab_size)
+
+    def forward(self, ids):
+        return self.fc(self.ln(self.rnn(self.emb(ids))[0]))
+
+
+@pytest.mark.parametrize("name", ["text_torch_mingru", "selective_copying"])
+def test_torch_mingrus_models_are_expressed_exactly(name):
+    config = MinGRUConfig.from_json_file(CONFIGS / f"{name}.json")
+    config.vocab_size = 50
+    model = MinGRUForCausalLM(config).double().eval()
+    theirs = TorchMinGRUText(config).double()
+    renamed = {}
+    for key, value in theirs.state_dict().items():
+        key = key.replace("emb.", "model.embed_tokens.").replace("rnn.layers.", "model.layers.")
+        key = key.replace("gate_hidden", "mixer.gate_hidden").replace("ln.", "model.norm.").replace("fc.", "lm_head.")
+        renamed[key] = value
+    model.load_state_dict(renamed)  # strict: every parameter on both sides
+    ids = torch.randint(0, 50, (2, 20))
+    torch.testing.assert_close(model(ids).logits, theirs(ids))
+
+
+def test_the_papers_block_written_by_hand(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
+    model = MinGRUForCausalLM(config).double().eval()
+    x = model.model.embed_tokens(input_ids)
+    for block in model.model.layers:
+        conv = block.conv.conv
+        x = x + F.conv1d(F.pad(x.mT, (3, 0)), conv.weight, conv.bias, groups=16).mT
+        projected = block.mixer.gate_hidden(block.norm(x))
+        h, states = torch.full((3, 32), 0.5, dtype=torch.double), []
+        for t in range(12):
+            z, v = torch.sigmoid(projected[:, t, :32]), projected[:, t, 32:]
+            h = (1 - z) * h + z * torch.where(v >= 0, v + 0.5, torch.sigmoid(v))
+            states.append(h)
+        x = x + block.mixer.out_proj(torch.stack(states, dim=1))
+        x = x + block.mlp.down_proj(F.gelu(block.mlp.up_proj(block.mlp_norm(x))))
+    torch.testing.assert_close(model(input_ids).logits, model.lm_head(model.model.norm(x)))
+
+
+# --- Wrong input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.randn(1, 2, 16)}, "exactly one"),
+        ({"input_ids": torch.tensor([[3, 40]])}, "between 0 and 39, got 3 to 40"),
+        ({"input_ids": torch.tensor([3, 4])}, r"input_ids must have shape \(B, T\)"),
+        ({"inputs_embeds": torch.randn(1, 2, 17)}, "inputs_embeds must have shape"),
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 4)}, "attention_mask must"),
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, "attention_mask must"),
+        (
+            {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 1, 5, 5)},
+            "attention_mask must have shape",
+        ),
+        (
+            {"input_ids": torch.ones(2, 5, dtype=torch.long), "position_ids": torch.arange(4)[None]},
+            "position_ids must",
+        ),
+    ],
+)
+def test_wrong_input_is_named(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model(**kwargs)
+
+
+def test_nothing_is_logged_while_saving_and_loading(tmp_path, model, caplog):
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not caplog.records

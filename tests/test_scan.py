@@ -1,0 +1,270 @@
+"""The scan: every backend against a float64 loop, outputs and gradients, and what wrong input gets."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mingru_hf.scan import mingru_scan, scan_reference
+
+FAST_BACKENDS = ["torch"]
+
+# Largest relative error of a state in float32 against float64, at any T: a few roundings, since errors decay.
+FLOAT32_RELATIVE = 1e-5
+# Gradients may cancel, so they are compared with the largest of them.
+GRADIENT_RELATIVE = 1e-5
+# One rounding of the result to bfloat16 (8 bits) on either side, and one more in the gradient's own output.
+BFLOAT16_RELATIVE = 2.0**-8
+
+
+def make_inputs(batch, steps, channels, trailing=(), scale=2.0, flags=""):
+    """Pre-activations, state, and the flags named ("mask", "reset"), all of them in float32."""
+    x = scale * torch.randn(batch, steps, 2 * channels, *trailing)
+    h0 = torch.rand(batch, 1, channels, *trailing) + 0.01
+    mask = torch.rand(batch, steps) > 0.3 if "mask" in flags else None
+    reset = torch.rand(batch, steps) > 0.8 if "reset" in flags else None
+    return x, h0, mask, reset
+
+
+def run(x, h0, mask, reset, weight, function, **kwargs):
+    """States and the gradients of a weighted sum of them."""
+    x, h0 = x.detach().requires_grad_(), h0.detach().requires_grad_()
+    states = function(x, h0, mask, reset, **kwargs)
+    (states * weight.to(states.dtype)).sum().backward()
+    return states.detach(), x.grad, h0.grad
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
+
+
+def error_over_largest(actual, expected):
+    largest = expected.abs().max().clamp(min=1e-30)  # all zero where every row has a reset that cuts h0 off
+    return ((actual.double() - expected).abs().max() / largest).item()
+
+
+@pytest.mark.parametrize("flags", ["", "mask", "reset", "mask reset"])
+@pytest.mark.parametrize("steps", [1, 2, 63, 1000])
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_states_and_gradients_equal_the_float64_loop(backend, steps, flags):
+    x, h0, mask, reset = make_inputs(3, steps, 7, flags=flags)
+    weight = torch.randn(3, steps, 7)
+    expected = run(x.double(), h0.double(), mask, reset, weight, scan_reference)
+    states, grad_x, grad_h0 = run(x, h0, mask, reset, weight, mingru_scan, backend=backend)
+    assert states.dtype == torch.float32
+    assert relative_error(states, expected[0]) <= FLOAT32_RELATIVE
+    assert error_over_largest(grad_x, expected[1]) <= GRADIENT_RELATIVE
+    assert error_over_largest(grad_h0, expected[2]) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 1), (1, 70, 3), (2, 9, 257), (2, 5, 3, (4, 5))])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_odd_shapes_and_trailing_axes(backend, shape):
+    x, h0, mask, reset = make_inputs(*shape, flags="mask reset")
+    weight = torch.randn(*x.shape[:2], *h0.shape[2:])
+    expected = run(x.double(), h0.double(), mask, reset, weight, scan_reference)
+    actual = run(x, h0, mask, reset, weight, mingru_scan, backend=backend)
+    for result, reference in zip(actual, expected, strict=True):
+        assert result.shape == reference.shape
+        assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_long_sequences_keep_their_precision(backend):
+    x, h0, _, _ = make_inputs(1, 65536, 4)
+    with torch.no_grad():
+        expected = scan_reference(x.double(), h0.double())
+        assert relative_error(mingru_scan(x, h0, backend=backend), expected) <= FLOAT32_RELATIVE
+
+
+@pytest.mark.parametrize("steps", [1, 63, 1000])
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_bfloat16_rounds_only_its_inputs_and_outputs(backend, steps):
+    x, h0, mask, reset = make_inputs(2, steps, 5, flags="mask reset")
+    x, weight = x.bfloat16(), torch.randn(2, steps, 5).bfloat16()
+    expected = run(x.double(), h0.double(), mask, reset, weight.double(), scan_reference)
+    states, grad_x, grad_h0 = run(x, h0, mask, reset, weight, mingru_scan, backend=backend)
+    assert states.dtype == grad_x.dtype == torch.bfloat16
+    assert grad_h0.dtype == torch.float32
+    assert relative_error(states, expected[0]) <= BFLOAT16_RELATIVE
+    assert error_over_largest(grad_x, expected[1]) <= 2 * BFLOAT16_RELATIVE
+    exact = mingru_scan(x, h0, mask, reset, backend=backend, dtype=torch.float32)
+    assert relative_error(exact, expected[0]) <= FLOAT32_RELATIVE
+
+
+@pytest.mark.parametrize("flags", ["", "mask reset"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_gradcheck(backend, flags):
+    x, h0, mask, reset = make_inputs(2, 9, 3, flags=flags)
+    inputs = (x.double().requires_grad_(), h0.double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, h0: mingru_scan(x, h0, mask, reset, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_saturated_gates_stay_finite_with_true_gradients(backend):
+    levels = torch.tensor([-100.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 100.0])
+    x = torch.cartesian_prod(levels, levels).reshape(49, 1, 2)  # a row for each pair of gate and candidate
+    h0, weight = torch.full((49, 1, 1), 0.3), torch.ones(49, 1, 1)
+    expected = run(x.double(), h0.double(), None, None, weight, scan_reference)
+    actual = run(x, h0, None, None, weight, mingru_scan, backend=backend)
+    for result, reference in zip(actual, expected, strict=True):
+        assert result.isfinite().all()
+        assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
+        assert (result.double() * reference >= 0).all()  # underflow to zero is allowed, a wrong sign is not
+    x, h0 = x.reshape(1, 49, 2), h0[:1]  # and all of them after each other
+    assert all(result.isfinite().all() for result in run(x, h0, None, None, torch.ones(1, 49, 1), mingru_scan))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_bad_input_poisons_only_what_depends_on_it(backend, bad):
+    x, h0, _, _ = make_inputs(2, 40, 3)
+    clean = mingru_scan(x, h0, backend=backend)
+    x[1, 20, 3] = bad  # the candidate of channel 0
+    states = mingru_scan(x, h0, backend=backend)
+    assert not states[1, 20:, 0].isfinite().any()
+    states[1, 20:, 0] = clean[1, 20:, 0]
+    torch.testing.assert_close(states, clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_masked_steps_ignore_even_nan_inputs(backend):
+    x, h0, _, _ = make_inputs(2, 40, 3)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[:, 10:15] = False
+    weight = torch.randn(2, 40, 3)
+    clean = run(x, h0, mask, None, weight, mingru_scan, backend=backend)
+    x[:, 10:15] = float("nan")
+    for result, reference in zip(run(x, h0, mask, None, weight, mingru_scan, backend=backend), clean, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_reset_cuts_the_past_off(backend):
+    x, h0, _, _ = make_inputs(2, 30, 3)
+    reset = torch.zeros(2, 30, dtype=torch.bool)
+    reset[:, 12] = True
+    x.requires_grad_()
+    states = mingru_scan(x, h0, reset=reset, backend=backend)
+    torch.testing.assert_close(states[:, 12:], mingru_scan(x[:, 12:], backend=backend))
+    states[:, 12:].sum().backward()
+    assert not x.grad[:, :12].any()
+    assert x.grad[:, 12:].all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_a_masked_reset_step_leaves_the_initial_state(backend):
+    x, h0, _, _ = make_inputs(1, 3, 2)
+    flags = torch.tensor([[False, True, False]])
+    states = mingru_scan(x, h0, mask=~flags, reset=flags, backend=backend)
+    assert (states[:, 1] == 0.5).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_any_chunking_gives_the_whole(backend):
+    x, h0, mask, reset = make_inputs(2, 40, 3, flags="mask reset")
+    whole = mingru_scan(x, h0, mask, reset, backend=backend)
+    h, parts = h0, []
+    for part in (slice(0, 1), slice(1, 4), slice(4, 39), slice(39, 40)):
+        parts.append(mingru_scan(x[:, part], h, mask[:, part], reset[:, part], backend=backend))
+        h = parts[-1][:, -1:]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_strided_and_expanded_inputs(backend):
+    x, h0, _, _ = make_inputs(4, 20, 6)
+    expected = mingru_scan(x[::2, :, ::2].contiguous(), h0[::2, :, ::2].contiguous(), backend="reference")
+    torch.testing.assert_close(mingru_scan(x[::2, :, ::2], h0[::2, :, ::2], backend=backend), expected)
+    expanded = x[:1].expand(4, -1, -1).requires_grad_()
+    mingru_scan(expanded, h0[:1].expand(4, -1, -1), backend=backend).sum().backward()
+    time_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+    torch.testing.assert_close(mingru_scan(time_first, h0, backend=backend), mingru_scan(x, h0, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
+def test_empty_batches_and_sequences(backend, shape):
+    x = torch.randn(*shape, requires_grad=True)
+    states = mingru_scan(x, backend=backend)
+    assert states.shape == (shape[0], shape[1], 2)
+    states.sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_every_element_is_written():
+    x, h0, mask, reset = make_inputs(2, 300, 5, flags="mask reset")
+    weight = torch.randn(2, 300, 5)
+    expected = run(x, h0, mask, reset, weight, mingru_scan, backend="torch")
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        actual = run(x, h0, mask, reset, weight, mingru_scan, backend="torch")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result, reference in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 63, 512])
+def test_log_scan_agrees_while_it_is_short(steps):
+    x, h0, mask, _ = make_inputs(2, steps, 5, scale=1.0, flags="mask")
+    expected = scan_reference(x.double(), h0.double(), mask)
+    assert relative_error(mingru_scan(x, h0, mask, backend="log"), expected) <= 1e-3  # it loses digits as T grows
+    assert relative_error(mingru_scan(x.double(), h0.double(), mask, backend="log"), expected) <= 1e-11
+
+
+def test_log_scan_refuses_what_it_cannot_do():
+    x, h0, _, reset = make_inputs(2, 5, 3, flags="reset")
+    with pytest.raises(ValueError, match="cannot reset"):
+        mingru_scan(x, h0, reset=reset, backend="log")
+    with pytest.raises(ValueError, match="float32 and float64 only"):
+        mingru_scan(x.bfloat16(), h0, backend="log")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mingru_scan(torch.randn(2, 3, 5)), "must be even"),
+        (lambda: mingru_scan(torch.randn(2, 6)), r"\(B, T, 2D, \*\)"),
+        (lambda: mingru_scan(torch.ones(2, 3, 4, dtype=torch.long)), "floating-point"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), torch.rand(1, 1, 2)), r"h0 must have shape \(2, 1, 2\)"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), mask=torch.ones(2, 4)), r"mask must have shape \(2, 3\)"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), reset=torch.ones(3)), r"reset must have shape \(2, 3\)"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), backend="fast"), "Unknown scan backend 'fast'"),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_environment_variable_forces_a_backend(monkeypatch):
+    x = torch.randn(1, 4, 2)
+    monkeypatch.setenv("MINGRU_SCAN", "log")
+    with pytest.raises(ValueError, match="cannot reset"):
+        mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool))
+    mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool), backend="torch")  # an argument says more
+    monkeypatch.setenv("MINGRU_SCAN", "quick")
+    with pytest.raises(ValueError, match="MINGRU_SCAN 'quick'"):
+        mingru_scan(x)
+
+
+def test_operator_passes_opcheck():
+    x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
+    operator = torch.ops.mingru_hf_v1.scan.default
+    torch.library.opcheck(operator, (x.requires_grad_(), h0.requires_grad_(), mask, reset, "torch", torch.float32))
+    torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, "torch", torch.bfloat16))
+
+
+def test_a_second_copy_of_the_file_uses_the_same_operator():
+    code = """
+import importlib.util, sys, torch, mingru_hf.scan
+spec = importlib.util.spec_from_file_location("copy_of_scan", mingru_hf.scan.__file__)
+copy = importlib.util.module_from_spec(spec); spec.loader.exec_module(copy)
+x = torch.randn(2, 5, 4, requires_grad=True)
+assert torch.equal(copy.mingru_scan(x, backend="torch"), mingru_hf.scan.mingru_scan(x, backend="torch"))
+copy.mingru_scan(x, backend="torch").sum().backward()
+assert x.grad.any()
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
