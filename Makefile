@@ -29,8 +29,8 @@ $(VENV)/.%: pyproject.toml
 demo: $(VENV)/.train
 	$(BIN)/python scripts/train_causal_lm.py --dataset_name shakespeare --tokenizer_name char \
 		--config_name scripts/configs/shakespeare_char_demo.json --block_size 256 \
-		--per_device_train_batch_size 16 --learning_rate 3e-3 --weight_decay 0.1 --max_grad_norm 1.0 \
-		--max_train_seconds 170 --eval_steps 200 --seed 0 --output_dir $(DEMO_DIR) --overwrite_output_dir
+		--per_device_train_batch_size 16 --learning_rate 3e-3 --max_train_seconds 170 \
+		--max_eval_samples 200 --seed 0 --output_dir $(DEMO_DIR) --overwrite_output_dir
 	$(BIN)/python scripts/generate_text.py --model_name_or_path $(DEMO_DIR) --prompt "KING:" \
 		--max_new_tokens 400 --temperature 0.8 --top_k 40 --seed 0
 

@@ -252,7 +252,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
     def __init__(self, config: MinGRUConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: the mask hides padding, and the padding token may be a real one (end of text) elsewhere.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(MinGRUBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.Identity()

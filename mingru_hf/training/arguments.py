@@ -1,0 +1,219 @@
+"""The options of a training run: one dataclass, from which the command line is made."""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+
+def option(default: object, help: str, choices: Sequence[str] | None = None, group: str | None = None):
+    """Give a dataclass field with the text, the choices and the heading that `--help` shows for it.
+
+    Args:
+        default: the field's default; `dataclasses.MISSING` makes the option required.
+        help: what it means, with its unit.
+        choices: the words allowed, None for any.
+        group: heading in `--help` from this field on, None to stay under the last one.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+
+
+@dataclass(kw_only=True)
+class TrainArguments:
+    """Say how to train; every field is an option of the training scripts, where `--help` explains it.
+
+    Counts are of optimizer steps (updates) unless named otherwise; a step sees
+    `per_device_train_batch_size x gradient_accumulation_steps x processes` examples.
+
+    Raises:
+        ValueError: if a value lies outside its range, or `hub_model_id` comes without `push_to_hub`.
+    """
+
+    output_dir: str = option(
+        dataclasses.MISSING,
+        "where the model, tokenizer, metrics.json, loss.png and README.md go",
+        group="output",
+    )
+    overwrite_output_dir: bool = option(
+        False,
+        "write into a directory that holds another run: files of the same name are replaced, none is deleted",
+    )
+    with_tracking: bool = option(False, "log the curves to the tracker named by --report_to, under output_dir/runs")
+    report_to: str = option("tensorboard", "tracker: tensorboard, trackio, wandb, ..., or all that are installed")
+    push_to_hub: bool = option(False, "upload output_dir to the Hugging Face Hub at the end (`hf auth login` first)")
+    hub_model_id: str | None = option(None, "name/repository on the Hub; default: the last part of output_dir")
+
+    per_device_train_batch_size: int = option(64, "examples a process takes at once", group="optimization")
+    gradient_accumulation_steps: int = option(1, "batches summed up before each optimizer step")
+    learning_rate: float = option(1e-3, "highest learning rate of AdamW")
+    lr_scheduler_type: str = option("cosine", "the course of the learning rate", SCHEDULES)
+    lr_scheduler_kwargs: str | None = option(
+        None, "more arguments of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr"
+    )
+    num_warmup_steps: int = option(100, "steps over which the learning rate rises from 0")
+    weight_decay: float = option(0.1, "AdamW's decay of weight matrices; norms and biases have none")
+    adam_beta1: float = option(0.9, "AdamW's beta1")
+    adam_beta2: float = option(0.999, "AdamW's beta2")
+    max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down to it; 0: never")
+
+    num_train_epochs: float = option(
+        3.0,
+        "passes over the data; without effect beside max_train_steps or max_train_seconds",
+        group="duration",
+    )
+    max_train_steps: int | None = option(None, "optimizer steps in all")
+    max_train_seconds: float | None = option(
+        None,
+        "wall-clock seconds in all, evaluations included, except the final one; the learning rate then "
+        "follows the share of the time that has passed",
+    )
+    early_stopping_patience: int | None = option(None, "stop after so many evaluations without a better loss")
+
+    per_device_eval_batch_size: int = option(64, "examples a process evaluates at once", group="evaluation")
+    eval_steps: int | None = option(None, "optimizer steps between evaluations; default: ten in the run")
+    max_eval_samples: int | None = option(
+        None,
+        "examples, spread evenly over the validation set, for evaluations during training; the final one, of "
+        "the best model, takes them all",
+    )
+    logging_steps: int = option(10, "optimizer steps between two points of the training curve")
+
+    seed: int = option(0, "seed of the weights, the order of the data and dropout", group="machine")
+    mixed_precision: str = option(
+        "auto",
+        "precision of the matrix products (auto is bf16 where CPU or GPU has it, else no)",
+        ("auto", "no", "bf16", "fp16"),
+    )
+    use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
+    dataloader_num_workers: int = option(0, "processes that load data; 0: the main one does")
+
+    def __post_init__(self):
+        for name in (
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "num_train_epochs",
+            "max_train_steps",
+            "max_train_seconds",
+            "early_stopping_patience",
+            "per_device_eval_batch_size",
+            "eval_steps",
+            "max_eval_samples",
+            "logging_steps",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, not {value}")
+        for name in ("num_warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        for f in dataclasses.fields(self):
+            choices, value = f.metadata["choices"], getattr(self, f.name)
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("hub_model_id without push_to_hub does nothing: add --push_to_hub")
+        self.scheduler_kwargs()
+
+    def scheduler_kwargs(self) -> dict:
+        """Read `lr_scheduler_kwargs`.
+
+        Raises:
+            ValueError: if it is no JSON object.
+        """
+        try:
+            kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"lr_scheduler_kwargs is not JSON: {error}") from None
+        if not isinstance(kwargs, dict):
+            raise ValueError("lr_scheduler_kwargs must be a JSON object, such as '{\"min_lr_rate\": 0.1}'")
+        return kwargs
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with defaults in the help, and errors of one line (exit code 2) instead of the whole usage."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    @contextmanager
+    def user_errors(self) -> Iterator[None]:
+        """End the script with one line where the block raises what a wrong argument or file causes.
+
+        Wrap the set-up in it, not the training: a bug there must keep its traceback.
+        """
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            self.error(str(error) or type(error).__name__)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """One column of names, one of texts; a text ends with the default where there is one worth reading."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action):
+        plain = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        if plain or "default" in action.help:
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+    def _format_usage(self, usage, actions, groups, prefix):
+        required = [a for a in actions if a.required]
+        return super()._format_usage(usage, required, [], prefix).rstrip() + " [options]\n\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser, cls: type, **defaults: object) -> None:
+    """Add every field of a dataclass made with `option` to a parser.
+
+    Args:
+        parser: gets one option a field.
+        cls: the dataclass.
+        defaults: other defaults for this script, by field name.
+    """
+    hints, group = typing.get_type_hints(cls), parser
+    for f in dataclasses.fields(cls):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        default = defaults.get(f.name, f.default)
+        flag, help = f"--{f.name}", f.metadata["help"].replace("%", "%%")
+        kind = hints[f.name]
+        if isinstance(kind, types.UnionType):  # `int | None`
+            kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+        if kind is bool:
+            group.add_argument(flag, action="store_true", default=default, help=help)
+        elif default is dataclasses.MISSING:
+            group.add_argument(flag, type=kind, required=True, help=help)
+        else:
+            choices, metavar = f.metadata["choices"], {int: "N", float: "X", str: "TEXT"}[kind]
+            if choices:
+                help, metavar = f"{help}: {', '.join(choices)}", "NAME"
+            group.add_argument(flag, type=kind, default=default, choices=choices, metavar=metavar, help=help)
+
+
+def from_namespace(cls: type, namespace: argparse.Namespace):
+    """Fill the dataclass `cls` from the parsed options that bear its fields' names."""
+    return cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})

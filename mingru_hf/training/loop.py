@@ -1,0 +1,443 @@
+"""The training loop, read from top to bottom: `start`, `train`, `evaluate`, then what they call.
+
+A step is one update of the weights. It takes the next `batch x accumulation x processes` examples of an
+endless stream, the epochs' random orders one after another. What step n sees depends on the seed and n alone:
+the same examples, whether they come as one batch, in accumulated pieces or over several processes.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from accelerate.utils import set_seed as set_process_seed
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, set_seed
+
+from .arguments import TrainArguments
+from .checkpoints import METRICS_FILE, check_output_dir, save_pretrained, write_json
+from .model_card import write_model_card
+from .models import load_pretrained
+from .optim import make_optimizer, make_schedule
+from .plots import plot_loss
+
+Metric = Callable[[torch.Tensor, torch.Tensor], float | torch.Tensor]
+
+
+def start(args: TrainArguments) -> Accelerator:
+    """Set up device, processes, precision, trackers and seed; call it before data and model are made.
+
+    Raises:
+        ValueError: if `output_dir` holds another run, or device and precision do not go together.
+    """
+    check_output_dir(args.output_dir, args.overwrite_output_dir)
+    accelerator = Accelerator(
+        cpu=args.use_cpu,
+        mixed_precision=resolve_mixed_precision(args.mixed_precision, args.use_cpu),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to if args.with_tracking else None,
+        project_dir=args.output_dir,
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
+    accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
+    if args.push_to_hub and accelerator.is_main_process:
+        hub_repository(args)  # now rather than after hours of training: no login is an error here
+    set_seed(args.seed)
+    return accelerator
+
+
+def train(
+    model: PreTrainedModel,
+    train_dataset: Dataset,
+    eval_dataset: Dataset,
+    args: TrainArguments,
+    accelerator: Accelerator,
+    *,
+    processing_class: object | None = None,
+    collate_fn: Callable[[list], dict] | None = None,
+    metrics: dict[str, Metric] | None = None,
+    characters_per_token: float | None = None,
+    dataset_name: str = "custom data",
+    task: str | None = None,
+    auto_class: str = "AutoModel",
+) -> dict:
+    """Train a model, keep its best weights in `args.output_dir`, and evaluate what was saved.
+
+    Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only). The model is
+    left with its best weights, which every process reads from `output_dir`: machines must share a disk.
+
+    Args:
+        model: returns `.loss`, a mean over targets, and `.logits`.
+        train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`.
+        eval_dataset: the same, for validation.
+        args: how to train.
+        accelerator: from `start(args)`.
+        processing_class: tokenizer or processor to save beside the weights.
+        collate_fn: makes a batch of a list of items; default: stacks tensors.
+        metrics: name -> f(logits, labels), a mean over targets; reported as `eval_NAME`.
+        characters_per_token: characters of the validation text to a token, to report nats a character.
+        dataset_name, task, auto_class: for the model card.
+
+    Returns:
+        What metrics.json holds: `arguments`, `parameters`, `examples_per_step`, `mixed_precision`, `history`
+        (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`, `epoch`, `train_seconds`,
+        `tokens_per_second` (evaluations not counted), `best` (record) and `final` (`eval_*` of the saved
+        weights over the whole of `eval_dataset`). Losses in nats a target.
+
+    Raises:
+        ValueError: if a dataset is empty, or the schedule is impossible.
+        FloatingPointError: if the loss is no longer finite.
+    """
+    for name, dataset in (("training", train_dataset), ("validation", eval_dataset)):
+        if len(dataset) == 0:
+            raise ValueError(f"the {name} set has no examples")
+    train_dataset, eval_dataset = map(_as_tensors, (train_dataset, eval_dataset))
+    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+
+    batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
+    examples_per_step = batch_size * args.gradient_accumulation_steps * world_size
+    max_steps = args.max_train_steps
+    if max_steps is None and args.max_train_seconds is None:
+        max_steps = math.ceil(args.num_train_epochs * len(train_dataset) / examples_per_step)
+    batches = iter(
+        DataLoader(
+            train_dataset,
+            batch_sampler=BatchStream(
+                len(train_dataset), batch_size, args.seed, accelerator.process_index, world_size
+            ),
+            collate_fn=collate_fn or default_collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
+        )
+    )
+    interim = eval_dataset
+    if args.max_eval_samples is not None and args.max_eval_samples < len(eval_dataset):
+        chosen = torch.linspace(0, len(eval_dataset) - 1, args.max_eval_samples).long().tolist()
+        interim = Subset(eval_dataset, chosen)
+
+    rate = make_schedule(args, max_steps)
+    model.to(accelerator.device)
+    optimizer = make_optimizer(model, args)
+    net, optimizer = accelerator.prepare(model, optimizer)  # net: model, perhaps in a DDP wrapper
+    set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
+    if args.with_tracking:
+        accelerator.init_trackers("runs", config=_tracker_config(args))
+
+    result = {
+        "arguments": dataclasses.asdict(args),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "examples_per_step": examples_per_step,
+        "mixed_precision": accelerator.mixed_precision,
+        "history": [],
+    }
+    best, patience = None, args.early_stopping_patience
+    loss_sum, tokens, step, logged_step, evaluations, eval_seconds = 0.0, 0, 0, 0, 0, 0.0
+    began = time.perf_counter()
+    seconds = progress = 0.0
+    bar = tqdm(
+        total=args.max_train_seconds or max_steps,
+        unit="s" if args.max_train_seconds else "step",
+        bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]",
+        disable=None if is_main else True,  # None: shown on a terminal, not in a log file
+        mininterval=0.5,
+    )
+    net.train()
+    while progress < 1:
+        # One update.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate = rate(step, progress)
+        for _ in range(args.gradient_accumulation_steps):
+            batch = _prepare(next(batches), accelerator.device)
+            with accelerator.accumulate(net):  # divides the loss, and syncs processes in the last pass only
+                loss = net(**batch, **_without_cache(model)).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(net.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            loss_sum = loss_sum + loss.detach().float() / args.gradient_accumulation_steps
+            tokens += _num_tokens(batch) * world_size
+        step += 1
+
+        # How far are we?
+        seconds = _common_seconds(began, args, accelerator)
+        shares = [step / max_steps] if max_steps else []
+        if args.max_train_seconds is not None:
+            shares.append(seconds / args.max_train_seconds)
+        progress = max(shares)
+        done = progress >= 1
+        position = {
+            "step": step,
+            "epoch": round(step * examples_per_step / len(train_dataset), 4),
+            "seconds": round(seconds, 2),
+        }
+
+        # Log the training loss, the mean since the last point.
+        if step % args.logging_steps == 0 or done:
+            mean_loss = accelerator.reduce(loss_sum / (step - logged_step), "mean").item()
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(
+                    f"the training loss is {mean_loss} at step {step}: lower learning_rate, or set "
+                    "mixed_precision to no"
+                )
+            record = {**position, "loss": mean_loss, "learning_rate": learning_rate}
+            result["history"].append(record)
+            accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=step)
+            speed = tokens / (time.perf_counter() - began - eval_seconds)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            loss_sum, logged_step = 0.0, step
+        bar.update(min(seconds, bar.total) - bar.n if args.max_train_seconds else 1)
+
+        # Evaluate, and keep the best.
+        due = step % args.eval_steps == 0 if args.eval_steps else math.floor(10 * progress) > evaluations
+        if due or done:
+            evaluations = math.floor(10 * progress)
+            eval_began = time.perf_counter()
+            scores = evaluate(
+                model,
+                interim,
+                args,
+                accelerator,
+                collate_fn,
+                metrics,
+                characters_per_token=characters_per_token,
+            )
+            net.train()
+            if not math.isfinite(scores["eval_loss"]):
+                raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {step}")
+            record = {**position, **scores}
+            result["history"].append(record)
+            accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=step)
+            improved = best is None or scores["eval_loss"] < best["eval_loss"]
+            if improved:
+                best = record
+            patience = args.early_stopping_patience if improved or patience is None else patience - 1
+            result |= {
+                "step": step,
+                "epoch": position["epoch"],
+                "train_seconds": position["seconds"],
+                "tokens_per_second": round(tokens / (eval_began - began - eval_seconds), 1),
+                "best": best,
+            }
+            if is_main:
+                bar.write(
+                    f"step {step}, epoch {position['epoch']:.2f}, {seconds:.0f} s, "
+                    f"{result['tokens_per_second']:,.0f} tokens/s: {summary(scores)}{' (best)' * improved}"
+                )
+                if improved:
+                    save_pretrained(output_dir, model, processing_class)
+                write_json(output_dir / METRICS_FILE, result)
+                plot_loss(result["history"], output_dir / "loss.png")
+            eval_seconds += time.perf_counter() - eval_began
+            if patience == 0:
+                if is_main:
+                    bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
+                break
+    bar.close()
+
+    # Evaluate what lies on the disk, over the whole validation set.
+    accelerator.wait_for_everyone()
+    model.load_state_dict(load_pretrained(type(model), output_dir).state_dict())
+    result["final"] = evaluate(
+        model, eval_dataset, args, accelerator, collate_fn, metrics, characters_per_token=characters_per_token
+    )
+    if is_main:
+        write_json(output_dir / METRICS_FILE, result)
+        write_model_card(
+            output_dir / "README.md",
+            model,
+            args,
+            result,
+            dataset_name=dataset_name,
+            task=task,
+            auto_class=auto_class,
+        )
+    if args.with_tracking:
+        accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=step)
+    accelerator.wait_for_everyone()
+    net, optimizer = accelerator.free_memory(net, optimizer)  # a DDP wrapper that outlives its process group hangs
+    accelerator.end_training()
+    if args.push_to_hub and is_main:
+        push_to_hub(args)
+    return result
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    args: TrainArguments,
+    accelerator: Accelerator,
+    collate_fn: Callable[[list], dict] | None = None,
+    metrics: dict[str, Metric] | None = None,
+    *,
+    characters_per_token: float | None = None,
+) -> dict[str, float]:
+    """Evaluate a model on a dataset, every example once, shared among the processes; leaves it in eval mode.
+
+    Args:
+        model, dataset, args, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
+
+    Returns:
+        `eval_loss` (nats a target), `eval_perplexity`, `eval_loss_per_character` (nats) if characters are
+        known, and `eval_NAME` for every metric; means over all targets.
+
+    Raises:
+        ValueError: if the dataset has no target.
+    """
+    model.eval()
+    metrics = metrics or {}
+    share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    loader = DataLoader(
+        Subset(_as_tensors(dataset), share),
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=collate_fn or default_collate,
+        generator=torch.Generator(),
+    )
+    totals = torch.zeros(2 + len(metrics), dtype=torch.float64)
+    for batch in loader:
+        batch = _prepare(batch, accelerator.device)
+        outputs = model(**batch, **_without_cache(model))
+        labels = batch["labels"]
+        targets = int(((labels[:, 1:] if labels.ndim == 2 else labels) != -100).sum())  # a language model shifts
+        values = [outputs.loss, *(metric(outputs.logits, labels) for metric in metrics.values())]
+        totals[0] += targets
+        totals[1:] += targets * torch.tensor([float(value) for value in values], dtype=torch.float64)
+    # float32 holds the counts to 1e-7 where the device has no float64 (mps)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    targets, loss, *others = accelerator.reduce(totals.to(accelerator.device, dtype), "sum").tolist()
+    if targets == 0:
+        raise ValueError("the validation set has no target: every label is -100, or its rows have one token")
+    loss /= targets
+    scores = {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if characters_per_token is not None:
+        scores["eval_loss_per_character"] = loss / characters_per_token
+    return scores | {f"eval_{name}": total / targets for name, total in zip(metrics, others, strict=True)}
+
+
+class BatchStream:
+    """This process's batches of indices, without end: the random orders of the epochs one after another.
+
+    Epoch e has the order that `seed` and e give. Batches run on over the end of an epoch: none is short.
+
+    Args:
+        num_examples: in the dataset.
+        batch_size: examples a batch of one process.
+        seed: of the orders.
+        process_index: the process among `num_processes`; each takes its slice of every global batch.
+        num_processes: processes in all.
+    """
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
+        self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
+        self.process_index, self.num_processes = process_index, num_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stream = itertools.chain.from_iterable(map(self.order, itertools.count()))
+        for number, batch in enumerate(iter(lambda: list(itertools.islice(stream, self.batch_size)), [])):
+            if number % self.num_processes == self.process_index:
+                yield batch
+
+    def order(self, epoch: int) -> list[int]:
+        """Give the order of all examples in one epoch, counted from 0."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.num_examples, generator=generator).tolist()
+
+
+def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
+    """Turn `auto` into bf16 where the device that will train computes it natively, else into no.
+
+    Args:
+        choice: auto, no, bf16 or fp16; all but auto are returned as they are.
+        use_cpu: the CPU trains even if there is a GPU.
+    """
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available() and not use_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if torch.accelerator.is_available() and not use_cpu:  # mps, xpu: not tried
+        return "no"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # every CPU with AMX has it too
+    return "bf16" if native else "no"
+
+
+def summary(scores: dict[str, float]) -> str:
+    """Write the scores of `evaluate` in one line, the loss in nats."""
+    loss, per_character = scores["eval_loss"], scores.get("eval_loss_per_character")
+    words = [f"validation loss {loss:.4f} nats a {'character' if loss == per_character else 'token'}"]
+    if per_character not in (None, loss):
+        words.append(f"{per_character:.4f} nats a character")
+    words.append(f"perplexity {scores['eval_perplexity']:.3f}")
+    known = ("eval_loss", "eval_loss_per_character", "eval_perplexity")
+    words += [f"{name[5:]} {value:.4f}" for name, value in scores.items() if name not in known]
+    return ", ".join(words)
+
+
+def hub_repository(args: TrainArguments) -> str:
+    """Make the repository on the Hub if it does not exist, and give its full name.
+
+    Raises:
+        OSError: if the Hub cannot be reached or refuses (no login).
+    """
+    from huggingface_hub import create_repo
+
+    return create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
+
+
+def push_to_hub(args: TrainArguments) -> None:
+    """Upload everything in `output_dir`, the tracker's files included, as one commit."""
+    from huggingface_hub import upload_folder
+
+    upload_folder(
+        repo_id=hub_repository(args),
+        folder_path=args.output_dir,
+        commit_message="Trained with mingru-hf",
+        ignore_patterns=[".*"],
+    )
+
+
+def _as_tensors(dataset: Dataset) -> Dataset:
+    """Have a `datasets.Dataset` give tensors; another one already does."""
+    return dataset.with_format("torch") if hasattr(dataset, "with_format") else dataset
+
+
+def _prepare(batch: dict, device: torch.device) -> dict:
+    """Bring a batch to the device; without labels it is a language model's, whose labels are its inputs."""
+    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
+
+
+def _num_tokens(batch: dict) -> int:
+    """Count a batch's tokens, or its frames if it is of clips (B, T, C, H, W)."""
+    inputs = batch.get("input_ids", next(iter(batch.values())))
+    return inputs.shape[0] * inputs.shape[1]
+
+
+def _without_cache(model: PreTrainedModel) -> dict:
+    """Give the argument that keeps a model from returning a cache, which nobody reads here, if it has it."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator) -> float:
+    """Measure the seconds since `began`; all processes agree on it where a decision hangs on it."""
+    seconds = time.perf_counter() - began
+    if args.max_train_seconds is None or accelerator.num_processes == 1:
+        return seconds
+    return broadcast(torch.tensor(seconds, device=accelerator.device)).item()
+
+
+def _tracker_config(args: TrainArguments) -> dict:
+    """Give the arguments as trackers take them: numbers and strings alone."""
+    return {
+        name: value if isinstance(value, (int, float, str)) else str(value)
+        for name, value in dataclasses.asdict(args).items()
+    }

@@ -1,0 +1,137 @@
+"""The README.md beside the weights: what the model is, what it reached, how to load it."""
+
+from pathlib import Path
+
+import accelerate
+import datasets
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCardData
+from torch import nn
+
+from .arguments import TrainArguments
+
+METRIC_NAMES = {
+    "eval_loss": ("loss", "Validation loss (nats a token)"),
+    "eval_perplexity": ("perplexity", "Perplexity"),
+    "eval_loss_per_character": ("loss_per_character", "Validation loss (nats a character)"),
+    "eval_accuracy": ("accuracy", "Accuracy"),
+}
+LOADING = {
+    "text-generation": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mingru_hf  # pip install mingru-hf; or pass trust_remote_code=True below
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("\\n", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))""",
+    None: """\
+from transformers import {auto_class}
+
+import mingru_hf  # pip install mingru-hf; or pass trust_remote_code=True below
+
+model = {auto_class}.from_pretrained("{name}")""",
+}
+HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+def write_model_card(
+    path: str | Path,
+    model: nn.Module,
+    args: TrainArguments,
+    results: dict,
+    dataset_name: str,
+    task: str | None = None,
+    auto_class: str = "AutoModel",
+) -> None:
+    """Write a model card in the Hub's form, with the results as a `model-index`.
+
+    Args:
+        path: the README.md to write.
+        model: for its config and its number of parameters.
+        args: how it was trained.
+        results: what `train` returns.
+        dataset_name: what it was trained on, for the reader.
+        task: the Hub's pipeline tag (`text-generation`), None if it fits none.
+        auto_class: the Auto class that loads the model, for the example.
+    """
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    metrics = [
+        (kind, title, results["final"][key]) for key, (kind, title) in METRIC_NAMES.items() if key in results["final"]
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=[model.config.model_type, "generated-by-mingru-hf"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type=task or "other",
+                dataset_type="other",
+                dataset_name=dataset_name,
+                dataset_split="validation",
+                metric_type=kind,
+                metric_name=title,
+                metric_value=round(value, 6),
+            )
+            for kind, title, value in metrics
+        ],
+    )
+    sizes = [
+        (key, getattr(model.config, key))
+        for key in ("hidden_size", "hidden_sizes", "num_hidden_layers", "vocab_size")
+        if getattr(model.config, key, None) is not None
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        f"# {name}",
+        "",
+        f"`{type(model).__name__}` with {parameters:,} parameters "
+        f"({', '.join(f'{key} {value}' for key, value in sizes)}), trained on {dataset_name} "
+        "with mingru-hf.",
+        "",
+        "## Results",
+        "",
+        "The saved weights on the validation set; `metrics.json` has the curve, `loss.png` shows it.",
+        "",
+        "| Metric | Value |",
+        "|---|---|",
+        *(f"| {title} | {value:.4f} |" for _, title, value in metrics),
+        "",
+        "![Loss over the optimizer steps](loss.png)",
+        "",
+        "## Use",
+        "",
+        "```python",
+        LOADING.get(task, LOADING[None]).format(name=name, auto_class=auto_class),
+        "```",
+        "",
+        "## Training",
+        "",
+        f"{results['step']:,} optimizer steps of {results['examples_per_step']} examples "
+        f"({results['epoch']:.2f} epochs) in {results['train_seconds']:,.0f} s, "
+        f"mixed precision {results['mixed_precision']}.",
+        "",
+        *(f"- `{key}`: {getattr(args, key)}" for key in HYPERPARAMETERS),
+        "",
+        f"Transformers {transformers.__version__}, PyTorch {torch.__version__}, "
+        f"Datasets {datasets.__version__}, Accelerate {accelerate.__version__}.",
+        "",
+    ]
+    Path(path).write_text("\n".join(lines), encoding="utf-8")

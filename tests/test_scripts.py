@@ -1,0 +1,293 @@
+"""The scripts as a user runs them: on a tiny text, with a tiny model, and with mistakes."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mingru_hf import MinGRUForCausalLM
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TEXT = "".join(f"LINE {i}:\nthe cat sat on the mat, and the dog sat on log number {i}.\n\n" for i in range(150))
+TINY = ["--config_overrides", "hidden_size=16,num_hidden_layers=1", "--block_size", "32", "--use_cpu"]
+FAST = ["--mixed_precision", "no", "--num_warmup_steps", "0", "--learning_rate", "0.01", "--eval_steps", "10"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """For models this small more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def call(name, *argv):
+    """Run a script's main() in this process; accelerate forgets the run before."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(word) for word in argv])
+
+
+def run(*words, **kwargs):
+    """Run a command in a process of its own."""
+    return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def error_of(capsys, name, *argv):
+    """Run a script that must end with exit code 2 and one line, and give that line."""
+    with pytest.raises(SystemExit) as error:
+        call(name, *argv)
+    assert error.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith(f"{Path(sys.argv[0]).name}: error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+    """The directory of a character model after 40 steps."""
+    directory = tmp_path_factory.mktemp("runs") / "lm"
+    call(
+        "train_causal_lm", "--train_file", text_file, "--output_dir", directory, "--max_train_steps", 40, *TINY, *FAST
+    )
+    return directory
+
+
+# ---- train_causal_lm ----
+
+
+def test_training_leaves_a_model_that_loads_by_its_directory_alone(trained):
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert type(model) is MinGRUForCausalLM
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.decode(tokenizer("the cat\nsat").input_ids) == "the cat\nsat"
+    metrics = json.loads((trained / "metrics.json").read_text())
+    final = metrics["final"]
+    assert final["eval_loss"] == final["eval_loss_per_character"]
+    assert 0 < final["eval_loss"] < metrics["history"][0]["loss"] - 1
+    assert (trained / "loss.png").stat().st_size > 1000
+    assert "text.txt" in (trained / "README.md").read_text()
+
+
+def test_training_prints_the_loss_and_where_the_model_is(text_file, tmp_path, capsys):
+    directory = tmp_path / "lm"
+    call("train_causal_lm", "--train_file", text_file, "--output_dir", directory, "--max_train_steps", 2, *TINY, *FAST)
+    lines = capsys.readouterr().out.splitlines()
+    assert "parameters" in lines[0]
+    assert lines[-2].startswith("final validation loss")
+    assert "nats a character, perplexity" in lines[-2]
+    assert lines[-1].endswith(f"saved in {directory}")
+
+
+def test_training_goes_on_from_a_checkpoint(trained, text_file, tmp_path):
+    call(
+        "train_causal_lm",
+        *("--model_name_or_path", trained, "--train_file", text_file, "--output_dir", tmp_path / "more"),
+        *("--max_train_steps", 10, "--block_size", 32, "--use_cpu", *FAST),
+    )
+    before, after = (json.loads((d / "metrics.json").read_text()) for d in (trained, tmp_path / "more"))
+    assert after["history"][0]["loss"] < before["history"][0]["loss"] - 1
+    assert after["final"]["eval_loss"] < before["final"]["eval_loss"] + 0.1
+
+
+def test_training_with_bpe_on_json_reports_both_losses(tmp_path, capsys):
+    file = tmp_path / "text.jsonl"
+    rows = [{"id": i, "story": line} for i, line in enumerate(TEXT.split("\n\n")) if line]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    call(
+        "train_causal_lm",
+        *("--train_file", file, "--text_column_name", "story", "--cache_dir", tmp_path / "cache"),
+        *("--tokenizer_name", "bpe", "--vocab_size", 300, "--output_dir", tmp_path / "bpe"),
+        *("--max_train_steps", 2, *TINY, *FAST),
+    )
+    metrics = json.loads((tmp_path / "bpe" / "metrics.json").read_text())
+    assert 0 < metrics["final"]["eval_loss_per_character"] < metrics["final"]["eval_loss"]
+    final = capsys.readouterr().out.splitlines()[-2]
+    assert "nats a token" in final
+    assert "nats a character" in final
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "bpe")) == 300
+
+
+def test_any_other_causal_model_trains_too(text_file, tmp_path):
+    config = tmp_path / "gpt2.json"
+    config.write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}')
+    call(
+        "train_causal_lm",
+        *("--train_file", text_file, "--config_name", config, "--output_dir", tmp_path / "gpt2"),
+        *("--max_train_steps", 2, "--block_size", 32, "--use_cpu", *FAST),
+    )
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").config.model_type == "gpt2"
+
+
+def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, capsys):
+    train = ("train_causal_lm", "--output_dir", tmp_path / "run", "--use_cpu")
+    assert "holds another run" in error_of(capsys, "train_causal_lm", "--output_dir", trained, "--use_cpu")
+    assert "missing.txt" in error_of(capsys, *train, "--train_file", tmp_path / "missing.txt")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert "empty" in error_of(capsys, *train, "--train_file", empty)
+    assert "block_size" in error_of(capsys, *train, "--train_file", text_file, "--block_size", 100_000)
+    assert "no file" in error_of(capsys, *train, "--train_file", text_file, "--config_name", "missing.json")
+    assert "'x'" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "x=1")
+    assert "config" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "hidden_size=0")
+    assert "no such model" in error_of(capsys, *train, "--train_file", text_file, "--model_name_or_path", "./nothing")
+    assert "do not go with" in error_of(capsys, *train, "--model_name_or_path", trained, "--config_name", trained)
+    assert "must be positive" in error_of(capsys, *train, "--max_train_steps", 0)
+    assert "invalid int value" in error_of(capsys, *train, "--max_train_steps", "many")
+    assert "required: --output_dir" in error_of(capsys, "train_causal_lm")
+    assert not (tmp_path / "run").exists()
+
+
+# ---- generate_text ----
+
+
+def test_generation_streams_one_text(trained, capsys):
+    call("generate_text", "--model_name_or_path", trained, "--prompt", "LINE", "--max_new_tokens", 20, "--use_cpu")
+    out, err = capsys.readouterr()
+    assert out.startswith("LINE")
+    assert "a second" in err
+
+
+def test_generation_repeats_itself_with_a_seed_and_without_a_temperature(trained, tmp_path, capsys):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the dog")
+
+    def text(*argv):
+        call("generate_text", "--model_name_or_path", trained, "--max_new_tokens", 30, "--use_cpu", *argv)
+        return capsys.readouterr().out
+
+    assert text("--prompt", "the dog", "--seed", 1) == text("--prompt_file", prompt, "--seed", 1)
+    assert text("--prompt", "the dog", "--seed", 1) != text("--prompt", "the dog", "--seed", 2)
+    greedy = text("--prompt", "the dog", "--temperature", 0)
+    assert greedy == text("--prompt", "the dog", "--seed", 7, "--top_k", 1)
+    assert greedy == text("--prompt", "the dog", "--seed", 8, "--top_p", 0.0001)
+
+
+def test_generation_of_several_texts_from_nothing(trained, capsys):
+    call(
+        "generate_text",
+        *("--model_name_or_path", trained, "--max_new_tokens", 10, "--num_return_sequences", 3, "--seed", 0),
+        "--use_cpu",
+    )
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("-----")] == [
+        f"----- {i} of 3 -----" for i in (1, 2, 3)
+    ]
+    assert "<|endoftext|>" not in out
+
+
+def test_mistakes_in_generation_end_with_one_line(trained, tmp_path, capsys):
+    generate = ("generate_text", "--model_name_or_path", trained)
+    assert "no such prompt file" in error_of(capsys, *generate, "--prompt_file", tmp_path / "missing.txt")
+    assert "not allowed with" in error_of(capsys, *generate, "--prompt_file", "a", "--prompt", "b")
+    assert "temperature must be" in error_of(capsys, *generate, "--temperature", -1)
+    assert "temperature 0" in error_of(capsys, *generate, "--temperature", 0, "--num_return_sequences", 2)
+    assert "top_p must be" in error_of(capsys, *generate, "--top_p", 1.5)
+    assert "no such model" in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path / "missing")
+    assert "no config.json" in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path)
+
+
+# ---- train_selective_copying ----
+
+
+def test_selective_copying_learns_a_small_task(tmp_path, capsys):
+    call(
+        "train_selective_copying",
+        *("--num_noise_tokens", 6, "--num_memorize_tokens", 2, "--vocab_size", 4, "--output_dir", tmp_path / "run"),
+        *(
+            "--num_train_examples",
+            2000,
+            "--num_eval_examples",
+            100,
+            "--max_train_steps",
+            200,
+            "--num_warmup_steps",
+            10,
+        ),
+        *("--config_overrides", "hidden_size=4,hidden_sizes=[32,32]", "--learning_rate", 0.01, "--use_cpu"),
+    )
+    accuracy = json.loads((tmp_path / "run" / "metrics.json").read_text())["final"]["eval_accuracy"]
+    assert accuracy > 0.9  # chance: 0.5
+    assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.hidden_sizes == [32, 32]
+
+
+def test_mistakes_in_selective_copying_end_with_one_line(tmp_path, capsys):
+    copying = ("train_selective_copying", "--output_dir", tmp_path / "run", "--use_cpu")
+    assert "vocab_size" in error_of(capsys, *copying, "--vocab_size", 2)
+    assert "no file" in error_of(capsys, *copying, "--config_name", "missing.json")
+
+
+# ---- all of them, in processes of their own ----
+
+
+@pytest.mark.parametrize("name", ["train_causal_lm", "generate_text", "train_selective_copying"])
+def test_help_explains_every_option(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(name, "--help")
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert f"python scripts/{name}.py --" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_as_a_user_runs_them(text_file, tmp_path):
+    directory = tmp_path / "lm"
+    command = [sys.executable, SCRIPTS / "train_causal_lm.py", "--train_file", text_file, "--output_dir", directory]
+    trained = run(*command, "--max_train_steps", 2, *TINY, *FAST)
+    assert trained.returncode == 0, trained.stderr
+    assert "Warning" not in trained.stderr
+    sampled = run(
+        sys.executable,
+        SCRIPTS / "generate_text.py",
+        "--model_name_or_path",
+        directory,
+        "--prompt",
+        "LINE",
+        "--use_cpu",
+    )
+    assert sampled.returncode == 0, sampled.stderr
+    assert sampled.stdout.startswith("LINE")
+    assert "Warning" not in sampled.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(text_file, tmp_path):
+    """torchrun with batch 8 each, against one process with batch 16, without dropout: the same losses."""
+    metrics = {}
+    for processes, batch in ((1, 16), (2, 8)):
+        directory = tmp_path / f"by-{processes}"
+        result = run(
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
+            *(SCRIPTS / "train_causal_lm.py", "--train_file", text_file, "--output_dir", directory, *TINY, *FAST),
+            *("--max_train_steps", 20, "--per_device_train_batch_size", batch, "--logging_steps", 1),
+        )
+        assert result.returncode == 0, result.stderr
+        assert f"{processes} x cpu" in result.stdout
+        metrics[processes] = json.loads((directory / "metrics.json").read_text())
+    one, two = metrics[1], metrics[2]
+    assert one["examples_per_step"] == two["examples_per_step"] == 16
+    for a, b in zip(one["history"], two["history"], strict=True):
+        name = "loss" if "loss" in a else "eval_loss"
+        assert a[name] == pytest.approx(b[name], rel=1e-3)  # sums in another order, through 20 steps of Adam
+    assert one["final"]["eval_loss"] == pytest.approx(two["final"]["eval_loss"], rel=1e-3)

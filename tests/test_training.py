@@ -1,0 +1,493 @@
+"""The training loop: what a step sees, what it updates, what is kept on disk, when it stops."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.training import loop
+from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace
+from mingru_hf.training.checkpoints import check_output_dir, save_pretrained, write_json
+from mingru_hf.training.loop import BatchStream, evaluate, resolve_mixed_precision, start, summary, train
+from mingru_hf.training.models import load_pretrained, make_config, parse_overrides
+from mingru_hf.training.optim import make_optimizer, make_schedule, parameter_groups
+
+# Sums of the same float32 numbers in another order, through a few steps of Adam, which divides by small roots.
+ORDER_OF_SUMS = {"rtol": 1e-3, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process():
+    """accelerate keeps device and precision for the whole process: forget them between tests.
+
+    One thread: for models this small more of them only wait for each other.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def args(tmp_path):
+    """Make arguments of a tiny run; keywords change them."""
+
+    def make(**changes):
+        values = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "per_device_eval_batch_size": 5,
+            "max_train_steps": 4,
+            "num_warmup_steps": 0,
+            "logging_steps": 1,
+            "eval_steps": 1000,  # at the end alone, for speed
+            "mixed_precision": "no",
+            "use_cpu": True,
+        }
+        return TrainArguments(**(values | changes))
+
+    return make
+
+
+def make_model():
+    torch.manual_seed(1)
+    return MinGRUForCausalLM(MinGRUConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, initializer_range=0.2))
+
+
+def make_blocks(num_examples, seed=0):
+    """Rows of 12 tokens that count up from a random one, so that there is something to learn."""
+    starts = torch.randint(7, (num_examples, 1), generator=torch.Generator().manual_seed(seed))
+    return Dataset.from_dict({"input_ids": ((starts + torch.arange(12)) % 7).tolist()})
+
+
+def run(args, model=None, **kwargs):
+    """Train a tiny model on 16 examples, validate on 13."""
+    accelerator = start(args)
+    model = make_model() if model is None else model
+    return model, train(model, make_blocks(16), make_blocks(13, seed=1), args, accelerator, **kwargs)
+
+
+# ---- what a step sees ----
+
+
+def test_an_epoch_sees_every_example_once_in_a_new_order():
+    stream = iter(BatchStream(num_examples=12, batch_size=4, seed=3))
+    epochs = [[i for _ in range(3) for i in next(stream)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    other = iter(BatchStream(num_examples=12, batch_size=4, seed=4))
+    assert [i for _ in range(3) for i in next(other)] != epochs[0]
+
+
+def test_batches_are_never_short_even_of_a_tiny_dataset():
+    stream = iter(BatchStream(num_examples=3, batch_size=8, seed=0))
+    assert [len(next(stream)) for _ in range(4)] == [8, 8, 8, 8]
+
+
+def test_processes_share_the_batches_of_one():
+    whole = iter(BatchStream(num_examples=10, batch_size=4, seed=0))
+    parts = [iter(BatchStream(10, 2, 0, process_index=rank, num_processes=2)) for rank in range(2)]
+    for _ in range(7):
+        assert next(whole) == next(parts[0]) + next(parts[1])
+
+
+# ---- what it updates ----
+
+
+def test_matrices_decay_and_norms_and_biases_do_not():
+    model = make_model()
+    decay, keep = parameter_groups(model, 0.3)
+    assert (decay["weight_decay"], keep["weight_decay"]) == (0.3, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying, kept = ({names[id(p)] for p in group["params"]} for group in (decay, keep))
+    assert decaying | kept == set(names.values())
+    assert not decaying & kept
+    assert all(name.endswith("weight") and "norm" not in name for name in decaying)
+    assert all("norm" in name or name.endswith("bias") for name in kept)
+    assert decaying
+    assert kept
+
+
+def test_tied_weights_are_optimized_once(args):
+    model = MinGRUForCausalLM(
+        MinGRUConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, tie_word_embeddings=True)
+    )
+    parameters = [p for group in make_optimizer(model, args()).param_groups for p in group["params"]]
+    assert len(parameters) == len({id(p) for p in parameters}) == len(list(model.parameters()))
+
+
+def test_the_optimizer_is_fused_and_refuses_a_frozen_model(args):
+    model = make_model()
+    assert make_optimizer(model, args()).defaults["fused"]
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        make_optimizer(model.requires_grad_(False), args())
+
+
+def test_gradient_accumulation_equals_a_bigger_batch(args, tmp_path):
+    whole, result = run(args(output_dir=str(tmp_path / "whole")))
+    AcceleratorState._reset_state()
+    pieces, result_of_pieces = run(
+        args(output_dir=str(tmp_path / "pieces"), per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    )
+    assert result["examples_per_step"] == result_of_pieces["examples_per_step"] == 4
+    for a, b in zip(result["history"], result_of_pieces["history"], strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-4)
+    torch.testing.assert_close(whole.state_dict(), pieces.state_dict(), **ORDER_OF_SUMS)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(args, tmp_path):
+    def weights(name, seed):
+        AcceleratorState._reset_state()
+        return run(args(output_dir=str(tmp_path / name), seed=seed))[0].state_dict()
+
+    first = weights("a", 5)
+    torch.testing.assert_close(first, weights("b", 5), rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(first, weights("c", 6), rtol=0, atol=0)
+
+
+def test_gradients_are_clipped(args, tmp_path, monkeypatch):
+    """With a bound near 0 AdamW still moves (it divides by the norm), so look at the norms themselves."""
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *a, **k):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients])).item())
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(args(output_dir=str(tmp_path / "clipped"), max_grad_norm=1e-3))
+    AcceleratorState._reset_state()
+    run(args(output_dir=str(tmp_path / "free"), max_grad_norm=0))
+    assert norms[:4] == pytest.approx([1e-3] * 4, rel=1e-2)
+    assert min(norms[4:]) > 1e-2
+
+
+# ---- the learning rate ----
+
+
+def test_the_schedule_warms_up_and_falls(args):
+    rate = make_schedule(args(num_warmup_steps=10, learning_rate=0.5, lr_scheduler_type="linear"), 110)
+    assert [rate(step, 0) for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.25, 0.5, 0.25, 0])
+
+
+def test_a_budget_of_seconds_sets_the_schedule_by_the_time_that_has_passed(args):
+    rate = make_schedule(
+        args(max_train_seconds=60, num_warmup_steps=9, learning_rate=1.0, lr_scheduler_type="linear"), None
+    )
+    assert [rate(100, share) for share in (0, 0.25, 1)] == pytest.approx([1, 0.75, 0])
+    assert [rate(step, 0) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
+
+
+def test_more_arguments_of_the_schedule(args):
+    rate = make_schedule(
+        args(learning_rate=1.0, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr_rate": 0.1}'),
+        100,
+    )
+    assert rate(100, 0) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="cosine_with_min_lr"):
+        make_schedule(args(lr_scheduler_type="cosine_with_min_lr"), 100)
+
+
+# ---- when it stops ----
+
+
+def test_epochs_make_steps(args):
+    _, result = run(args(max_train_steps=None, num_train_epochs=1.5))
+    assert result["step"] == 6
+    assert result["epoch"] == 1.5
+
+
+def test_a_budget_of_seconds_is_kept(args):
+    _, result = run(args(max_train_steps=None, max_train_seconds=1.5, logging_steps=1000, eval_steps=None))
+    assert 1.5 <= result["train_seconds"] < 2.5
+    assert result["step"] > 5
+    assert 5 <= sum("eval_loss" in record for record in result["history"]) <= 10
+    assert result["history"][-2]["learning_rate"] < 1e-4  # the cosine has come down
+
+
+def test_steps_end_a_budget_of_seconds_early(args):
+    _, result = run(args(max_train_steps=3, max_train_seconds=600))
+    assert result["step"] == 3
+
+
+def test_early_stopping_and_the_best_weights(args, monkeypatch):
+    """Losses as if the second evaluation were the best: its weights are kept, and two worse ones end the run."""
+    losses, seen = iter([3.0, 2.0, 2.5, 2.0, 1.0]), []
+
+    def fake(model, *args, **kwargs):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"eval_loss": next(losses), "eval_perplexity": 1.0}
+
+    monkeypatch.setattr(loop, "evaluate", fake)
+    model, result = run(args(max_train_steps=50, eval_steps=1, early_stopping_patience=2))
+    assert result["step"] == 4
+    assert result["best"]["step"] == 2
+    torch.testing.assert_close(model.state_dict(), seen[1], rtol=0, atol=0)
+    assert (seen[1]["lm_head.weight"] != seen[3]["lm_head.weight"]).any()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"nan at step 1.*learning_rate"):
+        run(args(), model)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# ---- evaluation ----
+
+
+def test_evaluation_is_the_mean_over_all_targets(args):
+    """Batches of 5, 5 and 3 rows, a different number of labels a row."""
+    arguments = args()
+    accelerator = start(arguments)
+    model, blocks = make_model().eval(), make_blocks(13)
+    labels = torch.tensor(blocks["input_ids"])
+    for row in range(13):
+        labels[row, 12 - row % 7 :] = -100
+    dataset = blocks.add_column("labels", labels.tolist())
+    scores = evaluate(
+        model,
+        dataset,
+        arguments,
+        accelerator,
+        metrics={"constant": lambda logits, labels: torch.tensor(0.25)},
+        characters_per_token=2.0,
+    )
+    with torch.no_grad():
+        logits = model(torch.tensor(blocks["input_ids"])).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+    assert scores["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert scores["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    assert scores["eval_loss_per_character"] == pytest.approx(expected / 2, rel=1e-6)
+    assert scores["eval_constant"] == pytest.approx(0.25)
+
+
+def test_evaluation_without_a_target_is_an_error(args):
+    arguments = args()
+    dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100] * 3]})
+    with pytest.raises(ValueError, match="no target"):
+        evaluate(make_model(), dataset, arguments, start(arguments))
+
+
+def test_evaluations_on_a_part_and_the_final_one_on_all(args, monkeypatch):
+    sizes, evaluate_ = [], loop.evaluate
+
+    def spy(model, dataset, *args, **kwargs):
+        sizes.append(len(dataset))
+        return evaluate_(model, dataset, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    run(args(max_train_steps=2, eval_steps=1, max_eval_samples=3))
+    assert sizes == [3, 3, 13]
+
+
+def test_one_line_of_summary():
+    scores = {"eval_loss": 1.5, "eval_perplexity": math.exp(1.5)}
+    assert summary(scores) == "validation loss 1.5000 nats a token, perplexity 4.482"
+    assert "1.5000 nats a character" in summary(scores | {"eval_loss_per_character": 1.5})
+    both = summary(scores | {"eval_loss_per_character": 0.5, "eval_accuracy": 0.25})
+    assert both == "validation loss 1.5000 nats a token, 0.5000 nats a character, perplexity 4.482, accuracy 0.2500"
+
+
+# ---- what is kept ----
+
+
+def test_the_saved_model_evaluates_to_the_logged_loss(args, tmp_path):
+    arguments = args(max_train_steps=20, learning_rate=0.01, eval_steps=10)
+    model, result = run(arguments, dataset_name="counting", task="text-generation")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(saved.state_dict(), model.state_dict(), rtol=0, atol=0)
+    AcceleratorState._reset_state()
+    again = evaluate(saved, make_blocks(13, seed=1), arguments, loop.Accelerator(cpu=True))
+    assert again == pytest.approx(result["final"], rel=1e-6)
+    assert result["final"]["eval_loss"] == pytest.approx(result["best"]["eval_loss"], rel=1e-6)
+    assert result["final"]["eval_loss"] < 1.5 < result["history"][0]["loss"]
+
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics == result
+    assert metrics["arguments"]["learning_rate"] == 0.01
+    assert [record["step"] for record in metrics["history"] if "eval_loss" in record] == [10, 20]
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.startswith("---\n")
+    for part in ("model-index", "pipeline_tag: text-generation", "counting", f"{result['final']['eval_loss']:.4f}"):
+        assert part in card
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_the_directory_of_another_run_is_refused_and_its_files_stay(args, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "notes.txt").write_text("mine")
+    check_output_dir(directory)  # notes are no run
+    (directory / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds another run \(config.json\).*--overwrite_output_dir"):
+        start(args())
+    _, result = run(args(overwrite_output_dir=True))
+    assert result["step"] == 4
+    assert (directory / "notes.txt").read_text() == "mine"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        check_output_dir(tmp_path / "file")
+
+
+def test_a_crash_while_saving_leaves_the_files_before_it_whole(tmp_path):
+    class Half:
+        def save_pretrained(self, directory):
+            (directory / "model.safetensors").write_text("half")
+            raise OSError("disk full")
+
+    save_pretrained(tmp_path, make_model())
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(tmp_path, Half())
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    save_pretrained(tmp_path, make_model(), None)
+    assert not (tmp_path / ".incomplete").exists()
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "config.json", {"a": object()})
+    json.loads((tmp_path / "config.json").read_text())
+
+
+def test_tracking_writes_tensorboard_files(args, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(args(with_tracking=True))
+    assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def create_repo(name, exist_ok):
+        calls.append(("create", name))
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: calls.append(("upload", kwargs["repo_id"])))
+    run(args(push_to_hub=True, hub_model_id="counting"))
+    assert calls[0] == ("create", "counting")
+    assert calls[-1] == ("upload", "me/counting")
+
+
+# ---- mixed precision ----
+
+
+def test_bfloat16_trains(args):
+    _, result = run(args(mixed_precision="bf16", max_train_steps=20, learning_rate=0.01))
+    assert result["mixed_precision"] == "bf16"
+    assert result["final"]["eval_loss"] < 1.5
+
+
+def test_auto_is_bfloat16_where_the_cpu_has_it(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert resolve_mixed_precision("auto", use_cpu=True) == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert resolve_mixed_precision("auto", use_cpu=True) == "no"
+    assert resolve_mixed_precision("fp16") == "fp16"
+
+
+def test_fp16_on_a_cpu_is_refused(args):
+    with pytest.raises(ValueError, match="fp16"):
+        start(args(mixed_precision="fp16"))
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be positive, not 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive"),
+        ({"max_train_seconds": -1.0}, "max_train_seconds must be positive"),
+        ({"num_warmup_steps": -1}, "num_warmup_steps must be 0 or more"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must lie in"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of auto, no, bf16, fp16"),
+        ({"hub_model_id": "me/it"}, "push_to_hub"),
+        ({"lr_scheduler_kwargs": "min=1"}, "not JSON"),
+        ({"lr_scheduler_kwargs": "[1]"}, "JSON object"),
+    ],
+)
+def test_impossible_arguments_are_refused(args, change, message):
+    with pytest.raises(ValueError, match=message):
+        args(**change)
+
+
+def test_empty_datasets_are_refused(args):
+    arguments = args()
+    with pytest.raises(ValueError, match="validation set has no examples"):
+        train(make_model(), make_blocks(4), make_blocks(0), arguments, start(arguments))
+
+
+def test_every_field_is_an_option_with_its_default():
+    parser = ArgumentParser(prog="x")
+    add_arguments(parser, TrainArguments, max_train_steps=7)
+    parsed = from_namespace(TrainArguments, parser.parse_args(["--output_dir", "out", "--use_cpu", "--seed", "3"]))
+    assert parsed == TrainArguments(output_dir="out", use_cpu=True, seed=3, max_train_steps=7)
+
+
+def test_a_wrong_option_ends_with_one_line(capsys):
+    parser = ArgumentParser(prog="x")
+    with pytest.raises(SystemExit) as error, parser.user_errors():
+        raise ValueError("two\nlines")
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "x: error: two lines\n"
+
+
+# ---- configs and checkpoints by name ----
+
+
+def test_overrides_are_json_and_may_hold_lists():
+    parsed = parse_overrides("hidden_sizes=[8, 16],use_mlp=false,hidden_act=relu, expand=1.5")
+    assert parsed == {"hidden_sizes": [8, 16], "use_mlp": False, "hidden_act": "relu", "expand": 1.5}
+    assert parse_overrides(None) == {}
+
+
+def test_a_config_is_made_from_file_values_and_overrides(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "mingru", "hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 5}')
+    for name in (str(path), str(tmp_path)):
+        config = make_config(name, "num_hidden_layers=3", vocab_size=11)
+        assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (8, 3, 11)
+    assert make_config(None, "hidden_size=12", vocab_size=4).hidden_size == 12
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        (None, None, "no file"),
+        ("{", None, "not JSON"),
+        ("[]", None, "no JSON object"),
+        ("{}", "nonsense=1", "no field 'nonsense'"),
+        ("{}", "hidden_size", "expected name=value"),
+        ("{}", "hidden_size=-4", "config"),
+        ("{}", "hidden_size=wide", "config"),
+    ],
+)
+def test_impossible_configs_are_refused(tmp_path, content, overrides, message):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make_config(str(path), overrides)
+
+
+def test_a_directory_without_a_model_is_not_asked_for_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such model directory"):
+        load_pretrained(AutoModelForCausalLM, tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_pretrained(AutoModelForCausalLM, tmp_path)
