@@ -1,0 +1,63 @@
+"""The README's snippets run as printed, and its commands are understood by the scripts."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers.utils import logging
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.data.text import build_tokenizer
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    line
+    for language, text in BLOCKS
+    if language == "bash"
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.startswith("python ")
+]
+
+
+@pytest.fixture
+def demo_directory(tmp_path, monkeypatch):
+    """A working directory in which `make demo` might have run: a tiny model in runs/demo."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer("char", ["ROMEO:\n\nJULIET:\nabcdefghijklmnopqrstuvwxyz ,.'!"])
+    config = MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, pad_token_id=0)
+    MinGRUForCausalLM(config).save_pretrained("runs/demo")
+    tokenizer.save_pretrained("runs/demo")
+
+
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+@pytest.mark.usefixtures("demo_directory")
+def test_snippets_run_as_printed(index):
+    exec(compile(SNIPPETS[index], f"README snippet {index}", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_commands_are_understood(command, monkeypatch):
+    """Parsed by the script itself; a file that only a user has is not looked for."""
+    _, script, *arguments = shlex.split(command)
+    parse_args = runpy.run_path(str(ROOT / script))["parse_args"]
+    parse_args(arguments)
+
+
+def test_files_named_in_the_readme_exist():
+    tree = README[README.index("## The tree") :]
+    for name in re.findall(r"^  (\w+\.py) ", tree, flags=re.MULTILINE):
+        assert (ROOT / "mingru_hf" / name).is_file(), name
+    for name in re.findall(r"`(\w+\.json)`", README):
+        found = (ROOT / "scripts" / "configs" / name).is_file()
+        assert found or name == "metrics.json", name
+
+
+def test_snippets_say_nothing_they_should_not(demo_directory, caplog, capfd):
+    logging.set_verbosity_warning()
+    exec(compile(SNIPPETS[0], "README", "exec"), {})
+    assert "warning" not in capfd.readouterr().err.lower()
