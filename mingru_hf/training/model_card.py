@@ -21,7 +21,7 @@ LOADING = {
     "text-generation": """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import mingru_hf  # pip install mingru-hf; or pass trust_remote_code=True below
+import mingru_hf  # registers MinGRU with the Auto classes
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
@@ -30,7 +30,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=Tr
     None: """\
 from transformers import {auto_class}
 
-import mingru_hf  # pip install mingru-hf; or pass trust_remote_code=True below
+import mingru_hf  # registers MinGRU with the Auto classes
 
 model = {auto_class}.from_pretrained("{name}")""",
 }
