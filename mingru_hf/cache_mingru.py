@@ -27,8 +27,9 @@ class MinGRUCacheLayer(CacheLayerMixin):
     _layer_type = "mingru"
     is_croppable = True
     supports_early_init = False
-    # States kept over several calls while recording. One call that records more keeps all of its own.
-    max_recorded_steps = 256
+    # States kept at least while recording, over several calls if need be: an assistant model drafts its tokens in one
+    # call each before some of them are taken back.
+    min_recorded_steps = 256
 
     def __init__(self, **kwargs) -> None:
         super().__init__()
@@ -52,6 +53,12 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """Rows held; -1 before the first step."""
         return -1 if self.states is None else self.states.shape[0]
 
+    def num_to_record(self, requested: int | None, num_steps: int) -> int:
+        """How many states of a call of `num_steps` steps to hand to `append`, if `requested` may be cropped."""
+        if not self.record_past:
+            return 1
+        return num_steps if requested is None else min(num_steps, max(requested, self.min_recorded_steps))
+
     def append(self, states: Tensor, windows: Tensor | None, num_steps: int) -> None:
         """Take over the states after the last R of `num_steps` steps just run.
 
@@ -68,7 +75,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
                 num_steps == 1,
             )
         elif self.states is not None and complete:  # no gap between the old states and the new
-            limit = max(self.max_recorded_steps, num_steps)
+            limit = max(self.min_recorded_steps, num_steps)
             states = torch.cat([self.states, states], dim=1)[:, -limit:]
             windows = None if windows is None else torch.cat([self.windows, windows], dim=1)[:, -limit:]
         # Copies where these are slices: a slice would keep the states of the whole forward pass in memory.

@@ -41,6 +41,10 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
     return nn.Identity()
 
 
+# What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's.
+_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index"}
+
+
 class MinGRUConv(nn.Module):
     """Causal depthwise convolution over the last K real tokens of the same document, padding skipped."""
 
@@ -190,7 +194,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        num_recorded: int = 1,
+        num_recorded: int | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Run the block and leave its state in the cache.
@@ -199,14 +203,14 @@ class MinGRUBlock(GradientCheckpointingLayer):
             hidden_states: (B, T, E).
             mask: (B, T) False at padding; None for no padding.
             reset: (B, T) True at the first token of a document; None for none.
-            num_recorded: states to keep for `cache.crop`, counted from the last token.
+            num_recorded: states that a cache recording its past is to keep at least; None: all of this call's.
             cache: the model's cache, or None.
 
         Returns:
             (B, T, F) hidden states.
         """
         layer = None if cache is None else cache.layers[self.layer_idx]
-        num_recorded = 0 if layer is None else num_recorded if layer.record_past else 1
+        num_recorded = 0 if layer is None else layer.num_to_record(num_recorded, hidden_states.shape[1])
         windows = None
         if self.conv is not None:
             window = None if layer is None else layer.window
@@ -286,8 +290,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
             cache: the state to go on from; it is updated in place.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
             use_cache: return the state after the last token. None: config.use_cache, but not in training.
-            num_recorded: with a cache that records its past, the states to keep, counted from the last token.
-                None: all.
+            num_recorded: with a cache that records its past, the steps at the end of this call that `crop` may take
+                back. None: all.
             **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,)
                 mark the documents of packed rows as transformers' collators do.
 
@@ -298,7 +302,11 @@ class MinGRUModel(MinGRUPreTrainedModel):
         Raises:
             ValueError: if both or neither of input_ids and inputs_embeds are given, a token id is out of range, a
                 mask does not fit, or the cache belongs to another kind of model or batch.
+            TypeError: if an argument is unknown.
         """
+        if not _KNOWN_KWARGS.issuperset(kwargs):
+            unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
+            raise TypeError(f"{type(self).__name__}.forward() knows no argument {unknown}.")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -319,7 +327,6 @@ class MinGRUModel(MinGRUPreTrainedModel):
         batch, steps = inputs_embeds.shape[:2]
         mask = self._padding_mask(attention_mask, batch, steps)
         reset = self._document_starts(mask, position_ids, cache, batch, steps, **kwargs)
-        num_recorded = steps if num_recorded is None else min(num_recorded, steps)
 
         hidden_states = self.embedding_dropout(inputs_embeds)
         for block in self.layers[: self.config.num_hidden_layers]:
@@ -453,7 +460,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as `MinGRUModel.forward`.
         """
-        # generate() asks for just the logits it may accept or take back, so no older state is needed either.
+        # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.
         num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
         outputs = self.model(
             input_ids=input_ids,

@@ -1,5 +1,6 @@
 """The text models: padding, packing, caching, generation, heads, saving, and parity with torch-mingru's models."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
 
 import mingru_hf
@@ -259,6 +262,24 @@ def test_prompt_lookup_gives_the_greedy_tokens(model, input_ids):
     )
 
 
+@pytest.mark.parametrize("roles", ["assisted by its like", "assisted by GPT-2", "assistant of GPT-2"])
+def test_assisted_decoding_gives_the_greedy_tokens(model, input_ids, roles):
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():  # agrees often, not always
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
+    main, assistant = {
+        "assisted by its like": (model, other),
+        "assisted by GPT-2": (model, gpt2),
+        "assistant of GPT-2": (gpt2, model),
+    }[roles]
+    for each in (main, assistant):
+        each.generation_config.update(eos_token_id=39, pad_token_id=0, bos_token_id=1)
+    ids = input_ids[:1]
+    expected = main.generate(ids, max_new_tokens=20)
+    assert torch.equal(main.generate(ids, max_new_tokens=20, assistant_model=assistant), expected)
+
+
 def test_generation_from_nothing(model):
     model.generation_config.bos_token_id = 1
     assert model.generate(max_new_tokens=3).shape == (1, 4)
@@ -445,6 +466,11 @@ def test_the_papers_block_written_by_hand(input_ids):
 def test_wrong_input_is_named(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model(**kwargs)
+
+
+def test_unknown_arguments_are_not_swallowed(model, input_ids):
+    with pytest.raises(TypeError, match="attention_maks"):
+        model(input_ids, attention_maks=torch.ones_like(input_ids))
 
 
 def test_nothing_is_logged_while_saving_and_loading(tmp_path, model, caplog):

@@ -1,0 +1,244 @@
+#!/usr/bin/env python
+"""Time a MinGRU language model beside others of the same width and depth: training and decoding.
+
+    python scripts/benchmark_lm.py --dtype float32
+    python scripts/benchmark_lm.py --dtype bfloat16 --threads 1 --json runs/lm.json
+
+The models take turns, so that a busy machine slows all of them alike; quoted are medians and their ratios. The
+log-scan model is torch-mingru's text model, rebuilt here over the log-space scan that it uses.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
+
+
+class LogScanLM(nn.Module):
+    """torch-mingru's text model as its users run it: LayerNorm, log-space scan, residual, a layer at a time."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(num_layers))
+        self.projections = nn.ModuleList(nn.Linear(hidden_size, 2 * hidden_size) for _ in range(num_layers))
+        self.final_norm = nn.LayerNorm(hidden_size, bias=False)
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)  # (B, T, D)
+        for norm, projection in zip(self.norms, self.projections, strict=True):
+            states = mingru_scan(projection(norm(x)).float(), backend="log")
+            x = x + states.to(x.dtype)
+        return self.head(self.final_norm(x))
+
+
+class GRULM(nn.Module):
+    """A language model on torch.nn.GRU."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, hidden_size)
+        self.rnn = nn.GRU(hidden_size, hidden_size, num_layers, batch_first=True)
+        self.head = nn.Linear(hidden_size, vocab_size)
+
+    def forward(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, state = self.rnn(self.embedding(ids), state)
+        return self.head(out), state
+
+
+class MatrixProducts(nn.Module):
+    """The matrix products of the MinGRU model alone, with as little around them as gradients need: the roofline."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.projections = nn.ModuleList(
+            nn.Linear(hidden_size, 2 * hidden_size, bias=False) for _ in range(num_layers)
+        )
+        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
+        self.hidden_size = hidden_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for projection in self.projections:
+            x = projection(x)[..., : self.hidden_size]
+        return self.head(x)
+
+
+def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """Make the models to compare, by name; ours comes first."""
+    sizes = (args.vocab_size, args.hidden_size, args.num_layers)
+    common = {"vocab_size": args.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    longest = max(args.sequence_length, args.decode_steps + 1)
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "MinGRU": lambda: MinGRUForCausalLM(
+            MinGRUConfig(
+                **common,
+                hidden_size=args.hidden_size,
+                num_hidden_layers=args.num_layers,
+                expand=1,
+                conv_kernel=0,
+                use_mlp=False,
+            )
+        ),
+        "log scan": lambda: LogScanLM(*sizes),
+        "torch.nn.GRU": lambda: GRULM(*sizes),
+        "GPT-2": lambda: GPT2LMHeadModel(
+            GPT2Config(
+                **common, n_embd=args.hidden_size, n_layer=args.num_layers, n_head=args.num_heads, n_positions=longest
+            )
+        ),
+        "Mamba": lambda: MambaForCausalLM(
+            MambaConfig(**common, hidden_size=args.hidden_size, num_hidden_layers=args.num_layers)
+        ),
+    }
+    unknown = set(args.models or ()) - set(makers)
+    if unknown:
+        raise ValueError(f"--models: unknown {', '.join(sorted(unknown))}; known: {', '.join(makers)}.")
+    return {name: make() for name, make in makers.items() if not args.models or name in args.models}
+
+
+def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[], None]:
+    """One update on the batch `ids` (B, T): forward, loss, backward, AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = model(ids, use_cache=False) if isinstance(model, PreTrainedModel) else model(ids)
+        logits = output.logits if isinstance(model, PreTrainedModel) else output
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def matrix_product_step(model: nn.Module, ids: Tensor, hidden_size: int, autocast: bool) -> Callable[[], None]:
+    """Forward and backward of the matrix products alone."""
+    x = torch.randn(*ids.shape, hidden_size, requires_grad=True)
+    grad = torch.randn(*ids.shape, model.head.out_features)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(x)
+        out.backward(grad.to(out.dtype))
+        model.zero_grad()
+
+    return step
+
+
+def decoder(model: nn.Module, batch_size: int, steps: int, vocab_size: int) -> Callable[[], None] | None:
+    """`steps` greedy tokens through the model's own cache; None for a model without one."""
+    first = torch.zeros(batch_size, 1, dtype=torch.long)
+
+    @torch.inference_mode()
+    def decode() -> None:
+        ids, state = first, None
+        cache = DynamicCache(config=model.config) if isinstance(model, PreTrainedModel) else None
+        for _ in range(steps):
+            if cache is not None:
+                logits = model(ids, cache=cache, use_cache=True).logits
+            else:
+                logits, state = model(ids, state)
+            ids = logits[:, -1:].argmax(-1)
+
+    return None if isinstance(model, LogScanLM) else decode
+
+
+def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each step, all of them taking turns; one round before is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if round_ > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def share_of_scan(step: Callable[[], None]) -> float:
+    """Share of a training step's CPU time inside the scan operator, forward and backward."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    events = recorded.key_averages()
+    scan = sum(event.cpu_time_total for event in events if event.key.startswith("mingru_hf") and "::scan" in event.key)
+    return scan / sum(event.self_cpu_time_total for event in events)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--num_layers", type=int, default=6)
+    parser.add_argument("--num_heads", type=int, default=6, help="of GPT-2")
+    parser.add_argument("--vocab_size", type=int, default=96)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--decode_steps", type=int, default=64, help="tokens a decoding round")
+    parser.add_argument("--models", nargs="+", help="only these; default: all")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    try:
+        models = build_models(args)
+    except ValueError as error:
+        parser.error(str(error))
+    ids = torch.randint(0, args.vocab_size, (args.batch_size, args.sequence_length))
+    autocast = args.dtype == "bfloat16"
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {args.threads} threads, {args.dtype}; "
+        f"{args.num_layers} layers, {args.hidden_size} wide, "
+        f"vocabulary {args.vocab_size}, B={args.batch_size}, T={args.sequence_length}"
+    )
+
+    steps = {name: training_step(model, ids, autocast) for name, model in models.items()}
+    products = MatrixProducts(args.vocab_size, args.hidden_size, args.num_layers)
+    steps["matrix products"] = matrix_product_step(products, ids, args.hidden_size, autocast)
+    seconds = interleave(steps, args.rounds)
+    reference = next(iter(models))
+    report: dict[str, dict] = {"training": {}, "decoding": {}}
+    print(f"\ntraining           parameters   tokens/s   time of a step over {reference}'s")
+    for name, value in seconds.items():
+        module = models.get(name, products)
+        count = sum(parameter.numel() for parameter in module.parameters())
+        tokens = ids.numel() / value
+        ratio = value / seconds[reference]
+        report["training"][name] = {"parameters": count, "tokens_per_second": tokens, "ratio": ratio}
+        print(f"{name:18} {count:10,} {tokens:10,.0f}   {ratio:8.2f}")
+    if reference == "MinGRU":
+        report["share_of_scan"] = share_of_scan(steps["MinGRU"])
+        print(f"MinGRU: {100 * report['share_of_scan']:.0f} % of a step's CPU time in the scan")
+
+    decoders: dict[int, dict[str, float]] = {}
+    for model in models.values():
+        model.eval()
+    for batch_size in (1, args.batch_size):
+        makers = {n: decoder(m, batch_size, args.decode_steps, args.vocab_size) for n, m in models.items()}
+        decoders[batch_size] = interleave({n: run for n, run in makers.items() if run is not None}, args.rounds)
+    print(f"\ndecoding, ms a step      B=1   B={args.batch_size}   over {args.decode_steps} steps from an empty cache")
+    for name in decoders[1]:
+        times = [1e3 * decoders[batch_size][name] / args.decode_steps for batch_size in decoders]
+        report["decoding"][name] = dict(zip(("ms_1", f"ms_{args.batch_size}"), times, strict=True))
+        print(f"{name:20} {times[0]:8.2f} {times[1]:6.2f}")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps({"arguments": vars(args), **report}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
