@@ -1,16 +1,18 @@
 """The recurrent state as a layer of transformers' own caches.
 
-Importing this file makes `DynamicCache(config=model.config)` build `MinGRUCacheLayer`s for a MinGRU model. A layer
-holds a state of fixed size, and yet does what an attention layer's cache does: it counts tokens, so generate() can
-slice prompts, continue over turns and prefill in pieces, and with `activate_past_recording()` it keeps the last few
-states, so that `crop` rolls back exactly.
+Importing this file makes `DynamicCache(config=model.config)` build `MinGRUCacheLayer`s for a MinGRU model, and
+`StaticCache` their twins in fixed memory. A layer holds a state of fixed size, and yet does what an attention layer's
+cache does: it counts tokens, so generate() can slice prompts, continue over turns and prefill in pieces, and with
+`activate_past_recording()` it keeps the last states, so that `crop` rolls back exactly.
 
 Legend: B batch, R recorded steps, D channels of the state, W the convolution's window (taps - 1), E its channels.
 """
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+from .scan import initial_state
 
 
 class MinGRUCacheLayer(CacheLayerMixin):
@@ -178,4 +180,56 @@ class MinGRUCacheLayer(CacheLayerMixin):
             self.windows = function(self.windows)
 
 
-__all__ = ["MinGRUCacheLayer"]
+class MinGRUStaticCacheLayer(MinGRUCacheLayer):
+    """The same in tensors that stay where they are, for compiled decoding steps and CUDA graphs.
+
+    The first call makes the tensors; later ones copy into them. The number of tokens is a tensor too, so that counting
+    does not compile anew. While the past is recorded the layer is as dynamic as its twin.
+
+    Args:
+        max_cache_len: not needed, since the state has one size for any number of tokens.
+    """
+
+    _layer_type = None  # set below: at this place it would take the dynamic layer's entry
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
+        super().__init__()
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the tensors have a fixed place, which they have unless the past is recorded."""
+        return not self.record_past
+
+    def append(self, states: Tensor, windows: Tensor | None, num_steps: int) -> None:
+        """As in MinGRUCacheLayer, into the tensors made by the first call."""
+        if self.record_past:
+            super().append(states, windows, num_steps)
+            return
+        states, windows = states[:, -1:], None if windows is None else windows[:, -1:]
+        if self.states is None:
+            self.states = states.clone()
+            self.windows = None if windows is None else windows.clone()
+            self.seq_length = torch.zeros((), dtype=torch.long, device=states.device)
+            self.is_initialized = True
+        else:
+            self.states.copy_(states)
+            if windows is not None:
+                self.windows.copy_(windows)
+        self.seq_length += num_steps
+
+    def reset(self) -> None:
+        """Forget all steps, keeping the tensors: the next step starts from g(0) = 0.5."""
+        if self.states is not None and not self.record_past:
+            self.states.copy_(initial_state(self.states, self.states.shape))
+            if self.windows is not None:
+                self.windows.zero_()
+            self.seq_length.zero_()
+        else:
+            super().reset()
+
+
+MinGRUStaticCacheLayer._layer_type = MinGRUCacheLayer._layer_type
+STATIC_LAYER_TYPE_MAPPING[MinGRUCacheLayer._layer_type] = MinGRUStaticCacheLayer
+
+
+__all__ = ["MinGRUCacheLayer", "MinGRUStaticCacheLayer"]

@@ -401,7 +401,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
             return None
         if mask is not None:
             reset = reset & mask  # generate() gives padding the position 0
-        if cache is None or cache.get_seq_length() == 0:
+        if cache is None or cache.layers[0].state is None:
             # A row's first real token starts from g(0) in any case.
             if mask is None:
                 reset = F.pad(reset[:, 1:], (1, 0))
@@ -430,6 +430,24 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         self.model = MinGRUModel(config)
         self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        """As in GenerationMixin, less the positions after the prefill: there no document starts."""
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("cache") is not None:
+            inputs.pop("position_ids", None)
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs) -> Tensor | None:
+        """The mask of a step with a static cache: that of the step's own tokens, or None for a generated one."""
+        steps = inputs_embeds.shape[1]
+        if attention_mask is None or (steps == 1 and cache.layers[0].state is not None):
+            return None
+        return attention_mask[:, -steps:]
+
+    def _get_static_cache_init_shape(self):
+        return None  # there are no heads: the layers make their tensors themselves
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")

@@ -20,7 +20,7 @@ ALLOWED = {
     "scan_triton": set(),
     "scan": {"scan_numba", "scan_triton"},
     "layers": {"scan"},
-    "cache_mingru": set(),
+    "cache_mingru": {"scan"},
     "configuration_mingru": set(),
     "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru"},
 }

@@ -18,6 +18,7 @@ from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
+    StaticCache,
 )
 
 import mingru_hf
@@ -260,6 +261,36 @@ def test_prompt_lookup_gives_the_greedy_tokens(model, input_ids):
     assert torch.equal(
         model.generate(ids, max_new_tokens=20, repetition_penalty=1.1, prompt_lookup_num_tokens=3), expected
     )
+
+
+@pytest.mark.parametrize("cache_implementation", ["static", "offloaded"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_other_cache_implementations_give_the_same_tokens(model, input_ids, cache_implementation, settings):
+    ids, mask = left_padded(input_ids, 2)
+    mask[1, :5] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "repetition_penalty": 1.3, **settings}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, cache_implementation=cache_implementation, **settings), expected)
+
+
+@torch.no_grad()
+def test_decoding_step_with_a_static_cache_compiles_once(model, input_ids):
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(input_ids[:, :4], cache=cache)
+    steps = [compiled(input_ids[:, t : t + 1], cache=cache).logits for t in range(4, 12)]
+    assert_close(torch.cat(steps, dim=1), model(input_ids).logits[:, 4:])
+    assert len(graphs) == 1
+    assert cache.get_seq_length() == 12
+    cache.reset()
+    assert_close(model(input_ids, cache=cache).logits, model(input_ids).logits)
+
+
+def test_quantized_cache_is_refused(model, input_ids):
+    with pytest.raises((ValueError, ImportError), match=r"mingru|quanto"):
+        model.generate(input_ids, max_new_tokens=2, cache_implementation="quantized")
 
 
 @pytest.mark.parametrize("roles", ["assisted by its like", "assisted by GPT-2", "assistant of GPT-2"])
