@@ -43,8 +43,8 @@ class MinGRUConfig(PreTrainedConfig):
         initializer_range: standard deviation of newly drawn weights.
         use_cache: whether a forward pass outside training returns its state for the next one.
         tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
-        scan_backend: which implementation runs the recurrence: "auto", "reference", "log" or "torch". A choice for
-            this run: it is not written to config.json.
+        scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A
+            choice for this run: it is not written to config.json.
 
     Raises:
         huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
@@ -84,7 +84,7 @@ class MinGRUConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    scan_backend: Literal["auto", "reference", "log", "torch"] = "auto"
+    scan_backend: Literal["auto", "reference", "log", "torch", "numba", "triton"] = "auto"
 
     def __post_init__(self, **kwargs):
         if self.num_hidden_layers is None:

@@ -11,16 +11,23 @@ tested against it.
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame), N = D x prod(*).
 """
 
+import importlib.util
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .scan_numba import numba_backward, numba_forward, numba_supports
+from .scan_numba import unavailable_reason as numba_unavailable_reason
+from .scan_triton import triton_backward, triton_forward
+from .scan_triton import unavailable_reason as triton_unavailable_reason
+
 # h_0 = g(0): the state before the first step when no other is given.
 INITIAL_STATE = 0.5
 
-BACKENDS = ("auto", "reference", "log", "torch")
+BACKENDS = ("auto", "reference", "log", "torch", "numba", "triton")
 
 # Elements of one (steps, B, N) temporary of the blocked scan: small enough that its handful of temporaries stay in
 # the second-level cache, large enough that Python's cost for each block does not show.
@@ -44,9 +51,10 @@ def mingru_scan(
         mask: (B, T) boolean; where False the state passes through the step unchanged.
         reset: (B, T) boolean; where True the state is 0.5 before this step, whatever came earlier, and no gradient
             flows back across it. It is applied before the mask: a masked reset step leaves 0.5.
-        backend: "auto", "reference" (a loop over time), "log" (the scan in log space that other implementations
-            use; kept for comparison) or "torch" (blocks of steps, exact). "auto" obeys the environment variable
-            MINGRU_SCAN where that is set, and else takes the fastest one that applies.
+        backend: "auto" obeys the environment variable MINGRU_SCAN where that is set, and else takes the fastest one
+            that applies. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch"
+            (blocks of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
+            implementations use; both are kept for comparison.
         dtype: of the returned states; the inputs' dtype if None. float32 keeps all of the state that bfloat16
             would round.
 
@@ -61,8 +69,8 @@ def mingru_scan(
     Cost: O(T) time; memory of the states alone, since the backward pass recomputes z and g.
     """
     _check_inputs(gate_and_candidate, h0, mask, reset)
-    backend = _resolve_backend(backend, num_steps=gate_and_candidate.shape[1])
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
+    backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
     if gate_and_candidate.shape[0] == 0 or gate_and_candidate.shape[1] == 0:
@@ -168,15 +176,48 @@ def _check_inputs(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tens
             raise ValueError(f"{name} must have shape {tuple(x.shape[:2])} (B, T), got {tuple(flags.shape)}.")
 
 
-def _resolve_backend(backend: str, num_steps: int) -> str:
+def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
+    """Choose what runs, or say why the choice made cannot."""
     source = "scan backend"
     if backend == "auto" and "MINGRU_SCAN" in os.environ:
         source, backend = "environment variable MINGRU_SCAN", os.environ["MINGRU_SCAN"]
     if backend not in BACKENDS:
         raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if backend == "auto":
-        return "reference" if num_steps == 1 else "torch"  # one step: nothing to gain, and no call overhead
+        if x.shape[1] == 1:
+            return "reference"  # one step: nothing to gain, and no call overhead
+        fused = "triton" if x.device.type == "cuda" else "numba"
+        return fused if _why_not(fused, x, dtype) is None else "torch"
+    problem = _why_not(backend, x, dtype)
+    if problem is not None:
+        raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. 'auto' takes another one.")
     return backend
+
+
+def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why a fused backend cannot take these inputs; None where it can."""
+    if backend == "triton":
+        return triton_unavailable_reason(x.device)
+    if backend != "numba":
+        return None
+    if x.device.type != "cpu":
+        return f"it runs on the CPU, and the tensors are on {x.device}"
+    if not numba_supports(x.dtype, dtype):
+        return f"it has no kernel for {x.dtype} inputs and {dtype} states"
+    return numba_unavailable_reason()
+
+
+def _warn_of_broken_packages() -> None:
+    """Once, at import: a package that is missing is a choice, one that is there and does not work a mistake."""
+    for name, reason, wanted in (
+        ("numba", numba_unavailable_reason(), True),
+        ("triton", triton_unavailable_reason(), torch.cuda.is_available()),
+    ):
+        if wanted and reason is not None and importlib.util.find_spec(name) is not None:
+            warnings.warn(f"MinGRU runs without its fused {name} scan: {reason}.", stacklevel=2)
+
+
+_warn_of_broken_packages()
 
 
 # --- The blocked scan: the same equation over blocks of steps laid out time first, so that each step is one
@@ -232,6 +273,16 @@ def _slice(flags: Tensor | None, start: int, stop: int) -> Tensor | None:
     return None if flags is None else flags[start:stop]
 
 
+def _cuts(reset: Tensor | None, start: int, stop: int) -> list[Tensor | None]:
+    """For each step of a block the (B, 1) rows that are reset, None at steps where none is."""
+    if reset is None:
+        return [None] * (stop - start)
+    block = reset[start:stop]
+    return [
+        flags if any_ else None for flags, any_ in zip(block.unbind(0), block.flatten(1).any(1).tolist(), strict=True)
+    ]
+
+
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -260,7 +311,10 @@ def _torch_forward(
         )
         target = states[:, start:stop].transpose(0, 1)  # (K, B, N)
         block = target if dtype == accumulate else drive
-        for carry_t, drive_t, out_t in zip(carry.unbind(0), drive.unbind(0), block.unbind(0), strict=True):
+        cuts = _cuts(reset, start, stop)
+        for carry_t, drive_t, out_t, cut in zip(carry.unbind(0), drive.unbind(0), block.unbind(0), cuts, strict=True):
+            if cut is not None:  # 0 times the past is not enough where that is NaN or infinite
+                h = torch.where(cut, 0.0, h)
             h = torch.addcmul(drive_t, carry_t, h, out=out_t)
         if dtype != accumulate:
             target.copy_(block)
@@ -281,8 +335,7 @@ def _torch_backward(
     mask, reset = _time_first(mask), _time_first(reset)
     h0 = _initial_state(x, h0)
     states, grad = states.transpose(0, 1), grad.transpose(0, 1)  # (T, B, N) views
-    carry_next = torch.zeros_like(h0)
-    r_next = torch.zeros_like(h0)
+    carry_next, r_next, cut_next = torch.zeros_like(h0), torch.zeros_like(h0), None
     length = _block_length(steps, batch * channels)
     for start in range((steps - 1) // length * length, -1, -length):
         stop = min(steps, start + length)
@@ -292,11 +345,18 @@ def _torch_backward(
 
         r = torch.empty_like(block.z)
         grad_block = grad[start:stop].to(accumulate)
-        for r_t, grad_t, carry_t in zip(
-            reversed(r.unbind(0)), reversed(grad_block.unbind(0)), reversed(carry.unbind(0)), strict=True
+        cuts = _cuts(reset, start, stop)
+        for r_t, grad_t, carry_t, cut in zip(
+            reversed(r.unbind(0)),
+            reversed(grad_block.unbind(0)),
+            reversed(carry.unbind(0)),
+            reversed(cuts),
+            strict=True,
         ):
+            if cut_next is not None:
+                r_next = torch.where(cut_next, 0.0, r_next)
             r_next = torch.addcmul(grad_t, carry_next, r_next, out=r_t)
-            carry_next = carry_t
+            carry_next, cut_next = carry_t, cut
         carry_next, r_next = carry_next.clone(), r_next.clone()  # r is overwritten below
 
         # With s = sigmoid(min(v, 0)): g = s + max(v, 0), and g' = s - s^2 + 0.75 [v >= 0], exactly 1 for v >= 0.
@@ -322,7 +382,17 @@ def _torch_backward(
             slope.masked_fill_(~mask_block, 0.0)
         grad_gate.copy_(r)
         grad_candidate.copy_(slope)
-    return grad_x, (carry_next * r_next).unsqueeze(1)
+    grad_h0 = carry_next * r_next
+    if cut_next is not None:
+        grad_h0 = torch.where(cut_next, 0.0, grad_h0)
+    return grad_x, grad_h0.unsqueeze(1)
+
+
+_KERNELS = {
+    "torch": (_torch_forward, _torch_backward),
+    "numba": (numba_forward, numba_backward),
+    "triton": (triton_forward, triton_backward),
+}
 
 
 # --- The operator: torch.compile, torch.export and opcheck see one node with a shape rule and a gradient.
@@ -344,7 +414,8 @@ def _forward_impl(
     backend: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    states = _torch_forward(_flat(gate_and_candidate), _flat(h0), mask, reset, dtype)
+    forward, _ = _KERNELS[backend]
+    states = forward(_flat(gate_and_candidate), _flat(h0), mask, reset, dtype)
     return states.unflatten(2, (gate_and_candidate.shape[2] // 2, *gate_and_candidate.shape[3:]))
 
 

@@ -1,14 +1,20 @@
 """The scan: every backend against a float64 loop, outputs and gradients, and what wrong input gets."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import mingru_hf.scan
 from mingru_hf.scan import mingru_scan, scan_reference
+from mingru_hf.scan_numba import NUMBA_AVAILABLE
 
-FAST_BACKENDS = ["torch"]
+needs_numba = pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
+FAST_BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
 
 # Largest relative error of a state in float32 against float64, at any T: a few roundings, since errors decay.
 FLOAT32_RELATIVE = 1e-5
@@ -154,6 +160,22 @@ def test_reset_cuts_the_past_off(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
+def test_not_even_nan_crosses_a_reset(backend):
+    x, h0, _, _ = make_inputs(2, 30, 3)
+    reset = torch.zeros(2, 30, dtype=torch.bool)
+    reset[:, [0, 12]] = True
+    weight = torch.randn(2, 30, 3)
+    clean = run(x, h0, None, reset, weight, mingru_scan, backend=backend)
+    bad_past, bad_future, bad_h0 = x.clone(), weight.clone(), torch.full_like(h0, float("nan"))
+    bad_past[:, 5] = float("nan")
+    states, grad_x, _ = run(bad_past, bad_h0, None, reset, weight, mingru_scan, backend=backend)
+    torch.testing.assert_close([states[:, 12:], grad_x[:, 12:]], [clean[0][:, 12:], clean[1][:, 12:]], rtol=0, atol=0)
+    bad_future[:, 20] = float("nan")
+    _, grad_x, grad_h0 = run(x, h0, None, reset, bad_future, mingru_scan, backend=backend)
+    torch.testing.assert_close([grad_x[:, :12], grad_h0], [clean[1][:, :12], clean[2]], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_a_masked_reset_step_leaves_the_initial_state(backend):
     x, h0, _, _ = make_inputs(1, 3, 2)
     flags = torch.tensor([[False, True, False]])
@@ -257,14 +279,51 @@ def test_operator_passes_opcheck():
     torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, "torch", torch.bfloat16))
 
 
-def test_a_second_copy_of_the_file_uses_the_same_operator():
+def test_a_second_copy_of_the_files_uses_the_same_operator(tmp_path):
+    """As when code loaded from a Hub meets the installed package in one process."""
+    (tmp_path / "copied").mkdir()
+    for path in Path(mingru_hf.scan.__file__).parent.glob("scan*.py"):
+        shutil.copy(path, tmp_path / "copied")
     code = """
-import importlib.util, sys, torch, mingru_hf.scan
-spec = importlib.util.spec_from_file_location("copy_of_scan", mingru_hf.scan.__file__)
-copy = importlib.util.module_from_spec(spec); spec.loader.exec_module(copy)
+import torch, mingru_hf.scan, copied.scan
 x = torch.randn(2, 5, 4, requires_grad=True)
-assert torch.equal(copy.mingru_scan(x, backend="torch"), mingru_hf.scan.mingru_scan(x, backend="torch"))
-copy.mingru_scan(x, backend="torch").sum().backward()
+assert torch.equal(copied.scan.mingru_scan(x), mingru_hf.scan.mingru_scan(x))
+copied.scan.mingru_scan(x).sum().backward()
 assert x.grad.any()
 """
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
+    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+
+def test_impossible_choices_say_why(monkeypatch):
+    x = torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*triton"):
+        mingru_scan(x, backend="triton")
+    with pytest.raises(ValueError, match="'numba' cannot run here: "):
+        mingru_scan(x.half(), backend="numba")
+    monkeypatch.setattr(mingru_hf.scan, "numba_unavailable_reason", lambda: "there is no numba")
+    with pytest.raises(ValueError, match="there is no numba"):
+        mingru_scan(x, backend="numba")
+    mingru_scan(x)  # "auto" goes on without it
+
+
+@pytest.mark.parametrize("broken", ["missing", "broken"])
+def test_package_works_where_numba_does_not(tmp_path, broken):
+    """Missing: not a word. Installed and broken: one warning."""
+    if broken == "broken":
+        (tmp_path / "numba.py").write_text("raise RuntimeError('built for another NumPy')")
+    code = """
+import sys, warnings
+if sys.argv[1] == "missing": sys.modules["numba"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, mingru_hf
+    ours = [w for w in caught if "MinGRU" in str(w.message)]
+x = torch.randn(2, 50, 8, requires_grad=True)
+states = mingru_hf.mingru_scan(x)
+states.sum().backward()
+torch.testing.assert_close(states, mingru_hf.mingru_scan(x, backend="reference"))
+assert len(ours) == (sys.argv[1] == "broken"), ours
+"""
+    command = [sys.executable, "-c", code, broken]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})

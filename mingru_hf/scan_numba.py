@@ -1,0 +1,829 @@
+"""The MinGRU scan on a CPU, fused: one pass over memory forward, one backward, compiled by numba where it is there.
+
+    h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t),    z_t = sigmoid(gate_t)
+
+The equation is that of `scan_reference`, which the tests hold this against. A row of N states stays in the
+first-level cache while time passes over it; gates, candidates and results are touched once. Every thread takes one
+task after another: some channels of one batch row, and where rows and channels are fewer than threads, a piece of
+time (see `_repair_forward`). The result is the same to the last bit for any number of threads.
+
+Legend: B batch, T time steps, N channels with all trailing axes flattened into them.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from array import array
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_MIN_VERSION = (0, 61)
+
+try:
+    import llvmlite.binding as llvm
+    import numba
+    from llvmlite import ir
+    from numba.core import types
+    from numba.extending import intrinsic
+
+    if numba.version_info[:2] < _MIN_VERSION:
+        raise RuntimeError(f"version {numba.__version__} is older than {_MIN_VERSION[0]}.{_MIN_VERSION[1]}")
+    _REASON = None
+except ImportError as error:
+    numba, _REASON = None, f"numba cannot be imported ({error}); `pip install numba` adds it"
+except Exception as error:  # an installed numba that this NumPy or Python breaks must not break the package
+    numba, _REASON = None, f"the installed numba cannot be used ({type(error).__name__}: {error})"
+
+NUMBA_AVAILABLE = numba is not None
+
+# Below this many states a second thread costs more than it saves.
+_SERIAL_ELEMENTS = 131_072
+# Narrower blocks of channels waste cache lines and the processor's prefetching.
+_MIN_BLOCK = 256
+# Shorter pieces of time are not worth the second look at their beginnings.
+_MIN_PIECE = 512
+
+
+def unavailable_reason() -> str | None:
+    """Why the numba scan cannot be used, in words for an error message; None where it can."""
+    return _REASON
+
+
+def numba_supports(input_dtype: torch.dtype, states_dtype: torch.dtype) -> bool:
+    """Whether there is a kernel for inputs and states of these dtypes."""
+    return (input_dtype, states_dtype) in _VARIANTS
+
+
+# --- Loads, stores and exp as LLVM instructions. Arrays are plain addresses (int64). Tags, values whose type alone
+# --- counts, say what lies there: float32, float64, or uint16 for the bits of bfloat16.
+
+_FLAGS = ("contract", "nsz", "arcp", "afn")  # not nnan and ninf: NaN and infinities keep their meaning
+
+
+def _compiled(function):
+    """numba.njit with this file's options, or the function itself where numba is missing."""
+    if numba is None:
+        return function
+    return _jit(numba.njit, function, nogil=True, forceinline=function.__name__.endswith("_row"))
+
+
+def _jit(decorator, function, **options):
+    options |= {"fastmath": set(_FLAGS), "error_model": "numpy"}
+    try:
+        return decorator(**options, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+        return decorator(**options)(function)
+
+
+if numba is not None:
+
+    class _BFloat16(ir.Type):
+        """LLVM's type bfloat, which llvmlite does not know; used where the processor can round to it."""
+
+        def _to_string(self):
+            return "bfloat"
+
+        def __eq__(self, other):
+            return isinstance(other, type(self))
+
+        def __hash__(self):
+            return hash(type(self))
+
+    _ROUNDS_BFLOAT16 = llvm.get_host_cpu_features().get("avx512bf16", False)
+else:
+
+    def intrinsic(*args, **kwargs):
+        return (lambda function: function) if kwargs else args[0]
+
+
+def _ir_type(tag):
+    return {types.uint16: ir.IntType(16), types.float32: ir.FloatType(), types.float64: ir.DoubleType()}[tag]
+
+
+def _pointer(builder, base, index, tag):
+    element = _ir_type(tag)
+    return builder.gep(builder.inttoptr(base, element.as_pointer()), [index])
+
+
+# What the arrays of a kernel are to one another: disjoint. LLVM is told so, and vectorises the loops without checks.
+_SCOPES = ("read", "state", "write", "write2")
+
+
+def _declare_disjoint(builder, instruction, scope):
+    module = builder.module
+    domain = module.add_metadata(["mingru scan"])
+    scopes = {name: module.add_metadata([f"mingru {name}", domain]) for name in _SCOPES}
+    instruction.set_metadata("alias.scope", module.add_metadata([scopes[scope]]))
+    instruction.set_metadata("noalias", module.add_metadata([scopes[name] for name in _SCOPES if name != scope]))
+
+
+@intrinsic(prefer_literal=True)
+def _load(typing_context, base, index, tag, scope):
+    """Element `index` of the array at `base`, widened from bfloat16 to float32."""
+
+    def generate(context, builder, signature, args):
+        value = builder.load(_pointer(builder, args[0], args[1], tag))
+        _declare_disjoint(builder, value, scope.literal_value)
+        if tag == types.uint16:
+            bits = builder.shl(builder.zext(value, ir.IntType(32)), ir.IntType(32)(16))
+            value = builder.bitcast(bits, ir.FloatType())
+        return value
+
+    result = types.float32 if tag == types.uint16 else tag
+    return result(types.int64, types.int64, tag, scope), generate
+
+
+@intrinsic(prefer_literal=True)
+def _store(typing_context, base, index, value, tag, scope):
+    """Write element `index` of the array at `base`, rounded to nearest even for bfloat16; NaN stays NaN."""
+
+    def generate(context, builder, signature, args):
+        stored = args[2]
+        if tag == types.uint16 and _ROUNDS_BFLOAT16:
+            stored = builder.bitcast(builder.fptrunc(stored, _BFloat16()), ir.IntType(16))
+        elif tag == types.uint16:
+            i32 = ir.IntType(32)
+            bits = builder.bitcast(stored, i32)
+            high = builder.lshr(bits, i32(16))
+            to_even = builder.add(builder.and_(high, i32(1)), i32(0x7FFF))
+            rounded = builder.lshr(builder.add(bits, to_even), i32(16))
+            quiet_nan = builder.or_(high, i32(0x40))
+            rounded = builder.select(builder.fcmp_unordered("uno", stored, stored), quiet_nan, rounded)
+            stored = builder.trunc(rounded, ir.IntType(16))
+        instruction = builder.store(stored, _pointer(builder, args[0], args[1], tag))
+        _declare_disjoint(builder, instruction, scope.literal_value)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, value, tag, scope), generate
+
+
+@intrinsic
+def _address(typing_context, base, index, tag):
+    """Address of element `index` of the array at `base`."""
+
+    def generate(context, builder, signature, args):
+        return builder.ptrtoint(_pointer(builder, args[0], args[1], tag), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64, tag), generate
+
+
+@intrinsic
+def _argument(typing_context, arguments, index):
+    """Entry `index` of the kernel's arguments, all of them int64."""
+
+    def generate(context, builder, signature, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), [args[1]]))
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _next_task(typing_context, arguments):
+    """Take the number of the next task that no other thread has taken."""
+
+    def generate(context, builder, signature, args):
+        counter = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _prefetch(typing_context, base, index, tag):
+    """Fetch the cache lines of _CHUNK elements, which need not exist, into the second-level cache."""
+
+    def generate(context, builder, signature, args):
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [i8.as_pointer()], kind)
+        first = builder.bitcast(_pointer(builder, args[0], args[1], tag), i8.as_pointer())
+        for line in range(0, _CHUNK * tag.bitwidth // 8, _CACHE_LINE):
+            read, second_level, data = i32(0), i32(2), i32(1)
+            builder.call(function, [builder.gep(first, [ir.IntType(64)(line)]), read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, tag), generate
+
+
+@intrinsic
+def _flag(typing_context, base, index):
+    """Element `index` of an array of booleans."""
+
+    def generate(context, builder, signature, args):
+        byte = builder.load(builder.gep(builder.inttoptr(args[0], ir.IntType(8).as_pointer()), [args[1]]))
+        return builder.icmp_unsigned("!=", byte, ir.IntType(8)(0))
+
+    return types.boolean(types.int64, types.int64), generate
+
+
+@intrinsic
+def _bits(typing_context, value):
+    """The bits of a float, so that equal means the same to the last one and NaN equals itself."""
+    integer = {types.float32: types.int32, types.float64: types.int64}[value]
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(integer.bitwidth))
+
+    return integer(value), generate
+
+
+@intrinsic
+def _as(typing_context, number, like):
+    """A constant in the type of `like`, so that float32 arithmetic stays float32."""
+
+    def generate(context, builder, signature, args):
+        return context.cast(builder, args[0], number, like)
+
+    return like(number, like), generate
+
+
+# 2^f on |f| <= 1/2, minimax for the relative error with the first coefficient held at 1: 2.8e-6 where states are
+# bfloat16 (4e-3 a rounding), 9.2e-8 for float32, 3.4e-18 for float64.
+_EXP_COEFFICIENTS = {
+    16: (1.0, 0.6931241757403347512, 0.24024099789794774238, 0.055906582175125640703, 0.0095828378259887175631),
+    32: (
+        *(1.0, 0.69314697735626905435, 0.24022241760818303313, 0.055507340007771422846),
+        *(0.0096715339032417324041, 0.0013264699875053542547),
+    ),
+    64: (
+        *(1.0, 0.69314718055994532584, 0.2402265069591013138, 0.055504108664820080235, 0.0096181291075940653661),
+        *(0.0013333558146775174006, 0.00015403530457188267741, 1.5252733492754723488e-05, 1.3215435241241324825e-06),
+        *(1.0178199662568701272e-07, 7.0737907765681112895e-09, 4.4347670055222403247e-10),
+    ),
+}
+# Mantissa bits, exponent bias, and where exp becomes 0.
+_EXP_FORMAT = {32: (23, 127, 88.0), 64: (52, 1023, 709.0)}
+
+
+@intrinsic
+def _exp_minus(typing_context, x, tag):
+    """exp(-x) for x >= 0, without a branch; 0 where the true value is below the normal numbers, NaN for NaN.
+
+    exp(-x) = 2^n 2^f, n the integer nearest to -x / ln 2. Adding 1.5 times 2^mantissa rounds to that integer and
+    leaves it in the low bits, and the exponent's bias with it; moved up, they are the bits of 2^n, or of 0.
+    """
+    bits = x.bitwidth
+
+    def generate(context, builder, signature, args):
+        real, integer = _ir_type(x), ir.IntType(bits)
+        mantissa, bias, highest = _EXP_FORMAT[bits]
+        magic = real(1.5 * 2.0**mantissa + bias)
+
+        def multiply_add(a, b, c):
+            return builder.fadd(builder.fmul(a, b, flags=_FLAGS), c, flags=_FLAGS)
+
+        def horner(coefficients, variable):
+            *rest, last = coefficients
+            return functools.reduce(lambda sum_, k: multiply_add(sum_, variable, real(k)), reversed(rest), real(last))
+
+        minus_log2_e = real(-1.4426950408889634)
+
+        # Ordered comparison: a NaN is not above, and stays.
+        value = builder.select(builder.fcmp_ordered(">", args[0], real(highest)), real(highest), args[0])
+        exponent = builder.fmul(value, minus_log2_e, flags=_FLAGS)
+        shifted = builder.fadd(exponent, magic, flags=_FLAGS)
+        f = builder.fsub(exponent, builder.fsub(shifted, magic, flags=_FLAGS), flags=_FLAGS)
+        square = builder.fmul(f, f, flags=_FLAGS)
+        even, odd = (horner(_EXP_COEFFICIENTS[tag.bitwidth][first::2], square) for first in (0, 1))
+        polynomial = multiply_add(odd, f, even)  # two short chains instead of a long one
+        power = builder.bitcast(builder.shl(builder.bitcast(shifted, integer), integer(mantissa)), real)
+        return builder.fmul(polynomial, power, flags=_FLAGS)
+
+    return x(x, tag), generate
+
+
+# --- The kernels. Their arguments are one array of int64; these are its entries. Strides are in elements, those of
+# --- the last axis are 1, and 0 is the address of what is absent.
+
+_COUNTER, _PHASE, _NUM_TASKS = 0, 1, 2
+_BATCH, _STEPS, _CHANNELS, _BLOCKS, _BLOCK, _PIECES, _PIECE = 3, 4, 5, 6, 7, 8, 9
+_X, _X_BATCH, _X_STEP = 10, 11, 12
+_STATES, _STATES_BATCH, _STATES_STEP = 13, 14, 15
+_H0, _MASK, _RESET, _CARRY = 16, 17, 18, 19  # carry: (pieces + 1, B, N), what one step hands to the next
+_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 20, 21, 22, 23, 24  # half: a row of N times 0.5
+
+# Rows are worked through in chunks of this many channels, each after a request for its like of _AHEAD steps on: the
+# processor's own prefetching starts anew with every row, and does not see the next one coming.
+_CHUNK = 64
+_AHEAD = 3
+_CACHE_LINE = 64  # bytes
+
+_INITIAL_STATE = 0.5
+
+
+@_compiled
+def _fill(row, count, number, A):
+    for c in range(count):
+        _store(row, c, _as(number, A), A, "state")
+
+
+@_compiled
+def _copy(source, target, count, A):
+    for c in range(count):
+        _store(target, c, _load(source, c, A, "read"), A, "state")
+
+
+@_compiled
+def _same(first, second, count, A):
+    """Whether two rows are equal to the last bit."""
+    difference = _bits(A) ^ _bits(A)
+    for c in range(count):
+        difference |= _bits(_load(first, c, A, "read")) ^ _bits(_load(second, c, A, "read"))
+    return difference == 0
+
+
+@_compiled
+def _forward_row(gate_row, candidate_row, h_row, out_row, first, last, X, Y, A):
+    """One step of the equation. With e = exp(-|gate|) the sigmoids of gate and -gate are 1 and e over 1 + e.
+
+    g as a fraction, too, leaves one division: h = (e h + g) / (1 + e) for a positive gate, (h + e g) / (1 + e) else.
+    """
+    for c in range(first, last):
+        gate, candidate = _load(gate_row, c, X, "read"), _load(candidate_row, c, X, "read")
+        one = _as(1.0, A)
+        e = _exp_minus(abs(gate), Y)  # in [0, 1]: nothing overflows
+        s = _exp_minus(abs(candidate), Y)
+        g_numerator = s if candidate < 0 else candidate + _as(0.5, A)  # NaN for NaN
+        g_denominator = one + s if candidate < 0 else one
+        h = _load(h_row, c, A, "state") * g_denominator
+        major = g_numerator if gate >= 0 else h
+        minor = h if gate >= 0 else g_numerator
+        h = (major + e * minor) / ((one + e) * g_denominator)
+        _store(h_row, c, h, A, "state")
+        _store(out_row, c, h, Y, "write")
+
+
+@_compiled
+def _forward_step(a, b, t, first, count, h_row, X, Y, A):
+    """One step of channels first..first + count of batch row b: h_row goes from h_{t-1} to h_t, and is written out."""
+    flag = b * _argument(a, _STEPS) + t
+    reset, mask = _argument(a, _RESET), _argument(a, _MASK)
+    states = b * _argument(a, _STATES_BATCH) + t * _argument(a, _STATES_STEP) + first
+    out_row = _address(_argument(a, _STATES), states, Y)
+    if reset != 0 and _flag(reset, flag):
+        _fill(h_row, count, _INITIAL_STATE, A)
+    if mask != 0 and not _flag(mask, flag):
+        for c in range(count):
+            _store(out_row, c, _load(h_row, c, A, "state"), Y, "write")
+    else:
+        x = b * _argument(a, _X_BATCH) + t * _argument(a, _X_STEP) + first
+        gate_row = _address(_argument(a, _X), x, X)
+        candidate_row = _address(gate_row, _argument(a, _CHANNELS), X)
+        x_ahead, out_ahead = _AHEAD * _argument(a, _X_STEP), _AHEAD * _argument(a, _STATES_STEP)
+        whole = count // _CHUNK * _CHUNK
+        for c in range(0, whole, _CHUNK):
+            _prefetch(gate_row, c + x_ahead, X)
+            _prefetch(candidate_row, c + x_ahead, X)
+            _prefetch(out_row, c + out_ahead, Y)
+            _forward_row(gate_row, candidate_row, h_row, out_row, c, c + _CHUNK, X, Y, A)
+        _forward_row(gate_row, candidate_row, h_row, out_row, whole, count, X, Y, A)
+
+
+@_compiled
+def _forward_piece(a, b, piece, first, count, X, Y, A):
+    """A piece of time from the true state if it is the first one, from a guess if not."""
+    batch, channels, h0 = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _H0)
+    h_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
+    if piece == 0 and h0 != 0:
+        _copy(_address(h0, b * channels + first, A), h_row, count, A)
+    else:
+        _fill(h_row, count, _INITIAL_STATE, A)
+    start = piece * _argument(a, _PIECE)
+    for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
+        _forward_step(a, b, t, first, count, h_row, X, Y, A)
+
+
+@_compiled
+def _repair_forward(a, b, first, count, X, Y, A):
+    """Make pieces that began with a guess exact: run them again from the true state until nothing changes.
+
+    Two states under the same gates approach each other, and rounding makes them equal after some tens of steps for
+    usual gates. From there on the piece is right as it stands; where they never meet, all of it is done again.
+    """
+    batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
+    carry = _argument(a, _CARRY)
+    h_row = _address(carry, b * channels + first, A)  # the true state; that of piece 0 is
+    guess_row = _address(carry, (_argument(a, _PIECES) * batch + b) * channels + first, A)
+    for piece in range(1, _argument(a, _PIECES)):
+        _fill(guess_row, count, _INITIAL_STATE, A)
+        start = piece * _argument(a, _PIECE)
+        met = False
+        for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
+            _forward_step(a, b, t, first, count, guess_row, X, Y, A)
+            _forward_step(a, b, t, first, count, h_row, X, Y, A)
+            if _same(guess_row, h_row, count, A):
+                met = True
+                break
+        if met:
+            h_row = _address(carry, (piece * batch + b) * channels + first, A)
+
+
+@_compiled
+def _take_task(a):
+    """The next piece of work: whether there is one, batch row, piece of time, first channel, number of channels."""
+    task = _next_task(a)
+    pieces = _argument(a, _PIECES) if _argument(a, _PHASE) == 0 else 1
+    row, piece = task // pieces, task % pieces
+    b, block = row // _argument(a, _BLOCKS), row % _argument(a, _BLOCKS)
+    first = block * _argument(a, _BLOCK)
+    count = min(_argument(a, _BLOCK), _argument(a, _CHANNELS) - first)
+    return task < _argument(a, _NUM_TASKS), b, piece, first, count
+
+
+@_compiled
+def _forward(a, X, Y, A):
+    """Take tasks until none is left; as many threads at a time as like."""
+    more, b, piece, first, count = _take_task(a)
+    while more:
+        if _argument(a, _PHASE) == 0:
+            _forward_piece(a, b, piece, first, count, X, Y, A)
+        else:
+            _repair_forward(a, b, first, count, X, Y, A)
+        more, b, piece, first, count = _take_task(a)
+
+
+@_compiled
+def _backward_row(
+    gate_row, candidate_row, grad_row, previous_row, r_row, grad_gate_row, grad_candidate_row, first, last, X, Y, P, A
+):
+    """The gradients of one step, r from dL/dh_t to dL/dh_{t-1}, with dh the sum of r and the output's own gradient.
+
+    dL/dcandidate = dh z g', dL/dh_{t-1} = dh (1 - z), dL/dgate = dh z (1 - z) (g - h_{t-1}).
+    """
+    for c in range(first, last):
+        gate, candidate = _load(gate_row, c, X, "read"), _load(candidate_row, c, X, "read")
+        one = _as(1.0, A)
+        e = _exp_minus(abs(gate), Y)
+        s = _exp_minus(abs(candidate), Y)
+        # As in the forward pass. 1 for a NaN candidate keeps it out of dL/dh_{t-1}, where the candidate has no part.
+        gate_denominator = one + e
+        g_denominator = one + s if candidate < 0 else one
+        inverse = one / (gate_denominator * g_denominator)
+        large = inverse * g_denominator  # sigmoid(|gate|)
+        s = s * (inverse * gate_denominator)  # sigmoid(candidate) where that is negative
+        g = s if candidate < 0 else candidate + _as(0.5, A)
+        slope = s - s * s if candidate < 0 else (one if candidate >= 0 else candidate)  # NaN for NaN
+        dh = _load(r_row, c, A, "state") + _load(grad_row, c, Y, "read")
+        dh_large = dh * large
+        dh_small = dh_large * e
+        dh_z = dh_large if gate >= 0 else dh_small
+        _store(r_row, c, dh_small if gate >= 0 else dh_large, A, "state")
+        _store(grad_candidate_row, c, dh_z * slope, X, "write2")
+        difference = g - _load(previous_row, c, P, "read")
+        _store(grad_gate_row, c, dh_small * large * difference, X, "write")
+
+
+@_compiled
+def _backward_step(a, b, t, first, count, r_row, X, Y, A):
+    """One step back: r_row goes from the gradient that h_t has from later steps to that of h_{t-1}."""
+    channels = _argument(a, _CHANNELS)
+    flag = b * _argument(a, _STEPS) + t
+    mask = _argument(a, _MASK)
+    reset = _argument(a, _RESET) != 0 and _flag(_argument(a, _RESET), flag)
+    grad = b * _argument(a, _GRAD_BATCH) + t * _argument(a, _GRAD_STEP) + first
+    grad_row = _address(_argument(a, _GRAD), grad, Y)
+    grad_gate_row = _address(_argument(a, _GRAD_X), flag * 2 * channels + first, X)
+    grad_candidate_row = _address(grad_gate_row, channels, X)
+    if mask != 0 and not _flag(mask, flag):
+        for c in range(count):
+            dh = _load(r_row, c, A, "state") + _load(grad_row, c, Y, "read")
+            _store(r_row, c, dh, A, "state")
+            _store(grad_gate_row, c, _as(0.0, A), X, "write")
+            _store(grad_candidate_row, c, _as(0.0, A), X, "write2")
+    else:
+        x = b * _argument(a, _X_BATCH) + t * _argument(a, _X_STEP) + first
+        gate_row = _address(_argument(a, _X), x, X)
+        candidate_row = _address(gate_row, channels, X)
+        rows = (gate_row, candidate_row, grad_row)
+        grad_rows = (r_row, grad_gate_row, grad_candidate_row)
+        if reset or t == 0:
+            initial_row = _address(_argument(a, _HALF), first, A)
+            if not reset and _argument(a, _H0) != 0:
+                initial_row = _address(_argument(a, _H0), b * channels + first, A)
+            _backward_row(*rows, initial_row, *grad_rows, 0, count, X, Y, A, A)
+        else:
+            states = b * _argument(a, _STATES_BATCH) + (t - 1) * _argument(a, _STATES_STEP) + first
+            previous_row = _address(_argument(a, _STATES), states, Y)
+            x_ahead, grad_x_ahead = _AHEAD * _argument(a, _X_STEP), _AHEAD * 2 * channels
+            grad_ahead, states_ahead = _AHEAD * _argument(a, _GRAD_STEP), _AHEAD * _argument(a, _STATES_STEP)
+            whole = count // _CHUNK * _CHUNK
+            for c in range(0, whole, _CHUNK):
+                _prefetch(gate_row, c - x_ahead, X)
+                _prefetch(candidate_row, c - x_ahead, X)
+                _prefetch(grad_row, c - grad_ahead, Y)
+                _prefetch(previous_row, c - states_ahead, Y)
+                _prefetch(grad_gate_row, c - grad_x_ahead, X)
+                _prefetch(grad_candidate_row, c - grad_x_ahead, X)
+                _backward_row(*rows, previous_row, *grad_rows, c, c + _CHUNK, X, Y, Y, A)
+            _backward_row(*rows, previous_row, *grad_rows, whole, count, X, Y, Y, A)
+    if reset:
+        _fill(r_row, count, 0.0, A)
+
+
+@_compiled
+def _backward_piece(a, b, piece, first, count, X, Y, A):
+    """A piece of time, backwards; all but the last one begin with a guess, a gradient of 0 from later steps."""
+    batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
+    r_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
+    _fill(r_row, count, 0.0, A)
+    start = piece * _argument(a, _PIECE)
+    for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
+        _backward_step(a, b, t, first, count, r_row, X, Y, A)
+
+
+@_compiled
+def _repair_backward(a, b, first, count, X, Y, A):
+    """As `_repair_forward`, from the last piece to the first; the gradient of h0 ends up in piece 0's carry."""
+    batch, channels, pieces = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _PIECES)
+    carry = _argument(a, _CARRY)
+    r_row = _address(carry, ((pieces - 1) * batch + b) * channels + first, A)
+    guess_row = _address(carry, (pieces * batch + b) * channels + first, A)
+    for piece in range(pieces - 2, -1, -1):
+        _fill(guess_row, count, 0.0, A)
+        start = piece * _argument(a, _PIECE)
+        met = False
+        for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
+            _backward_step(a, b, t, first, count, guess_row, X, Y, A)
+            _backward_step(a, b, t, first, count, r_row, X, Y, A)
+            if _same(guess_row, r_row, count, A):
+                met = True
+                break
+        piece_row = _address(carry, (piece * batch + b) * channels + first, A)
+        if met:
+            r_row = piece_row
+        elif piece == 0:
+            _copy(r_row, piece_row, count, A)
+
+
+@_compiled
+def _backward(a, X, Y, A):
+    """Take tasks until none is left; as many threads at a time as like."""
+    more, b, piece, first, count = _take_task(a)
+    while more:
+        if _argument(a, _PHASE) == 0:
+            _backward_piece(a, b, piece, first, count, X, Y, A)
+        else:
+            _repair_backward(a, b, first, count, X, Y, A)
+        more, b, piece, first, count = _take_task(a)
+
+
+# Functions of this file, not closures: numba finds closures in its cache on disk never again.
+_F32, _F64, _BF16 = (numba.float32, numba.float64, numba.uint16) if NUMBA_AVAILABLE else (float, float, int)
+
+
+def _forward_float32(a):
+    _forward(a, _F32(0), _F32(0), _F32(0))
+
+
+def _forward_bfloat16(a):
+    _forward(a, _BF16(0), _BF16(0), _F32(0))
+
+
+def _forward_bfloat16_float32(a):
+    _forward(a, _BF16(0), _F32(0), _F32(0))
+
+
+def _forward_float64(a):
+    _forward(a, _F64(0), _F64(0), _F64(0))
+
+
+def _backward_float32(a):
+    _backward(a, _F32(0), _F32(0), _F32(0))
+
+
+def _backward_bfloat16(a):
+    _backward(a, _BF16(0), _BF16(0), _F32(0))
+
+
+def _backward_bfloat16_float32(a):
+    _backward(a, _BF16(0), _F32(0), _F32(0))
+
+
+def _backward_float64(a):
+    _backward(a, _F64(0), _F64(0), _F64(0))
+
+
+# (dtype of the inputs, dtype of the states) -> forward, backward
+_VARIANTS = {
+    (torch.float32, torch.float32): (_forward_float32, _backward_float32),
+    (torch.bfloat16, torch.bfloat16): (_forward_bfloat16, _backward_bfloat16),
+    (torch.bfloat16, torch.float32): (_forward_bfloat16_float32, _backward_bfloat16_float32),
+    (torch.float64, torch.float64): (_forward_float64, _backward_float64),
+}
+_COMPILING = threading.Lock()
+
+
+class _Entry:
+    """A compiled kernel: calling it with the address of its arguments runs tasks, without Python's lock."""
+
+    def __init__(self, function):
+        self.compiled = _jit(functools.partial(numba.cfunc, "void(int64)"), function)
+        self.address = self.compiled.address
+        self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
+
+
+@functools.cache
+def _entry(function) -> _Entry:
+    return _Entry(function)
+
+
+def _compiled_entry(function) -> _Entry:
+    with _COMPILING:  # numba compiles on one thread at a time; from its cache on disk in 0.1 s
+        return _entry(function)
+
+
+# --- Threads. torch's own OpenMP pool first: its threads are warm after a matrix product, and there are no others to
+# --- contend with. A pool of Python threads otherwise, and in a forked process, where OpenMP's threads are gone.
+
+_forked = False
+_pool: ThreadPoolExecutor | None = None
+
+
+def _after_fork() -> None:
+    global _forked, _pool, _COMPILING
+    _forked, _pool, _COMPILING = True, None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def _gomp_parallel():
+    """GOMP_parallel(function, argument, number of threads, 0) of the GNU OpenMP library torch runs on, or None."""
+    place = os.path.dirname(torch.__file__)
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
+        for path in sorted({line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}):
+            if path.startswith((place + os.sep, place + ".libs" + os.sep)):
+                function = ctypes.CDLL(path).GOMP_parallel
+                function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+                function.restype = None
+                return function
+    return None
+
+
+def _run(entry: _Entry, arguments: array, phase: int, num_tasks: int, threads: int) -> None:
+    """Let the kernel work off its tasks on as many threads, this one among them."""
+    global _pool
+    arguments[_COUNTER], arguments[_PHASE], arguments[_NUM_TASKS] = 0, phase, num_tasks
+    threads = min(threads, num_tasks)
+    address = arguments.buffer_info()[0]
+    if threads <= 1:
+        entry.call(address)
+        return
+    gomp_parallel = None if _forked else _gomp_parallel()
+    if gomp_parallel is not None:
+        gomp_parallel(entry.address, address, threads, 0)
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, threads), thread_name_prefix="mingru_scan")
+    helpers = [_pool.submit(entry.call, address) for _ in range(threads - 1)]
+    entry.call(address)
+    for helper in helpers:
+        if not helper.cancel():  # one that never began has nothing left to do; the others still use the arguments
+            helper.result()
+
+
+def _plan(batch: int, steps: int, channels: int, threads: int) -> tuple[int, int, int, int]:
+    """How many blocks of channels and their width, how many pieces of time and their length: enough for all threads.
+
+    Rows first, then channels, and time only for what is left, since a piece of time may have to be done again.
+    """
+    blocks = pieces = 1
+    if threads > 1 and batch % threads:
+        most = max(1, channels // _MIN_BLOCK)
+        while blocks < most and (batch * blocks) % threads and batch * blocks < 4 * threads:
+            blocks += 1
+        if batch * blocks < threads:
+            pieces = max(1, min(-(-threads // (batch * blocks)), steps // _MIN_PIECE))
+    width = -(-channels // blocks)
+    if blocks > 1:
+        width = -(-width // 16) * 16  # whole cache lines
+    length = -(-steps // pieces)
+    return -(-channels // width), width, -(-steps // length), length
+
+
+def _prepare(
+    x: Tensor, h0: Tensor | None, states: Tensor, mask: Tensor | None, reset: Tensor | None
+) -> tuple[array, Tensor, int, tuple]:
+    """Arguments that both kernels share, the carry, the number of threads, and what must stay alive meanwhile."""
+    batch, steps, channels = states.shape
+    threads = torch.get_num_threads() if states.numel() >= _SERIAL_ELEMENTS else 1
+    blocks, block, pieces, piece = (1, channels, 1, steps) if threads == 1 else _plan(batch, steps, channels, threads)
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    carry = x.new_empty(pieces if pieces == 1 else pieces + 1, batch, channels, dtype=accumulate)
+    if h0 is not None:
+        h0 = (h0 if h0.dtype == accumulate else h0.to(accumulate)).contiguous()
+    mask = None if mask is None else mask.bool().contiguous()
+    reset = None if reset is None else reset.bool().contiguous()
+    x_strides, states_strides = x.stride(), states.stride()
+    arguments = array("q", (0, 0, 0, batch, steps, channels, blocks, block, pieces, piece))
+    arguments.extend((x.data_ptr(), x_strides[0], x_strides[1]))
+    arguments.extend((states.data_ptr(), states_strides[0], states_strides[1]))
+    arguments.extend(0 if tensor is None else tensor.data_ptr() for tensor in (h0, mask, reset))
+    arguments.append(carry.data_ptr())
+    return arguments, carry, threads, (h0, mask, reset)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only if its last axis is not contiguous."""
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _require_variant(x: Tensor, states_dtype: torch.dtype) -> tuple:
+    if not NUMBA_AVAILABLE:
+        raise ValueError(f"The numba scan is not available: {_REASON}.")
+    if not numba_supports(x.dtype, states_dtype):
+        raise ValueError(f"The numba scan has no kernel for {x.dtype} inputs and {states_dtype} states.")
+    return _VARIANTS[x.dtype, states_dtype]
+
+
+def numba_forward(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """States h_1..h_T of the recurrence; the contract is that of `mingru_scan`.
+
+    Args:
+        gate_and_candidate: (B, T, 2N) pre-activations on the CPU, gates first; float32, bfloat16 or float64. Any
+            strides between rows.
+        h0: (B, 1, N) state before step 0; 0.5 if None.
+        mask: (B, T) boolean; where False the state passes through.
+        reset: (B, T) boolean; where True the state is 0.5 before this step, before the mask is looked at.
+        dtype: of the states: the inputs' dtype, or float32 for bfloat16 inputs.
+        out: (B, T, N) tensor of that dtype to write to, last axis contiguous; a new one if None.
+
+    Returns:
+        (B, T, N) states.
+
+    Raises:
+        ValueError: if numba is missing or the dtypes have no kernel.
+
+    Precision: state and accumulation float32 (float64 for float64).
+    Cost: O(B T N), one pass over memory.
+    """
+    forward, _ = _require_variant(gate_and_candidate, dtype)
+    x = _rows(gate_and_candidate)
+    batch, steps, width = x.shape
+    states = x.new_empty(batch, steps, width // 2, dtype=dtype) if out is None else out
+    if states.numel() == 0:
+        return states
+    arguments, _, threads, _alive = _prepare(x, h0, states, mask, reset)
+    entry, blocks, pieces = _compiled_entry(forward), arguments[_BLOCKS], arguments[_PIECES]
+    _run(entry, arguments, 0, batch * blocks * pieces, threads)
+    if pieces > 1:
+        _run(entry, arguments, 1, batch * blocks, threads)
+    return states
+
+
+def numba_backward(
+    grad: Tensor,
+    gate_and_candidate: Tensor,
+    h0: Tensor | None,
+    states: Tensor,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the recurrence; z and g are computed again from the pre-activations.
+
+    Args:
+        grad: (B, T, N) gradient of the states, in their dtype.
+        gate_and_candidate, h0, mask, reset: as given to `numba_forward`.
+        states: (B, T, N) what it returned.
+        out: (B, T, 2N) contiguous tensor of the inputs' dtype to write to; a new one if None.
+
+    Returns:
+        (B, T, 2N) gradient of the pre-activations in their dtype; (B, 1, N) gradient of the initial state in
+        float32 (float64 for float64).
+
+    Raises:
+        ValueError: if numba is missing or the dtypes have no kernel.
+    """
+    _, backward = _require_variant(gate_and_candidate, states.dtype)
+    x, states, grad = _rows(gate_and_candidate), _rows(states), _rows(grad.to(states.dtype))
+    batch, steps, channels = states.shape
+    grad_x = x.new_empty((batch, steps, 2 * channels)) if out is None else out
+    if states.numel() == 0:
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return grad_x, grad.new_zeros((batch, 1, channels), dtype=accumulate)
+    arguments, carry, threads, _alive = _prepare(x, h0, states, mask, reset)
+    half = carry.new_full((channels,), _INITIAL_STATE)
+    arguments.extend((grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()))
+    entry, blocks, pieces = _compiled_entry(backward), arguments[_BLOCKS], arguments[_PIECES]
+    _run(entry, arguments, 0, batch * blocks * pieces, threads)
+    if pieces > 1:
+        _run(entry, arguments, 1, batch * blocks, threads)
+        carry = carry[:1].clone()
+    return grad_x, carry[0].unsqueeze(1)
+
+
+__all__ = ["NUMBA_AVAILABLE", "numba_backward", "numba_forward", "numba_supports", "unavailable_reason"]

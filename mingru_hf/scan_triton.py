@@ -1,0 +1,743 @@
+"""The MinGRU scan fused into Triton kernels for CUDA, forward and backward, in parallel over rows, channels and time.
+
+The equation is that of `scan_reference` in scan.py. Each step is a map of the state, h -> carry h + drive, and the
+composition of two such maps is another: that is all the algorithm. A program owns one row, a block of channels and a
+chunk of the steps, and walks through its chunk in tiles of (BLOCK_T, BLOCK_N): load, compute the gates, compose the
+maps along the tile's time axis, apply them to the state before the tile.
+
+Where rows x channels alone fill the card, the chunk is the whole sequence: one pass, each byte moved once. Where they
+do not (long sequences, small batches), time is cut into chunks: a first pass composes the maps of each chunk into
+one, a second runs through these summaries for the state at each boundary, a third is the pass above from there.
+
+A reset is a map that forgets its input. It is marked by carry = -1, which no sigmoid gives, and selected instead of
+multiplied, so that not even a NaN crosses it.
+
+State and accumulation are float32 (float64 for float64 inputs); the backward pass recomputes z and g and runs the
+same scan in reverse. Offsets are 64 bits wide.
+
+Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 (no
+register is spilled in 16 and 32 bits at 128 channels or more). Block sizes come from arithmetic and not from
+measurements: nothing here has been run or timed on a card yet.
+
+Legend: B batch, T time steps, N channels (trailing axes flattened into them), C chunks of time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+_OLDEST_TRITON = (3, 0)  # what torch 2.4 came with; below it tl.associative_scan over tuples is unreliable
+
+try:
+    import triton
+    import triton.language as tl
+
+    _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    _import_problem = (
+        None if _version >= _OLDEST_TRITON else f"triton {triton.__version__} is older than 3.0: pip install -U triton"
+    )
+except ImportError as error:
+    _import_problem = f"triton is not installed ({error}): pip install triton"
+except Exception as error:  # a broken installation fails in many ways, and none of them may break the package
+    _import_problem = f"triton cannot be imported ({type(error).__name__}: {error})"
+
+TRITON_AVAILABLE = _import_problem is None
+
+# A tile of (steps, channels) is 1024 elements: one warp has 8 kB of float32 loads on their way at a time, and holds
+# a tile in 32 registers for each of its values.
+_TILE_ELEMENTS = 1024
+_MAX_BLOCK_N = 128
+_MAX_BLOCK_T = 64
+_MIN_BLOCK_T = 8
+# Programs, of one warp each, that keep one multiprocessor's memory pipeline full; its registers have room for nine.
+_PROGRAMS_PER_PROCESSOR = 8
+# A chunk costs three values a channel beside its steps, so it has some tiles; and two chunks are no gain, since the
+# first pass reads the inputs once more.
+_MIN_TILES_PER_CHUNK = 4
+_MIN_CHUNKS = 3
+# Tiles of the pass over the summaries, which has only rows x channels to run in parallel.
+_SUMMARY_BLOCK_C = 64
+_SUMMARY_BLOCK_N = 32
+# Said aloud because Triton 3.9 warns where it is left open.
+_OPTIONS = {"enable_fp_fusion": True}
+
+
+def unavailable_reason(device: torch.device | None = None) -> str | None:
+    """Why the kernels cannot run, in a sentence for the user, or None if they can.
+
+    Args:
+        device: where the tensors are; left out, only the installation is looked at.
+    """
+    if not TRITON_AVAILABLE:
+        return _import_problem
+    if device is None or device.type == "cuda" or _interpreted():
+        return None
+    return f"the Triton kernels need CUDA tensors, got {device.type}"
+
+
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before this file was imported."""
+    return not isinstance(_forward_kernel, triton.JITFunction)
+
+
+def _jit(function):
+    """triton.jit, or the bare function where there is no triton; lengths in time cause no compilation anew."""
+    if not TRITON_AVAILABLE:
+        return function
+    return triton.jit(function, do_not_specialize=["num_steps", "chunk_steps", "num_chunks", "num_blocks"])
+
+
+# --- Pieces of the kernels: all tiles are (BLOCK_T, BLOCK_N), time first.
+
+
+@_jit
+def _update_gate(gate):
+    """z = sigmoid(gate) and 1 - z, from one exponential that cannot overflow, neither by a subtraction."""
+    e = tl.exp(-tl.abs(gate))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(gate >= 0, large, small), tl.where(gate >= 0, small, large)
+
+
+@_jit
+def _candidate(value):
+    """g(value) = value + 0.5 where value >= 0, sigmoid(value) elsewhere, and its derivative."""
+    e = tl.exp(-tl.abs(value))
+    inverse = 1.0 / (1.0 + e)
+    small = e * inverse
+    return tl.where(value >= 0, value + 0.5, small), tl.where(value >= 0, 1.0, small * inverse)
+
+
+@_jit
+def _compose(carry_1, drive_1, carry_2, drive_2):
+    """The map of step 1 and then step 2."""
+    return carry_1 * carry_2, carry_2 * drive_1 + drive_2
+
+
+@_jit
+def _compose_reset(carry_1, drive_1, carry_2, drive_2):
+    """The map of step 1 and then step 2, where a negative carry marks a map that forgets its input."""
+    carry = tl.where(carry_1 < 0, carry_1, carry_1 * carry_2)
+    forgets = carry_2 < 0
+    return tl.where(forgets, carry_2, carry), tl.where(forgets, drive_2, carry_2 * drive_1 + drive_2)
+
+
+@_jit
+def _scan(carry, drive, HAS_RESET: tl.constexpr):
+    """Maps from before the tile to after each of its steps."""
+    if HAS_RESET:
+        carry, drive = tl.associative_scan((carry, drive), 0, _compose_reset)
+    else:
+        carry, drive = tl.associative_scan((carry, drive), 0, _compose)
+    return carry, drive
+
+
+@_jit
+def _apply(carry, drive, state, HAS_RESET: tl.constexpr):
+    """The maps of a tile, applied to one state (BLOCK_N)."""
+    result = carry * state[None, :] + drive
+    if HAS_RESET:
+        result = tl.where(carry < 0, drive, result)
+    return result
+
+
+@_jit
+def _last(tile, BLOCK_T: tl.constexpr):
+    """The last row of a tile (a sum over it and zeros, whatever the other rows hold)."""
+    is_last = tl.arange(0, BLOCK_T) == BLOCK_T - 1
+    return tl.sum(tl.where(is_last[:, None], tile, 0.0), axis=0)
+
+
+@_jit
+def _locate(num_chunks, num_blocks):
+    """Row (64 bits, as all offsets that follow from it), chunk and channel block of this program."""
+    pid = tl.program_id(0)
+    return (pid // num_blocks // num_chunks).to(tl.int64), pid // num_blocks % num_chunks, pid % num_blocks
+
+
+@_jit
+def _load(pointer, t, stride_t, n, inside, ACCUMULATE: tl.constexpr):
+    """A tile of steps t and channels n, zero where it is not `inside`."""
+    offsets = t.to(tl.int64)[:, None] * stride_t + n[None, :]
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(ACCUMULATE)
+
+
+@_jit
+def _flags(pointer, t, stride_t, valid):
+    """Flags of steps t (BLOCK_T, 1), False where the step is not valid."""
+    return (tl.load(pointer + t.to(tl.int64) * stride_t, mask=valid, other=0) != 0)[:, None]
+
+
+@_jit
+def _initial(h0, n, inside, HAS_H0: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The state before the first step (BLOCK_N)."""
+    if HAS_H0:
+        state = tl.load(h0 + n, mask=inside, other=0.0).to(ACCUMULATE)
+    else:
+        state = tl.full([BLOCK_N], 0.5, ACCUMULATE)  # g(0)
+    return state
+
+
+@_jit
+def _maps(
+    x,
+    mask,
+    reset,
+    x_stride_t,
+    mask_stride_t,
+    reset_stride_t,
+    t,
+    stop,
+    n,
+    num_channels,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """The steps of a tile as maps h -> carry h + drive; steps from `stop` on are the identity."""
+    valid = t < stop
+    keep = valid[:, None]
+    inside = keep & (n < num_channels)[None, :]
+    z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
+    g, _ = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
+    if HAS_MASK:
+        keep = keep & _flags(mask, t, mask_stride_t, valid)
+    carry = tl.where(keep, one_minus_z, 1.0)
+    drive = tl.where(keep, z * g, 0.0)
+    if HAS_RESET:
+        forget = _flags(reset, t, reset_stride_t, valid)
+        drive = tl.where(forget, 0.5 * carry + drive, drive)
+        carry = tl.where(forget, -1.0, carry)
+    return carry, drive
+
+
+@_jit
+def _carries(
+    x,
+    mask,
+    reset,
+    x_stride_t,
+    mask_stride_t,
+    reset_stride_t,
+    t,
+    valid,
+    n,
+    num_channels,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    """The carries alone, 1 where a step is not valid."""
+    keep = valid[:, None]
+    inside = keep & (n < num_channels)[None, :]
+    _, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
+    if HAS_MASK:
+        keep = keep & _flags(mask, t, mask_stride_t, valid)
+    carry = tl.where(keep, one_minus_z, 1.0)
+    if HAS_RESET:
+        carry = tl.where(_flags(reset, t, reset_stride_t, valid), -1.0, carry)
+    return carry
+
+
+# --- The kernels.
+
+
+@_jit
+def _forward_kernel(
+    x,
+    h0,
+    mask,
+    reset,
+    boundaries,
+    states,
+    x_stride_b,
+    x_stride_t,
+    h0_stride_b,
+    mask_stride_b,
+    mask_stride_t,
+    reset_stride_b,
+    reset_stride_t,
+    num_steps,
+    num_channels,
+    chunk_steps,
+    num_chunks,
+    num_blocks,
+    HAS_H0: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """States (B, T, N) of one chunk, from the state at its boundary."""
+    row, chunk, block = _locate(num_chunks, num_blocks)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += row * x_stride_b
+    mask += row * mask_stride_b
+    reset += row * reset_stride_b
+    states += row * num_steps * num_channels
+    if CHUNKED:
+        boundaries += (row * (num_chunks + 1) + chunk) * num_channels
+        h = tl.load(boundaries + n, mask=n < num_channels, other=0.0)
+    else:
+        h = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, ACCUMULATE, BLOCK_N)
+    start = chunk * chunk_steps
+    stop = tl.minimum(start + chunk_steps, num_steps)
+    for t_0 in range(start, stop, BLOCK_T):
+        t = t_0 + tl.arange(0, BLOCK_T)
+        carry, drive = _maps(
+            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
+            HAS_MASK, HAS_RESET, ACCUMULATE,
+        )  # fmt: skip
+        carry, drive = _scan(carry, drive, HAS_RESET)
+        tile = _apply(carry, drive, h, HAS_RESET)
+        offsets = t.to(tl.int64)[:, None] * num_channels + n[None, :]
+        inside = (t < stop)[:, None] & (n < num_channels)[None, :]
+        tl.store(states + offsets, tile.to(states.dtype.element_ty), mask=inside)
+        h = _last(tile, BLOCK_T)
+
+
+@_jit
+def _forward_summary_kernel(
+    x,
+    mask,
+    reset,
+    carries,
+    drives,
+    x_stride_b,
+    x_stride_t,
+    mask_stride_b,
+    mask_stride_t,
+    reset_stride_b,
+    reset_stride_t,
+    num_steps,
+    num_channels,
+    chunk_steps,
+    num_chunks,
+    num_blocks,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One map for each chunk, state before it to state after it: carries and drives (B, C, N)."""
+    row, chunk, block = _locate(num_chunks, num_blocks)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += row * x_stride_b
+    mask += row * mask_stride_b
+    reset += row * reset_stride_b
+    total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
+    total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    start = chunk * chunk_steps
+    stop = tl.minimum(start + chunk_steps, num_steps)
+    for t_0 in range(start, stop, BLOCK_T):
+        t = t_0 + tl.arange(0, BLOCK_T)
+        carry, drive = _maps(
+            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
+            HAS_MASK, HAS_RESET, ACCUMULATE,
+        )  # fmt: skip
+        carry, drive = _scan(carry, drive, HAS_RESET)
+        carry = _last(carry, BLOCK_T)
+        drive = _last(drive, BLOCK_T)
+        if HAS_RESET:
+            total_carry, total_drive = _compose_reset(total_carry, total_drive, carry, drive)
+        else:
+            total_carry, total_drive = _compose(total_carry, total_drive, carry, drive)
+    offsets = (row * num_chunks + chunk) * num_channels + n
+    tl.store(carries + offsets, total_carry, mask=n < num_channels)
+    tl.store(drives + offsets, total_drive, mask=n < num_channels)
+
+
+@_jit
+def _boundary_kernel(
+    carries,
+    drives,
+    h0,
+    boundaries,
+    h0_stride_b,
+    num_channels,
+    num_chunks,
+    num_blocks,
+    HAS_H0: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What crosses the boundaries of the chunks, (B, C + 1, N): states, or gradients from the end to the start."""
+    row, _, block = _locate(1, num_blocks)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    carries += row * num_chunks * num_channels
+    drives += row * num_chunks * num_channels
+    boundaries += row * (num_chunks + 1) * num_channels
+    if REVERSE:
+        state = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    else:
+        state = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, ACCUMULATE, BLOCK_N)
+    for first in range(0, num_chunks + 1, BLOCK_C):
+        done = first + tl.arange(0, BLOCK_C)  # chunks behind us at this boundary, so the last of them is done - 1
+        valid = (done > 0) & (done <= num_chunks)
+        inside = valid[:, None] & (n < num_channels)[None, :]
+        if REVERSE:
+            chunk = num_chunks - done
+            boundary = num_chunks - done
+        else:
+            chunk = done - 1
+            boundary = done
+        carry = tl.where(valid[:, None], _load(carries, chunk, num_channels, n, inside, ACCUMULATE), 1.0)
+        drive = _load(drives, chunk, num_channels, n, inside, ACCUMULATE)
+        carry, drive = _scan(carry, drive, HAS_RESET)
+        tile = _apply(carry, drive, state, HAS_RESET)
+        inside = (done <= num_chunks)[:, None] & (n < num_channels)[None, :]
+        tl.store(boundaries + boundary.to(tl.int64)[:, None] * num_channels + n[None, :], tile, mask=inside)
+        state = _last(tile, BLOCK_C)
+
+
+@_jit
+def _backward_kernel(
+    grad,
+    x,
+    h0,
+    states,
+    mask,
+    reset,
+    boundaries,
+    grad_x,
+    grad_h0,
+    grad_stride_b,
+    grad_stride_t,
+    x_stride_b,
+    x_stride_t,
+    h0_stride_b,
+    states_stride_b,
+    states_stride_t,
+    mask_stride_b,
+    mask_stride_t,
+    reset_stride_b,
+    reset_stride_t,
+    num_steps,
+    num_channels,
+    chunk_steps,
+    num_chunks,
+    num_blocks,
+    HAS_H0: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Gradients (B, T, 2N) of one chunk's pre-activations, from what flows back across its end.
+
+    With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}; rows of a tile go back in time.
+    """
+    row, chunk, block = _locate(num_chunks, num_blocks)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = n < num_channels
+    grad += row * grad_stride_b
+    x += row * x_stride_b
+    states += row * states_stride_b
+    mask += row * mask_stride_b
+    reset += row * reset_stride_b
+    grad_x += row * num_steps * 2 * num_channels
+    initial = _initial(h0 + row * h0_stride_b, n, channel, HAS_H0, ACCUMULATE, BLOCK_N)
+    if CHUNKED:
+        boundaries += (row * (num_chunks + 1) + chunk + 1) * num_channels
+        flow = tl.load(boundaries + n, mask=channel, other=0.0)  # dL/dh_{t-1} less grad_{t-1}, for the last t done
+    else:
+        flow = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    start = chunk * chunk_steps
+    stop = tl.minimum(start + chunk_steps, num_steps)
+    num_tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
+    for tile in range(num_tiles):
+        index = tl.arange(0, BLOCK_T)
+        t = start + (num_tiles - tile) * BLOCK_T - 1 - index
+        valid = t < stop
+        keep = valid[:, None]
+        inside = keep & channel[None, :]
+
+        # The carry of the step after, from the tile itself: a second load that finds its data in the cache. For the
+        # tile's latest step it is in `flow` already.
+        carry = _carries(
+            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t + 1, (index > 0) & (t + 1 < stop), n,
+            num_channels, HAS_MASK, HAS_RESET, ACCUMULATE,
+        )  # fmt: skip
+        carry, r = _scan(carry, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
+        r = _apply(carry, r, flow, HAS_RESET)
+
+        z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
+        g, slope = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
+        previous = _load(states, t - 1, states_stride_t, n, inside & (t > 0)[:, None], ACCUMULATE)
+        previous = tl.where((t > 0)[:, None], previous, initial[None, :])
+        if HAS_MASK:
+            keep = keep & _flags(mask, t, mask_stride_t, valid)
+        out = tl.where(keep, one_minus_z, 1.0) * r
+        if HAS_RESET:
+            forget = _flags(reset, t, reset_stride_t, valid)
+            previous = tl.where(forget, 0.5, previous)
+            out = tl.where(forget, 0.0, out)
+        flow = _last(out, BLOCK_T)
+
+        r = r * z
+        grad_gate = tl.where(keep, r * one_minus_z * (g - previous), 0.0)
+        grad_candidate = tl.where(keep, r * slope, 0.0)
+        offsets = t.to(tl.int64)[:, None] * (2 * num_channels) + n[None, :]
+        tl.store(grad_x + offsets, grad_gate.to(grad_x.dtype.element_ty), mask=inside)
+        tl.store(grad_x + num_channels + offsets, grad_candidate.to(grad_x.dtype.element_ty), mask=inside)
+    if not CHUNKED:
+        tl.store(grad_h0 + row * num_channels + n, flow, mask=channel)
+
+
+@_jit
+def _backward_summary_kernel(
+    grad,
+    x,
+    mask,
+    reset,
+    carries,
+    drives,
+    grad_stride_b,
+    grad_stride_t,
+    x_stride_b,
+    x_stride_t,
+    mask_stride_b,
+    mask_stride_t,
+    reset_stride_b,
+    reset_stride_t,
+    num_steps,
+    num_channels,
+    chunk_steps,
+    num_chunks,
+    num_blocks,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One map for each chunk, what flows back into its end to what leaves its start: carries and drives (B, C, N)."""
+    row, chunk, block = _locate(num_chunks, num_blocks)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    grad += row * grad_stride_b
+    x += row * x_stride_b
+    mask += row * mask_stride_b
+    reset += row * reset_stride_b
+    total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
+    total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    start = chunk * chunk_steps
+    stop = tl.minimum(start + chunk_steps, num_steps)
+    num_tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
+    for tile in range(num_tiles):
+        t = start + (num_tiles - tile) * BLOCK_T - 1 - tl.arange(0, BLOCK_T)
+        valid = t < stop
+        inside = valid[:, None] & (n < num_channels)[None, :]
+        carry = _carries(
+            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, valid, n, num_channels,
+            HAS_MASK, HAS_RESET, ACCUMULATE,
+        )  # fmt: skip
+        drive = carry * _load(grad, t, grad_stride_t, n, inside, ACCUMULATE)
+        if HAS_RESET:
+            drive = tl.where(carry < 0, 0.0, drive)
+        carry, drive = _scan(carry, drive, HAS_RESET)
+        carry = _last(carry, BLOCK_T)
+        drive = _last(drive, BLOCK_T)
+        if HAS_RESET:
+            total_carry, total_drive = _compose_reset(total_carry, total_drive, carry, drive)
+        else:
+            total_carry, total_drive = _compose(total_carry, total_drive, carry, drive)
+    offsets = (row * num_chunks + chunk) * num_channels + n
+    tl.store(carries + offsets, total_carry, mask=n < num_channels)
+    tl.store(drives + offsets, total_drive, mask=n < num_channels)
+
+
+# --- What calls them.
+
+
+def triton_forward(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """States of the MinGRU recurrence, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t), fused into one to three kernels.
+
+    Args:
+        gate_and_candidate: (B, T, 2N) pre-activations, the gate half first, float16, bfloat16, float32 or float64;
+            any strides over rows and steps, and a copy is made where channels are not contiguous.
+        h0: (B, 1, N) state before step 0; g(0) = 0.5 if None.
+        mask: (B, T) boolean; where False the state passes through the step unchanged.
+        reset: (B, T) boolean; where True the state is 0.5 before this step, and then the mask applies.
+        dtype: of the returned states.
+
+    Returns:
+        (B, T, N) states h_1..h_T, contiguous.
+
+    Cost: reads the inputs once and writes the states once; time in chunks reads the inputs once more.
+    """
+    x = _channels_last(gate_and_candidate)
+    states = x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2), dtype=dtype)
+    if states.numel() == 0:
+        return states
+    call = _Call(x, h0, mask, reset)
+    with call.device:
+        boundaries = states
+        if call.num_chunks > 1:
+            carries, drives, boundaries = call.summaries()
+            _forward_summary_kernel[call.grid](
+                x, call.mask, call.reset, carries, drives, *call.x_strides, *call.flag_strides, *call.sizes,
+                HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
+            )  # fmt: skip
+            call.boundaries(carries, drives, boundaries, reverse=False)
+        _forward_kernel[call.grid](
+            x, call.h0, call.mask, call.reset, boundaries, states, *call.x_strides, call.h0_stride, *call.flag_strides,
+            *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
+            CHUNKED=call.num_chunks > 1, **call.blocks,
+        )  # fmt: skip
+    return states
+
+
+def triton_backward(
+    grad: Tensor,
+    gate_and_candidate: Tensor,
+    h0: Tensor | None,
+    states: Tensor,
+    mask: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the recurrence; z and g are recomputed from the pre-activations.
+
+    Args:
+        grad: (B, T, N) gradient of the states.
+        gate_and_candidate, h0, mask, reset: as given to `triton_forward`.
+        states: (B, T, N) what it returned.
+
+    Returns:
+        Gradient (B, T, 2N) of the pre-activations in their dtype, contiguous, and (B, 1, N) of the initial state in
+        float32 (float64 for float64 inputs).
+
+    Cost: reads inputs, states and gradient once and writes the gradient once; time in chunks reads gates and gradient
+    once more.
+    """
+    x, grad, states = (_channels_last(tensor) for tensor in (gate_and_candidate, grad, states))
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_h0 = x.new_empty((x.shape[0], 1, x.shape[2] // 2), dtype=_accumulation_dtype(x))
+    if states.numel() == 0:
+        return grad_x, grad_h0.zero_()
+    call = _Call(x, h0, mask, reset)
+    with call.device:
+        boundaries = grad_h0
+        if call.num_chunks > 1:
+            carries, drives, boundaries = call.summaries()
+            _backward_summary_kernel[call.grid](
+                grad, x, call.mask, call.reset, carries, drives, grad.stride(0), grad.stride(1), *call.x_strides,
+                *call.flag_strides, *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
+            )  # fmt: skip
+            call.boundaries(carries, drives, boundaries, reverse=True)
+            grad_h0.copy_(boundaries[:, :1])
+        _backward_kernel[call.grid](
+            grad, x, call.h0, states, call.mask, call.reset, boundaries, grad_x, grad_h0, grad.stride(0),
+            grad.stride(1), *call.x_strides, call.h0_stride, states.stride(0), states.stride(1), *call.flag_strides,
+            *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
+            CHUNKED=call.num_chunks > 1, **call.blocks,
+        )  # fmt: skip
+    return grad_x, grad_h0
+
+
+class _Call:
+    """What both directions pass to their kernels; an absent tensor is replaced by one that is never read."""
+
+    def __init__(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None):
+        self.x = x
+        self.has_h0, self.has_mask, self.has_reset = h0 is not None, mask is not None, reset is not None
+        self.h0 = _channels_last(h0) if self.has_h0 else x
+        self.mask = mask.view(torch.uint8) if self.has_mask else x
+        self.reset = reset.view(torch.uint8) if self.has_reset else x
+        self.x_strides = x.stride()[:2]
+        self.h0_stride = self.h0.stride(0) if self.has_h0 else 0
+        self.flag_strides = (
+            *(self.mask.stride() if self.has_mask else (0, 0)),
+            *(self.reset.stride() if self.has_reset else (0, 0)),
+        )
+        batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
+        accumulate = _accumulation_dtype(x)
+        block_t, block_n, chunk_steps = _plan(batch, steps, channels, _processors(x.device), accumulate)
+        self.num_chunks = _ceil_div(steps, chunk_steps)
+        num_blocks = _ceil_div(channels, block_n)
+        self.sizes = (steps, channels, chunk_steps, self.num_chunks, num_blocks)
+        self.grid = (batch * self.num_chunks * num_blocks,)
+        self.accumulate = tl.float64 if accumulate == torch.float64 else tl.float32
+        self.blocks = {
+            "ACCUMULATE": self.accumulate,
+            "BLOCK_T": block_t,
+            "BLOCK_N": block_n,
+            "num_warps": 1,
+            **_OPTIONS,
+        }
+        self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+    def summaries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for the maps of the chunks, (B, C, N) twice, and for what crosses boundaries, (B, C + 1, N)."""
+        batch, channels, dtype = self.x.shape[0], self.x.shape[2] // 2, _accumulation_dtype(self.x)
+        carries, drives = self.x.new_empty((2, batch, self.num_chunks, channels), dtype=dtype)
+        return carries, drives, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=dtype)
+
+    def boundaries(self, carries: Tensor, drives: Tensor, boundaries: Tensor, reverse: bool) -> None:
+        """Fill `boundaries` from the maps of the chunks."""
+        batch, chunks, channels = carries.shape
+        block_n = min(
+            _SUMMARY_BLOCK_N if carries.dtype == torch.float32 else _SUMMARY_BLOCK_N // 2, _power_of_2(channels)
+        )
+        num_blocks = _ceil_div(channels, block_n)
+        _boundary_kernel[(batch * num_blocks,)](
+            carries, drives, self.h0, boundaries, self.h0_stride, channels, chunks, num_blocks, HAS_H0=self.has_h0,
+            HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate, BLOCK_C=_SUMMARY_BLOCK_C,
+            BLOCK_N=block_n, num_warps=4, **_OPTIONS,
+        )  # fmt: skip
+
+
+def _plan(batch: int, steps: int, channels: int, processors: int, accumulate: torch.dtype) -> tuple[int, int, int]:
+    """Steps and channels of a tile (powers of 2), and steps of a chunk (all of them: a single pass)."""
+    shrink = 4 if accumulate == torch.float64 else 1  # a double is two registers, and its exp needs more of them
+    block_n = min(_MAX_BLOCK_N // shrink, _power_of_2(channels))
+    block_t = min(max(_TILE_ELEMENTS // shrink // block_n, _MIN_BLOCK_T), _MAX_BLOCK_T)
+    programs = batch * _ceil_div(channels, block_n)
+    chunks = max(processors * _PROGRAMS_PER_PROCESSOR // programs, 1)
+    tiles = max(_ceil_div(_ceil_div(steps, chunks), block_t), _MIN_TILES_PER_CHUNK)
+    if _ceil_div(steps, tiles * block_t) < _MIN_CHUNKS:
+        return block_t, block_n, steps
+    return block_t, block_n, tiles * block_t
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest one that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its channels do not lie side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+__all__ = ["TRITON_AVAILABLE", "triton_backward", "triton_forward", "unavailable_reason"]

@@ -1,0 +1,419 @@
+"""The Triton kernels: under Triton's interpreter on CPU tensors, through the compiler, and on a card where one is.
+
+The interpreter has to be chosen before triton is imported, so its comparisons run in one process of their own: this
+file as a script, which prints the error of each case.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mingru_hf import scan_triton
+from mingru_hf.scan import _torch_backward, _torch_forward, scan_reference
+from mingru_hf.scan_triton import triton_backward, triton_forward
+
+ROOT = Path(__file__).parent.parent
+
+needs_triton = pytest.mark.skipif(
+    not scan_triton.TRITON_AVAILABLE, reason=f"no Triton: {scan_triton.unavailable_reason()}"
+)
+needs_card = pytest.mark.skipif(
+    not (scan_triton.TRITON_AVAILABLE and torch.cuda.is_available()), reason="no CUDA card with Triton"
+)
+
+# A few roundings: the state is a convex combination, so errors decay. Gradients are compared with their largest.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2.0**-8}
+# The interpreter cuts float32 to bfloat16 instead of rounding: one unit in the last place, and one more in gradients,
+# which also see the rounded states.
+INTERPRETED_BFLOAT16 = 2.0**-7
+
+# name: (batch, steps, channels), dtype, flags, (BLOCK_T, BLOCK_N, steps of a chunk)
+CASES = {
+    f"{'chunks' if chunk else 'one pass'} T={steps} D={channels} {str(dtype)[6:]} {flags}".strip(): (
+        (2, steps, channels),
+        dtype,
+        flags,
+        (8 if steps < 100 else 16, 32, chunk or steps),
+    )
+    for steps, channels, dtype, flags, chunk in [
+        (1, 1, torch.float32, "", 0),
+        (1, 37, torch.float32, "h0 mask reset", 0),
+        (2, 3, torch.float32, "h0", 0),
+        (2, 3, torch.float64, "mask reset", 0),
+        (63, 1, torch.float32, "mask", 0),
+        (63, 1, torch.float32, "h0 mask reset", 16),
+        (63, 3, torch.float32, "", 8),
+        (63, 3, torch.float32, "h0", 16),
+        (63, 3, torch.float32, "reset", 0),
+        (63, 37, torch.bfloat16, "h0 mask reset", 0),
+        (63, 37, torch.bfloat16, "", 24),
+        (130, 3, torch.bfloat16, "h0 mask reset", 16),
+        (130, 3, torch.float32, "h0 mask", 32),
+        (130, 3, torch.float32, "mask reset", 48),
+        (130, 3, torch.float16, "h0 reset", 64),
+        (130, 37, torch.float64, "h0 mask reset", 48),
+        (130, 37, torch.float64, "", 0),
+        (130, 37, torch.float32, "h0 mask reset", 0),
+        (130, 37, torch.float32, "h0 mask reset", 40),
+        # Chunks shorter than a tile, and 17 of them: the pass over their summaries takes several tiles.
+        (130, 1, torch.float32, "h0 reset", 8),
+    ]
+}
+CHECKS = [
+    "strides",
+    "every element is written",
+    "masked steps ignore NaN",
+    "NaN and Inf stay where they are",
+    "a reset stops NaN",
+    "a masked reset leaves 0.5",
+    "saturated gates",
+]
+
+
+def make_inputs(batch, steps, channels, flags="h0 mask reset", device="cpu"):
+    x = 2 * torch.randn(batch, steps, 2 * channels, device=device)
+    h0 = torch.rand(batch, 1, channels, device=device) + 0.01 if "h0" in flags else None
+    mask = torch.rand(batch, steps, device=device) > 0.3 if "mask" in flags else None
+    reset = torch.rand(batch, steps, device=device) > 0.9 if "reset" in flags else None
+    return x, h0, mask, reset
+
+
+def reference(x, h0, mask, reset, weight):
+    """States and gradients of a weighted sum of them, from the float64 loop."""
+    x = x.double().requires_grad_()
+    h0 = torch.full((x.shape[0], 1, x.shape[2] // 2), 0.5) if h0 is None else h0
+    h0 = h0.double().requires_grad_()
+    states = scan_reference(x, h0, mask, reset)
+    (states * weight.double()).sum().backward()
+    return states.detach(), x.grad, h0.grad
+
+
+def run(x, h0, mask, reset, weight, dtype=None):
+    """The same from the kernels."""
+    states = triton_forward(x, h0, mask, reset, x.dtype if dtype is None else dtype)
+    return states, *triton_backward(weight.to(states.dtype), x, h0, states, mask, reset)
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
+
+
+def error_over_largest(actual, expected):
+    return ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+# --- What runs under the interpreter.
+
+
+def plan(*sizes):
+    """Let the kernels take these steps and channels of a tile and steps of a chunk."""
+    scan_triton._plan = lambda *_: sizes
+
+
+def measure(shape, dtype, flags, sizes):
+    """Errors of the states, of the states in float32 or wider, and of both gradients."""
+    plan(*sizes)
+    x, h0, mask, reset = make_inputs(*shape, flags)
+    x, weight = x.to(dtype), torch.randn(shape).to(dtype)
+    expected = reference(x, h0, mask, reset, weight)
+    states, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    assert states.dtype == grad_x.dtype == dtype
+    assert grad_h0.dtype == wide
+    wide_states = states if dtype == wide else triton_forward(x, h0, mask, reset, wide)
+    return {
+        "states": relative_error(states, expected[0]),
+        "wide states": relative_error(wide_states, expected[0]),
+        "grad_x": error_over_largest(grad_x, expected[1]),
+        "grad_h0": error_over_largest(grad_h0, expected[2]),
+    }
+
+
+def assert_same(actual, expected):
+    for result, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=0, atol=0)
+
+
+def check(name, chunk):
+    """The checks of behaviour at 20 steps, in one pass (chunk 20) or more."""
+    plan(4, 4, chunk)
+    x, h0, mask, reset = make_inputs(2, 20, 3)
+    weight = torch.randn(2, 20, 3)
+    if name == "strides":
+        expected = run(x, h0, mask, reset, weight)
+        wide = torch.randn(4, 40, 8)
+        wide[::2, 5:25, 1:7] = x
+        channels_first = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (x, h0, weight)]
+        flags = torch.stack([mask, reset], dim=-1)
+        time_first = x.transpose(0, 1).contiguous().transpose(0, 1)
+        assert_same(run(wide[::2, 5:25, 1:7], h0, mask.t().clone().t(), reset, weight), expected)
+        assert_same(run(time_first, h0, flags[..., 0], flags[..., 1], weight), expected)
+        assert_same(run(channels_first[0], channels_first[1], mask, reset, channels_first[2]), expected)
+        expanded = x[:1].expand(2, -1, -1), h0[:1].expand(2, -1, -1), mask[:1].expand(2, -1), None
+        ones = torch.ones(()).expand(2, 20, 3)
+        assert_same(run(*expanded, ones), run(*(t if t is None else t.contiguous() for t in expanded), ones.clone()))
+    elif name == "every element is written":
+        expected = run(x, h0, mask, reset, weight)
+        torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+        assert_same(run(x, h0, mask, reset, weight), expected)
+        torch.use_deterministic_algorithms(False)
+    elif name == "masked steps ignore NaN":
+        mask[:, 6:11] = False
+        clean = run(x, h0, mask, reset, weight)
+        x[:, 6:11] = float("nan")
+        dirty = run(x, h0, mask, reset, weight)
+        assert_same(dirty, clean)
+        assert not dirty[1][:, 6:11].any()
+    elif name == "NaN and Inf stay where they are":
+        clean = run(x, h0, None, None, weight)
+        for bad in (float("nan"), float("inf")):
+            spoilt = x.clone()
+            spoilt[1, 9, 3] = bad  # the candidate of channel 0
+            states, grad_x, grad_h0 = run(spoilt, h0, None, None, weight)
+            assert not states[1, 9:, 0].isfinite().any()
+            states[1, 9:, 0] = clean[0][1, 9:, 0]
+            grad_x[1, 9:, ::3] = clean[1][1, 9:, ::3]
+            assert_same((states, grad_x, grad_h0), clean)
+    elif name == "a reset stops NaN":
+        reset[:, 7], reset[:, 13] = False, True
+        mask[:, 7] = True
+        clean = run(x, h0, mask, reset, weight)
+        x[:, 7] = float("nan")
+        states, grad_x, _ = run(x, h0, mask, reset, weight)
+        assert states[:, 7].isnan().all()
+        assert_same((states[:, 13:], grad_x[:, 13:]), (clean[0][:, 13:], clean[1][:, 13:]))
+        weight[:, 16] = float("nan")  # and one in the gradient, on its way back
+        for step in (12, 13):  # the first of a tile and one inside
+            x, h0, _, _ = make_inputs(2, 20, 3)
+            reset = (torch.arange(20) == step).expand(2, 20)
+            clean = run(x, h0, None, reset, weight.nan_to_num())
+            _, grad_x, grad_h0 = run(x, h0, None, reset, weight)
+            assert grad_x[:, step:17].isnan().all()
+            assert_same((grad_x[:, :step], grad_h0), (clean[1][:, :step], clean[2]))
+    elif name == "a masked reset leaves 0.5":
+        mask[:, 9], reset[:, 9] = False, True
+        states, grad_x, _ = run(x, h0, mask, reset, weight)
+        assert (states[:, 9] == 0.5).all()
+        assert not grad_x[:, 9].any()
+    elif name == "saturated gates":
+        levels = torch.tensor([-100.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 100.0])
+        pairs = torch.cartesian_prod(levels, levels)
+        for x, h0 in (
+            (pairs.reshape(49, 1, 2), torch.full((49, 1, 1), 0.3)),  # a row for each pair of gate and candidate
+            (pairs.reshape(1, 49, 2), torch.full((1, 1, 1), 0.3)),  # and all of them after each other
+        ):
+            weight = torch.ones(*x.shape[:2], 1)
+            # Not autograd's gradients: they subtract sigmoids from 1 and lose the smallest ones, signs included.
+            wide = x.double(), h0.double(), scan_reference(x.double(), h0.double())
+            expected = wide[-1], *_torch_backward(weight.double(), *wide, None, None)
+            for result, other in zip(run(x, h0, None, None, weight), expected, strict=True):
+                assert result.isfinite().all()
+                assert error_over_largest(result, other) <= TOLERANCE[torch.float32]
+                if x.shape[1] == 1:  # else the state may equal g but for its rounding, with a gradient of either sign
+                    assert (result.double() * other >= 0).all()  # underflow is allowed, a wrong sign is not
+
+
+def combine_rows_at_once():
+    """The interpreter's associative_scan calls the combination once an element; once a row is a hundred times faster.
+
+    Its interface is not public, so where it changes this does nothing and the cases take minutes.
+    """
+    from triton.runtime import interpreter
+
+    original = getattr(getattr(interpreter, "ScanOps", None), "generic_scan", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def generic_scan(self, tensors):
+        if self.axis != 0:
+            return original(self, tensors)
+        result = [tensor.handle.data.copy() for tensor in tensors]
+        for row in range(1, len(result[0])):
+            before = [self.to_tensor(data[row - 1], t.dtype) for data, t in zip(result, tensors, strict=True)]
+            here = [self.to_tensor(t.handle.data[row], t.dtype) for t in tensors]
+            for data, combined in zip(result, self.combine_fn.fn(*before, *here), strict=True):
+                data[row] = combined.handle.data
+        return [self.to_tensor(data, t.dtype) for data, t in zip(result, tensors, strict=True)]
+
+    interpreter.ScanOps.generic_scan = generic_scan
+
+
+def print_battery():
+    assert scan_triton.unavailable_reason(torch.device("cpu")) is None
+    scan_triton._SUMMARY_BLOCK_C = 4
+    torch.manual_seed(0)
+    results = {"elementwise scan": measure((1, 5, 2), torch.float32, "h0 mask reset", (4, 2, 4))}
+    combine_rows_at_once()
+    for name, case in CASES.items():
+        results[name] = measure(*case)
+    for name in CHECKS:
+        for chunk in (20, 4):
+            try:
+                check(name, chunk)
+                results[f"{name}, chunk {chunk}"] = "passed"
+            except AssertionError as error:
+                results[f"{name}, chunk {chunk}"] = f"failed: {error!r}"
+    print(json.dumps(results))
+
+
+# --- What pytest runs.
+
+
+@pytest.fixture(scope="module")
+def battery():
+    """Errors and verdicts by case, from the process with the interpreter."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["elementwise scan", *CASES])
+def test_kernels_equal_the_float64_loop(battery, name):
+    dtype = CASES[name][1] if name in CASES else torch.float32
+    errors = battery[name]
+    wide = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    narrow = {torch.bfloat16: INTERPRETED_BFLOAT16, torch.float16: 2.0**-10}.get(dtype, wide)
+    assert errors["states"] <= narrow
+    assert errors["wide states"] <= wide
+    assert errors["grad_x"] <= (2 * narrow if dtype.itemsize == 2 else wide)
+    assert errors["grad_h0"] <= wide
+
+
+@needs_triton
+@pytest.mark.parametrize("chunk", [20, 4])
+@pytest.mark.parametrize("name", CHECKS)
+def test_behaviour(battery, name, chunk):
+    assert battery[f"{name}, chunk {chunk}"] == "passed"
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "accumulate", "flags", "channels"),
+    [("fp32", "fp32", True, 512), ("bf16", "fp32", False, 512), ("fp16", "fp32", True, 1), ("fp64", "fp64", True, 64)],
+)
+def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, channels, tmp_path, monkeypatch):
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 5):
+        pytest.skip("written for the compiler interface of triton 3.5 and later")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    block_t, block_n, _ = scan_triton._plan(8, 1024, channels, 132, getattr(torch, f"float{accumulate[2:]}"))
+    pointers = dict.fromkeys(("x", "states", "grad", "grad_x"), f"*{dtype}")
+    pointers |= dict.fromkeys(("h0", "boundaries", "carries", "drives", "grad_h0"), f"*{accumulate}")
+    pointers |= dict.fromkeys(("mask", "reset"), "*u8")
+    values = dict.fromkeys(("HAS_H0", "HAS_MASK", "HAS_RESET", "CHUNKED", "REVERSE"), flags)
+    values |= {"ACCUMULATE": getattr(tl, f"float{accumulate[2:]}"), "BLOCK_T": block_t, "BLOCK_N": block_n}
+    values |= {"BLOCK_C": scan_triton._SUMMARY_BLOCK_C}
+    if channels == 1:
+        values["num_channels"] = 1  # as the launcher does with an argument of 1
+    for name in ("forward", "forward_summary", "boundary", "backward", "backward_summary"):
+        kernel = getattr(scan_triton, f"_{name}_kernel")
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(kernel.arg_names):
+            signature[parameter] = "constexpr" if parameter in values else pointers.get(parameter, "i32")
+            if parameter in values:
+                constants[parameter] = values[parameter]
+            elif parameter in pointers or parameter == "num_channels" or parameter.endswith(("stride_b", "stride_t")):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        options = {"num_warps": 4 if name == "boundary" else 1, **scan_triton._OPTIONS}
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        assert compiled.asm["cubin"]
+        if channels > 1:
+            assert "ld.global.v" in compiled.asm["ptx"]  # neighbouring channels in one load
+
+
+def test_plan_fills_the_card_and_no_more():
+    tile_t, tile_n, chunk = scan_triton._plan(64, 1024, 4096, 132, torch.float32)
+    assert (tile_t, tile_n, chunk) == (8, 128, 1024)  # rows x channels suffice: a single pass
+    assert scan_triton._plan(1, 16, 64, 132, torch.float32)[2] == 16  # too short to cut
+    for shape in [(8, 1024, 512), (1, 65536, 64), (2, 100_000, 257), (1, 1_000_000, 1)]:
+        for accumulate in (torch.float32, torch.float64):
+            batch, steps, channels = shape
+            tile_t, tile_n, chunk = scan_triton._plan(*shape, 132, accumulate)
+            assert chunk < steps
+            assert chunk % tile_t == 0
+            assert tile_t * tile_n <= 1024
+            assert batch * -(-channels // tile_n) * (steps // chunk) <= 132 * 8
+
+
+def test_a_missing_or_broken_triton_breaks_nothing(tmp_path):
+    (tmp_path / "triton.py").write_text("raise OSError('libtriton.so: bad magic')")
+    for path, prepare, message in (
+        ("", "sys.modules['triton'] = None", "triton is not installed"),
+        (tmp_path, "", "cannot be imported (OSError: libtriton.so: bad magic)"),
+    ):
+        code = f"""
+import sys, torch
+{prepare}
+sys.path.insert(0, {str(path)!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("copy_of_scan_triton", {scan_triton.__file__!r})
+copy = importlib.util.module_from_spec(spec); spec.loader.exec_module(copy)
+assert not copy.TRITON_AVAILABLE
+assert {message!r} in copy.unavailable_reason(), copy.unavailable_reason()
+"""
+        subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels take CPU tensors")
+def test_reason_on_a_cpu():
+    assert scan_triton.unavailable_reason() is None
+    assert scan_triton.unavailable_reason(torch.device("cuda", 0)) is None
+    assert "need CUDA tensors, got cpu" in scan_triton.unavailable_reason(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@needs_card
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("flags", ["", "h0 mask reset"])
+@pytest.mark.parametrize("shape", [(8, 1024, 512), (1, 16384, 64), (128, 256, 2048), (3, 1000, 257), (2, 63, 1)])
+def test_on_a_card(shape, flags, dtype):
+    x, h0, mask, reset = make_inputs(*shape, flags, device="cuda")
+    x, weight = x.to(dtype), torch.randn(shape, device="cuda").to(dtype)
+    states, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
+    expected = _torch_forward(x.double(), h0, mask, reset, torch.float64)
+    expected_x, expected_h0 = _torch_backward(weight.double(), x.double(), h0, expected, mask, reset)
+    narrow = {torch.float16: 2.0**-11}.get(dtype, TOLERANCE[dtype]) * 1.01
+    wide = TOLERANCE[torch.float32]
+    assert relative_error(states, expected) <= narrow
+    assert relative_error(triton_forward(x, h0, mask, reset, torch.float32), expected) <= wide
+    assert error_over_largest(grad_x, expected_x) <= 2 * narrow
+    assert error_over_largest(grad_h0, expected_h0) <= wide
+
+
+@pytest.mark.gpu
+@needs_card
+def test_more_than_31_bits_of_elements_on_a_card():
+    if torch.cuda.mem_get_info()[0] < 30e9:
+        pytest.skip("needs 30 GB on the card")
+    x = torch.randn(1, 1 << 20, 2 * 1088, device="cuda", dtype=torch.bfloat16)
+    states = triton_forward(x, None, None, None, torch.bfloat16)
+    tail = triton_forward(x[:, -64:].contiguous(), states[:, -65:-64], None, None, torch.float32)
+    assert relative_error(states[:, -64:], tail.double()) <= 3 * TOLERANCE[torch.bfloat16]
+    grad_x, _ = triton_backward(torch.ones_like(states), x, None, states, None, None)
+    ones = torch.ones_like(states[:, -64:])
+    expected, _ = triton_backward(
+        ones, x[:, -64:].contiguous(), states[:, -65:-64], states[:, -64:].contiguous(), None, None
+    )
+    assert error_over_largest(grad_x[:, -64:], expected.double()) <= 2 * TOLERANCE[torch.bfloat16]
+
+
+if __name__ == "__main__":
+    print_battery()
