@@ -79,6 +79,9 @@ def mingru_scan(
         return _scan_log(gate_and_candidate, h0, mask, reset).to(out_dtype)
     if backend == "reference":
         return scan_reference(gate_and_candidate, h0, mask, reset).to(out_dtype)
+    if not torch.is_grad_enabled() and type(gate_and_candidate) is Tensor and not torch.compiler.is_compiling():
+        # Decoding one step at a time, the operator's dispatch would cost as much as the step.
+        return _forward_impl(gate_and_candidate, h0, mask, reset, backend, out_dtype)
     return _scan_op(gate_and_candidate, h0, mask, reset, backend, out_dtype)
 
 
@@ -184,10 +187,10 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
     if backend == "auto":
-        if x.shape[1] == 1:
-            return "reference"  # one step: nothing to gain, and no call overhead
         fused = "triton" if x.device.type == "cuda" else "numba"
-        return fused if _why_not(fused, x, dtype) is None else "torch"
+        if _why_not(fused, x, dtype) is None:
+            return fused
+        return "reference" if x.shape[1] == 1 else "torch"  # one step gains nothing from blocks
     problem = _why_not(backend, x, dtype)
     if problem is not None:
         raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. 'auto' takes another one.")
@@ -403,7 +406,7 @@ _NAMESPACE = "mingru_hf_v1"
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.flatten(2)
+    return tensor if tensor is None or tensor.dim() == 3 else tensor.flatten(2)
 
 
 def _forward_impl(
@@ -416,6 +419,8 @@ def _forward_impl(
 ) -> Tensor:
     forward, _ = _KERNELS[backend]
     states = forward(_flat(gate_and_candidate), _flat(h0), mask, reset, dtype)
+    if gate_and_candidate.dim() == 3:
+        return states
     return states.unflatten(2, (gate_and_candidate.shape[2] // 2, *gate_and_candidate.shape[3:]))
 
 

@@ -93,7 +93,12 @@ if numba is not None:
         def __hash__(self):
             return hash(type(self))
 
-    _ROUNDS_BFLOAT16 = llvm.get_host_cpu_features().get("avx512bf16", False)
+    # Older LLVM, and every LLVM on other processors, calls a function here that is not there.
+    _ROUNDS_BFLOAT16 = (
+        llvm.llvm_version_info[0] >= 20
+        and (numba.config.CPU_NAME or numba.config.CPU_FEATURES) is None
+        and llvm.get_host_cpu_features().get("avx512bf16", False)
+    )
 else:
 
     def intrinsic(*args, **kwargs):
