@@ -433,7 +433,8 @@ def _backward_impl(
     reset: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_h0 = _torch_backward(_flat(grad), _flat(gate_and_candidate), _flat(h0), _flat(states), mask, reset)
+    _, backward = _KERNELS[backend]
+    grad_x, grad_h0 = backward(_flat(grad), _flat(gate_and_candidate), _flat(h0), _flat(states), mask, reset)
     return grad_x.reshape(gate_and_candidate.shape), grad_h0.reshape(states[:, :1].shape)
 
 

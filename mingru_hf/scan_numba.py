@@ -75,7 +75,7 @@ def _jit(decorator, function, **options):
     options |= {"fastmath": set(_FLAGS), "error_model": "numpy"}
     try:
         return decorator(**options, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+    except Exception:  # no folder for the cache can be written, or what lies there cannot be read
         return decorator(**options)(function)
 
 
@@ -278,8 +278,11 @@ def _exp_minus(typing_context, x, tag):
         mantissa, bias, highest = _EXP_FORMAT[bits]
         magic = real(1.5 * 2.0**mantissa + bias)
 
+        kind = ir.FunctionType(real, [real, real, real])
+        fused_if_cheap = builder.module.declare_intrinsic("llvm.fmuladd", [real], kind)
+
         def multiply_add(a, b, c):
-            return builder.fadd(builder.fmul(a, b, flags=_FLAGS), c, flags=_FLAGS)
+            return builder.call(fused_if_cheap, [a, b, c])
 
         def horner(coefficients, variable):
             *rest, last = coefficients
@@ -289,9 +292,9 @@ def _exp_minus(typing_context, x, tag):
 
         # Ordered comparison: a NaN is not above, and stays.
         value = builder.select(builder.fcmp_ordered(">", args[0], real(highest)), real(highest), args[0])
-        exponent = builder.fmul(value, minus_log2_e, flags=_FLAGS)
-        shifted = builder.fadd(exponent, magic, flags=_FLAGS)
-        f = builder.fsub(exponent, builder.fsub(shifted, magic, flags=_FLAGS), flags=_FLAGS)
+        shifted = multiply_add(value, minus_log2_e, magic)
+        n = builder.fsub(shifted, magic, flags=_FLAGS)
+        f = multiply_add(value, minus_log2_e, builder.fneg(n, flags=_FLAGS))
         square = builder.fmul(f, f, flags=_FLAGS)
         even, odd = (horner(_EXP_COEFFICIENTS[tag.bitwidth][first::2], square) for first in (0, 1))
         polynomial = multiply_add(odd, f, even)  # two short chains instead of a long one
@@ -469,9 +472,9 @@ def _backward_row(
         g_denominator = one + s if candidate < 0 else one
         inverse = one / (gate_denominator * g_denominator)
         large = inverse * g_denominator  # sigmoid(|gate|)
-        s = s * (inverse * gate_denominator)  # sigmoid(candidate) where that is negative
-        g = s if candidate < 0 else candidate + _as(0.5, A)
-        slope = s - s * s if candidate < 0 else (one if candidate >= 0 else candidate)  # NaN for NaN
+        s = s * (inverse * gate_denominator)  # sigmoid(candidate) where that is negative, NaN for NaN
+        g = candidate + _as(0.5, A) if candidate >= 0 else s
+        slope = one if candidate >= 0 else s - s * s
         dh = _load(r_row, c, A, "state") + _load(grad_row, c, Y, "read")
         dh_large = dh * large
         dh_small = dh_large * e
@@ -781,7 +784,7 @@ def numba_forward(
     states = x.new_empty(batch, steps, width // 2, dtype=dtype) if out is None else out
     if states.numel() == 0:
         return states
-    arguments, _, threads, _alive = _prepare(x, h0, states, mask, reset)
+    arguments, _carry, threads, _alive = _prepare(x, h0, states, mask, reset)
     entry, blocks, pieces = _compiled_entry(forward), arguments[_BLOCKS], arguments[_PIECES]
     _run(entry, arguments, 0, batch * blocks * pieces, threads)
     if pieces > 1:

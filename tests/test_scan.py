@@ -295,6 +295,19 @@ assert x.grad.any()
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_backend_runs_its_own_kernels_both_ways(monkeypatch, backend):
+    calls = []
+    forward, backward = mingru_hf.scan._KERNELS[backend]
+    spies = (
+        lambda *inputs: calls.append("forward") or forward(*inputs),
+        lambda *inputs: calls.append("backward") or backward(*inputs),
+    )
+    monkeypatch.setattr(mingru_hf.scan, "_KERNELS", {backend: spies})
+    mingru_scan(torch.randn(2, 5, 4, requires_grad=True), backend=backend).sum().backward()
+    assert calls == ["forward", "backward"]
+
+
 def test_impossible_choices_say_why(monkeypatch):
     x = torch.randn(2, 5, 4)
     with pytest.raises(ValueError, match=r"'triton' cannot run here: .*triton"):
