@@ -331,8 +331,15 @@ class MinGRUModel(MinGRUPreTrainedModel):
         mask = self._padding_mask(attention_mask, batch, steps)
         reset = self._document_starts(mask, position_ids, cache, batch, steps, **kwargs)
 
+        # Early-exit drafting lowers num_hidden_layers for a while: the norm and the head then read an earlier block.
+        depth, sizes = self.config.num_hidden_layers, self.config.hidden_sizes
+        if sizes is not None and sizes[depth - 1] != sizes[-1]:
+            raise ValueError(
+                f"Early exit after {depth} blocks needs a block as wide as the last: its width is {sizes[depth - 1]}, that "
+                f"of the last {sizes[-1]}."
+            )
         hidden_states = self.embedding_dropout(inputs_embeds)
-        for block in self.layers[: self.config.num_hidden_layers]:
+        for block in self.layers[:depth]:
             hidden_states = block(hidden_states, mask, reset, num_recorded, cache=cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 

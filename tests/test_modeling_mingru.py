@@ -312,6 +312,17 @@ def test_assisted_decoding_gives_the_greedy_tokens(model, input_ids, roles):
     assert torch.equal(main.generate(ids, max_new_tokens=20, assistant_model=assistant), expected)
 
 
+def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
+    model.generation_config.update(eos_token_id=39, pad_token_id=0)
+    ids = input_ids[:1]
+    expected = model.generate(ids, max_new_tokens=20)
+    if model.config.hidden_sizes is None:
+        assert torch.equal(model.generate(ids, max_new_tokens=20, assistant_early_exit=1), expected)
+    else:
+        with pytest.raises(ValueError, match="Early exit after 1 blocks needs a block as wide as the last"):
+            model.generate(ids, max_new_tokens=20, assistant_early_exit=1)
+
+
 def test_generation_from_nothing(model):
     model.generation_config.bos_token_id = 1
     assert model.generate(max_new_tokens=3).shape == (1, 4)
