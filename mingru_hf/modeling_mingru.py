@@ -335,8 +335,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
         depth, sizes = self.config.num_hidden_layers, self.config.hidden_sizes
         if sizes is not None and sizes[depth - 1] != sizes[-1]:
             raise ValueError(
-                f"Early exit after {depth} blocks needs a block as wide as the last: its width is {sizes[depth - 1]}, that "
-                f"of the last {sizes[-1]}."
+                f"Early exit after {depth} blocks needs a block as wide as the last; they are {sizes[depth - 1]} "
+                f"and {sizes[-1]} wide."
             )
         hidden_states = self.embedding_dropout(inputs_embeds)
         for block in self.layers[:depth]:
