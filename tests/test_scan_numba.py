@@ -418,6 +418,9 @@ def test_import_with_a_numba_that_does_not_work(broken, tmp_path):
         (tmp_path / "numba" / name).mkdir(parents=True)
         (tmp_path / "numba" / name / "__init__.py").write_text("types = intrinsic = None")
     (tmp_path / "numba" / "__init__.py").write_text(packages[broken])
+    (tmp_path / "llvmlite").mkdir()
+    (tmp_path / "llvmlite" / "__init__.py").write_text("binding = ir = None")
+    (tmp_path / "llvmlite" / "binding.py").write_text("")
     code = """
 import torch
 assert not scan_numba.NUMBA_AVAILABLE
