@@ -436,7 +436,7 @@ assert torch.equal(model.generate(data["ids"], max_new_tokens=5), data["tokens"]
 
 
 class TorchMinGRUText(nn.Module):
-    """torch-mingru's text model (issue #1 of its examples): `emb`, `rnn`, `ln` without bias, `fc`."""
+    """torch-mingru's text model over our layers: `emb`, `rnn`, `ln` without bias, `fc`."""
 
     def __init__(self, config):
         super().__init__()
