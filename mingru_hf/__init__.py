@@ -1,6 +1,6 @@
 """MinGRU recurrent networks for Hugging Face Transformers.
 
-Layers with torch-mingru's interface (`MinGRU`, `MinGRUCell`, `Bidirectional`), text models that train in parallel over
+Layers with torch-mingru's interface (`MinGRU`, `MinConv2dGRU`, `Bidirectional`), text models that train in parallel over
 time and generate with a state of constant size, and the scan they run on (`mingru_scan`). Importing the package
 registers the models with transformers' Auto classes.
 """
@@ -15,7 +15,7 @@ from transformers import (
 
 from .cache_mingru import MinGRUCacheLayer
 from .configuration_mingru import MinGRUConfig
-from .layers import Bidirectional, MinGRU, MinGRUCell
+from .layers import Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
 from .modeling_mingru import (
     MinGRUForCausalLM,
     MinGRUForSequenceClassification,
@@ -35,6 +35,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Bidirectional",
+    "MinConv2dGRU",
+    "MinConv2dGRUCell",
     "MinGRU",
     "MinGRUCacheLayer",
     "MinGRUCell",

@@ -1,12 +1,13 @@
 """MinGRU layers with the interface of the torch-mingru package: arguments, returns and parameter names.
 
 `out, h = rnn(x, h)`: x (B, T, D_in) runs in parallel over time, one step at a time with the same numbers if T = 1
-and the returned h is passed on. h is a list with one (B, 1, D) tensor a layer. All layers can be scripted with
-`torch.jit.script`.
+and the returned h is passed on. h is a list with one (B, 1, D) tensor a layer. The convolutional layers do the same
+for frames: x (B, T, C, H, W), h (B, 1, D, H_out, W_out). All layers can be scripted with `torch.jit.script`.
 
-Source of the equations: Feng et al. 2024, arXiv:2410.01201; of the interface: github.com/cheind/mingru.
+Source of the equations: Feng et al. 2024, arXiv:2410.01201; of the interface and of the convolutional layers:
+github.com/cheind/mingru.
 
-Legend: B batch, T time steps, D channels.
+Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing axes.
 """
 
 import copy
@@ -18,7 +19,7 @@ from .scan import initial_state, mingru_scan, scan_reference
 
 
 def _scan(gate_and_candidate: Tensor, h0: Tensor) -> Tensor:
-    """(B, T, 2D) pre-activations, (B, 1, D) state -> (B, T, D) states; the plain loop inside TorchScript."""
+    """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states; the plain loop inside TorchScript."""
     if torch.jit.is_scripting():
         states = scan_reference(gate_and_candidate, h0).to(gate_and_candidate.dtype)
     else:
@@ -208,6 +209,296 @@ class MinGRU(nn.Module):
         return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
 
 
+def _check_frames(x: Tensor, input_size: int) -> None:
+    if x.dim() != 5 or x.shape[2] != input_size or x.shape[1] == 0:
+        raise ValueError(f"x must have shape (B, T, {input_size}, H, W) with T of at least 1, got {list(x.shape)}.")
+
+
+def _check_frame_state(state: Tensor, expected: list[int], layer: int) -> None:
+    if list(state.shape) != expected:
+        raise ValueError(
+            f"h[{layer}] must have shape {expected} (B, 1, hidden, H_out, W_out), got {list(state.shape)}."
+        )
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"The geometry of a convolution is an int or (height, width) in pixels, got {value}.")
+    return value[0], value[1]
+
+
+def _per_layer(name: str, value: int | list, num_layers: int) -> list:
+    """One value a layer, from an int for all of them or a list."""
+    values = [value] * num_layers if isinstance(value, int) else list(value)
+    if len(values) != num_layers:
+        raise ValueError(f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {value}.")
+    return values
+
+
+def _check_convolution(kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
+    if min(kernel_size) < 1 or min(stride) < 1 or min(padding) < 0:
+        raise ValueError(
+            "Kernel sizes and strides must be at least 1 and paddings at least 0 pixels, got kernel_size="
+            f"{kernel_size}, stride={stride}, padding={padding}."
+        )
+
+
+def _output_size(
+    x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[int, int]:
+    """Height and width that a convolution makes of frames x (*, H, W), in pixels."""
+    height = (x.shape[-2] + 2 * padding[0] - kernel_size[0]) // stride[0] + 1
+    width = (x.shape[-1] + 2 * padding[1] - kernel_size[1]) // stride[1] + 1
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"Frames of {x.shape[-2]} x {x.shape[-1]} pixels are too small for a kernel of {list(kernel_size)} with "
+            f"padding {list(padding)}: use larger frames, a smaller kernel or more padding."
+        )
+    return height, width
+
+
+def _num_groups(channels: int) -> int:
+    """torch-mingru's rule for GroupNorm: as many groups as leave each at least 4 channels, if there are so many."""
+    return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
+
+
+class MinConv2dGRUCell(nn.Module):
+    """One convolutional MinGRU layer: the recurrence of `MinGRUCell` at each pixel, (k, v) = Conv2d(x).
+
+    Args:
+        input_size: channels of the frames.
+        hidden_size: channels of the state and of the output.
+        kernel_size, stride, padding: of the convolution, in pixels; an int or (height, width).
+        bias: whether the convolution has a bias.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is below 1 or a padding below 0.
+
+    Example:
+        >>> cell = MinConv2dGRUCell(3, 8, kernel_size=3, stride=2, padding=1)
+        >>> out, h = cell(torch.randn(2, 16, 3, 32, 32))  # (2, 16, 8, 16, 16), [(2, 1, 8, 16, 16)]
+        >>> out, h = cell(torch.randn(2, 1, 3, 32, 32), h)  # goes on from there
+    """
+
+    layer_sizes: list[int]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(input_size, [hidden_size])
+        self.kernel_size, self.stride, self.padding = _pair(kernel_size), _pair(stride), _pair(padding)
+        _check_convolution(self.kernel_size, self.stride, self.padding)
+        self.layer_sizes = [input_size, hidden_size]
+        self.num_layers = 1
+        self.to_gate_hidden = nn.Conv2d(
+            input_size,
+            2 * hidden_size,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size, H, W) from h, a list of one state; 0.5 everywhere if None.
+
+        Returns:
+            States (B, T, hidden_size, H_out, W_out) and the last of them as a list of one
+            (B, 1, hidden_size, H_out, W_out).
+
+        Raises:
+            ValueError: if x or h does not fit, or x holds no frame.
+        """
+        _check_frames(x, self.layer_sizes[0])
+        height, width = _output_size(x, self.kernel_size, self.stride, self.padding)
+        shape = [x.shape[0], 1, self.layer_sizes[1], height, width]
+        if h is None:
+            h = [initial_state(x, shape)]
+        elif len(h) != 1:
+            raise ValueError(f"h must hold one state a layer, 1 in all, got {len(h)}.")
+        _check_frame_state(h[0], shape, 0)
+        gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
+        out = _scan(gate_and_candidate, h[0])
+        return out, [out[:, -1:]]
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state g(0) = 0.5 for frames like x, as a list of one (B, 1, hidden_size, H_out, W_out)."""
+        height, width = _output_size(x, self.kernel_size, self.stride, self.padding)
+        return [initial_state(x, [x.shape[0], 1, self.layer_sizes[1], height, width])]
+
+
+class MinConv2dGRULayer(nn.Module):
+    """One layer of the convolutional stack, its parameters under torch-mingru's names.
+
+    Args:
+        input_size, hidden_size: channels in and out.
+        kernel_size, stride, padding: of the convolution, an int or (height, width).
+        bias, norm, residual: as in `MinConv2dGRU`.
+        factory: device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int],
+        padding: int | tuple[int, int],
+        bias: bool,
+        norm: bool,
+        residual: bool,
+        factory: dict,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.kernel_size, self.stride, self.padding = _pair(kernel_size), _pair(stride), _pair(padding)
+        _check_convolution(self.kernel_size, self.stride, self.padding)
+        geometry = (self.kernel_size, self.stride, self.padding)
+        self.gate_hidden = nn.Conv2d(input_size, 2 * hidden_size, *geometry, bias=bias, **factory)
+        same_size = self.stride == (1, 1) and all(
+            2 * p == k - 1 for p, k in zip(self.padding, self.kernel_size, strict=True)
+        )
+        self.res_align = nn.Identity()
+        if residual and not (same_size and input_size == hidden_size):
+            self.res_align = nn.Conv2d(input_size, hidden_size, *geometry, bias=False, **factory)
+        self.norm = nn.GroupNorm(_num_groups(input_size), input_size, **factory) if norm else nn.Identity()
+
+    def state_shape(self, x: Tensor) -> list[int]:
+        """(B, 1, D, H_out, W_out) of the state for frames x (B, T, C, H, W) or any (B, *, H, W)."""
+        height, width = _output_size(x, self.kernel_size, self.stride, self.padding)
+        return [x.shape[0], 1, self.hidden_size, height, width]
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C, H, W) -> pre-activations (B, T, 2D, H_out, W_out), residual (B, T, D, H_out, W_out)."""
+        frames = x.flatten(0, 1)  # all frames are one batch of the convolutions
+        gate_and_candidate = self.gate_hidden(self.norm(frames)).unflatten(0, [x.shape[0], x.shape[1]])
+        return gate_and_candidate, self.res_align(frames).unflatten(0, [x.shape[0], x.shape[1]])
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states and the residual branch's values, one a frame."""
+        gate_and_candidate, skip = self.project(x)
+        return _scan(gate_and_candidate, h), skip
+
+
+class MinConv2dGRU(nn.Module):
+    """A stack of convolutional MinGRU layers over the frames of clips: layer i + 1 reads the outputs of layer i.
+
+    Args:
+        input_size: channels of the frames.
+        hidden_sizes: channels of each layer's state; an int means a single layer.
+        kernel_sizes, strides, paddings: of the convolutions, in pixels: an int for all layers, or a list with one
+            entry a layer, which is an int or (height, width).
+        dropout: probability of zeroing an output of each layer but the last, in training.
+        residual: add each layer's input to its output, through a convolution without bias and with the layer's own
+            kernel, stride and padding where channels or pixels differ.
+        bias: whether the gates' convolutions have biases.
+        norm: normalise each layer's input with a GroupNorm: the largest of 64, 32, 16, 8, 4 and 1 groups that
+            divides the channels and leaves at least 4 (or all) of them in a group.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: if a size is below 1, a list does not fit the number of layers or dropout is no probability.
+
+    Example:
+        >>> rnn = MinConv2dGRU(3, [16, 32], kernel_sizes=3, strides=2, paddings=1, residual=True)
+        >>> out, h = rnn(torch.randn(5, 10, 3, 64, 64))
+        >>> out.shape  # and h holds (5, 1, 16, 32, 32) and (5, 1, 32, 16, 16)
+        torch.Size([5, 10, 32, 16, 16])
+    """
+
+    layer_sizes: list[int]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_sizes: int | list[int],
+        kernel_sizes: int | list[int] | list[tuple[int, int]],
+        *,
+        strides: int | list[int] | list[tuple[int, int]] = 1,
+        paddings: int | list[int] | list[tuple[int, int]] = 0,
+        dropout: float = 0.0,
+        residual: bool = False,
+        bias: bool = True,
+        norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, int) else list(hidden_sizes)
+        _check_sizes(input_size, hidden_sizes, dropout)
+        self.layer_sizes = [input_size, *hidden_sizes]
+        self.num_layers = len(hidden_sizes)
+        self.residual = residual
+        self.dropout = nn.Dropout(dropout)
+        factory = {"device": device, "dtype": dtype}
+        self.layers = nn.ModuleList(
+            MinConv2dGRULayer(n_in, n_out, kernel_size, stride, padding, bias, norm, residual, factory)
+            for n_in, n_out, kernel_size, stride, padding in zip(
+                self.layer_sizes[:-1],
+                self.layer_sizes[1:],
+                _per_layer("kernel_sizes", kernel_sizes, self.num_layers),
+                _per_layer("strides", strides, self.num_layers),
+                _per_layer("paddings", paddings, self.num_layers),
+                strict=True,
+            )
+        )
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size, H, W) from h, one (B, 1, D, H_out, W_out) a layer; 0.5 everywhere if None.
+
+        Returns:
+            Outputs of the last layer (B, T, D, H_out, W_out) and the last state of each layer, taken before the
+            residual sum: what `h` of the next call expects.
+
+        Raises:
+            ValueError: if x or h does not fit, or x holds no frame.
+        """
+        _check_frames(x, self.layer_sizes[0])
+        if h is None:
+            h = self.init_hidden_state(x)
+        elif len(h) != self.num_layers:
+            raise ValueError(f"h must hold one state a layer, {self.num_layers} in all, got {len(h)}.")
+        last_states: list[Tensor] = []
+        out = x
+        for i, layer in enumerate(self.layers):
+            _check_frame_state(h[i], layer.state_shape(out), i)
+            states, skip = layer(out, h[i])
+            last_states.append(states[:, -1:])
+            out = states + skip if self.residual else states
+            if i < self.num_layers - 1:
+                out = self.dropout(out)
+        return out, last_states
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state g(0) = 0.5 for frames like x: one (B, 1, D, H_out, W_out) a layer."""
+        states: list[Tensor] = []
+        frames = x
+        for layer in self.layers:
+            frames = initial_state(x, layer.state_shape(frames))
+            states.append(frames)
+        return states
+
+    def extra_repr(self) -> str:
+        return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
+
+
 def _reset_parameters(module: nn.Module) -> None:
     for child in module.modules():
         if hasattr(child, "reset_parameters"):
@@ -215,7 +506,7 @@ def _reset_parameters(module: nn.Module) -> None:
 
 
 class Bidirectional(nn.Module):
-    """Run a MinGRU layer or stack over time in both directions and concatenate the outputs.
+    """Run a MinGRU layer or stack, convolutional or not, over time in both directions and concatenate the outputs.
 
     As in `nn.GRU(bidirectional=True)`, the backward direction has weights of its own and its outputs are aligned in
     time: out[:, t] holds what the forward pass knows of steps 0..t and the backward pass of t..T-1. Unlike there, a
@@ -280,4 +571,4 @@ class Bidirectional(nn.Module):
         return self.rnn.init_hidden_state(x) + self.rnn.init_hidden_state(x)
 
 
-__all__ = ["Bidirectional", "MinGRU", "MinGRUCell"]
+__all__ = ["Bidirectional", "MinConv2dGRU", "MinConv2dGRUCell", "MinGRU", "MinGRUCell"]
