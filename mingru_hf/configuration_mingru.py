@@ -1,10 +1,24 @@
 """MinGRU text model configuration."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+
+if TYPE_CHECKING:
+    # Never run. transformers copies beside a saved object the files that its file names, so this line makes even a
+    # configuration saved alone carry the code of the models that its auto_map promises.
+    from .modeling_mingru import MinGRUModel  # noqa: F401
+
+# What loads a saved directory where this package is not installed, with trust_remote_code=True.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mingru.MinGRUConfig",
+    "AutoModel": "modeling_mingru.MinGRUModel",
+    "AutoModelForCausalLM": "modeling_mingru.MinGRUForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mingru.MinGRUForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mingru.MinGRUForTokenClassification",
+}
 
 
 @strict
@@ -91,7 +105,13 @@ class MinGRUConfig(PreTrainedConfig):
             self.num_hidden_layers = 6 if self.hidden_sizes is None else len(self.hidden_sizes)
         if self.use_out_proj is None:
             self.use_out_proj = self.expand != 1
+        # An entry that is given may name the code of another repository.
+        kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
 
     @property
     def layer_types(self) -> list[str]:
@@ -156,5 +176,7 @@ class MinGRUConfig(PreTrainedConfig):
                 f"{self.hidden_size}; set it to False."
             )
 
+
+MinGRUConfig.register_for_auto_class()
 
 __all__ = ["MinGRUConfig"]

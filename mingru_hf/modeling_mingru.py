@@ -242,6 +242,10 @@ class MinGRUPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MinGRUBlock}
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -654,6 +658,12 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
             loss = CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1).to(logits.device))
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+
+# Saving one of these copies this file and those it imports beside the weights.
+MinGRUModel.register_for_auto_class("AutoModel")
+MinGRUForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MinGRUForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MinGRUForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
     "MinGRUCacheLayer",
