@@ -43,7 +43,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
     @property
     def state(self) -> Tensor | None:
         """(B, 1, D) newest state, None before the first step."""
-        return None if self.states is None else self.states[:, -1:]
+        states = self.states
+        return states if states is None or states.shape[1] == 1 else states[:, -1:]
 
     @property
     def window(self) -> Tensor | None:
@@ -71,11 +72,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """
         complete = states.shape[1] == num_steps
         if not self.record_past:
-            states, windows, complete = (
-                states[:, -1:],
-                None if windows is None else windows[:, -1:],
-                num_steps == 1,
-            )
+            if states.shape[1] > 1:
+                states, windows, complete = states[:, -1:], None if windows is None else windows[:, -1:], False
         elif self.states is not None and complete:  # no gap between the old states and the new
             limit = max(self.min_recorded_steps, num_steps)
             states = torch.cat([self.states, states], dim=1)[:, -limit:]

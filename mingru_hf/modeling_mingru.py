@@ -6,6 +6,8 @@ Legend: B batch, T tokens, E width of a block's input, D of its state, F of its 
 K taps of the convolution, R steps whose state the cache records.
 """
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,16 +129,20 @@ class MinGRUMixer(nn.Module):
 
     def __init__(self, config: MinGRUConfig, input_size: int, output_size: int):
         super().__init__()
-        self.config = config
         state_size = int(config.expand * output_size)
         self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
+        self.out_proj = None
         if config.use_out_proj:
             self.out_proj = nn.Linear(state_size, output_size, bias=config.use_bias)
-        else:
-            self.out_proj = nn.Identity()
 
     def forward(
-        self, x: Tensor, state: Tensor | None, mask: Tensor | None, reset: Tensor | None, keep_states: bool
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        keep_states: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, E), state (B, 1, D) -> outputs (B, T, F) and, if `keep_states`, the states (B, T, D) in float32."""
         gate_and_candidate = self.gate_hidden(x)  # (B, T, 2D)
@@ -146,11 +152,13 @@ class MinGRUMixer(nn.Module):
             state,
             mask,
             reset,
-            backend=self.config.scan_backend,
+            backend=backend,
             # The cache holds what a 16-bit state would round, so that decoding goes on from the exact state.
             dtype=torch.float32 if keep_states and dtype != torch.float64 else dtype,
         )
-        return self.out_proj(states.to(dtype)), states if keep_states else None
+        out = states if states.dtype == dtype else states.to(dtype)
+        out = out if self.out_proj is None else self.out_proj(out)
+        return out, states if keep_states else None
 
 
 class MinGRUMLP(nn.Module):
@@ -181,7 +189,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
             self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias)
         self.norm = _norm(config, input_size, config.norm_bias)
         self.mixer = MinGRUMixer(config, input_size, output_size)
-        self.res_align = nn.Identity()
+        self.res_align = None
         if config.residual and input_size != output_size:
             self.res_align = nn.Linear(input_size, output_size, bias=False)
         self.mlp = None
@@ -198,6 +206,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         num_recorded: int | None = None,
+        backend: str = "auto",
         cache: Cache | None = None,
     ) -> Tensor:
         """Run the block and leave its state in the cache.
@@ -207,27 +216,40 @@ class MinGRUBlock(GradientCheckpointingLayer):
             mask: (B, T) False at padding; None for no padding.
             reset: (B, T) True at the first token of a document; None for none.
             num_recorded: states that a cache recording its past is to keep at least; None: all of this call's.
+            backend: of the scan, as in `mingru_scan`.
             cache: the model's cache, or None.
 
         Returns:
             (B, T, F) hidden states.
         """
-        layer = None if cache is None else cache.layers[self.layer_idx]
-        num_recorded = 0 if layer is None else layer.num_to_record(num_recorded, hidden_states.shape[1])
-        windows = None
+        steps = hidden_states.shape[1]
+        layer = state = window = windows = None
+        if cache is None:
+            num_recorded = 0
+        else:
+            layer = cache.layers[self.layer_idx]
+            num_recorded = layer.num_to_record(num_recorded, steps)
+            state, window = layer.state, layer.window
         if self.conv is not None:
-            window = None if layer is None else layer.window
             conv, windows = self.conv(hidden_states, window, mask, reset, num_recorded)
             hidden_states = hidden_states + conv
-        state = None if layer is None else layer.state
-        mixed, states = self.mixer(self.norm(hidden_states), state, mask, reset, keep_states=layer is not None)
+        mixed, states = self.mixer(self.norm(hidden_states), state, mask, reset, layer is not None, backend)
         if layer is not None:
-            layer.append(states[:, -num_recorded:], windows, num_steps=hidden_states.shape[1])
-        mixed = self.branch_dropout(mixed)
-        hidden_states = self.res_align(hidden_states) + mixed if self.residual else mixed
+            layer.append(states if num_recorded == steps else states[:, -num_recorded:], windows, num_steps=steps)
+        # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
+        if self.branch_dropout.training:
+            mixed = self.branch_dropout(mixed)
+        if self.residual:
+            mixed = mixed + (hidden_states if self.res_align is None else self.res_align(hidden_states))
+        hidden_states = mixed
         if self.mlp is not None:
-            hidden_states = hidden_states + self.branch_dropout(self.mlp(self.mlp_norm(hidden_states)))
-        return self.block_dropout(hidden_states)
+            mlp = self.mlp(self.mlp_norm(hidden_states))
+            if self.branch_dropout.training:
+                mlp = self.branch_dropout(mlp)
+            hidden_states = hidden_states + mlp
+        if self.block_dropout.training:
+            hidden_states = self.block_dropout(hidden_states)
+        return hidden_states
 
 
 class MinGRUPreTrainedModel(PreTrainedModel):
@@ -342,9 +364,12 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 f"Early exit after {depth} blocks needs a block as wide as the last; they are {sizes[depth - 1]} "
                 f"and {sizes[-1]} wide."
             )
-        hidden_states = self.embedding_dropout(inputs_embeds)
-        for block in self.layers[:depth]:
-            hidden_states = block(hidden_states, mask, reset, num_recorded, cache=cache)
+        hidden_states = inputs_embeds
+        if self.embedding_dropout.training:
+            hidden_states = self.embedding_dropout(hidden_states)
+        backend = self.config.scan_backend
+        for block in islice(self.layers, depth):
+            hidden_states = block(hidden_states, mask, reset, num_recorded, backend, cache=cache)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -360,15 +385,15 @@ class MinGRUModel(MinGRUPreTrainedModel):
             ) from error
 
     def _check_cache(self, cache: Cache, batch: int) -> None:
-        layers = getattr(cache, "layers", None)
-        kinds = None if layers is None else [getattr(layer, "_layer_type", None) for layer in layers]
-        if kinds is None or kinds[: len(self.layers)] != ["mingru"] * self.config.num_hidden_layers:
+        layers = getattr(cache, "layers", ())
+        depth = self.config.num_hidden_layers
+        if len(layers) != depth or any(getattr(layer, "_layer_type", None) != "mingru" for layer in layers):
             raise ValueError(
-                f"cache is a {type(cache).__name__} that holds no state for each of this model's "
-                f"{self.config.num_hidden_layers} blocks; make one with DynamicCache(config=model.config)."
+                f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; make "
+                "one with DynamicCache(config=model.config)."
             )
-        if cache.batch_size not in (-1, batch):
-            raise ValueError(f"cache holds {cache.batch_size} rows, but the inputs have {batch}.")
+        if layers[0].batch_size not in (-1, batch):
+            raise ValueError(f"cache holds {layers[0].batch_size} rows, but the inputs have {batch}.")
 
     def _padding_mask(self, attention_mask: Tensor | None, batch: int, steps: int) -> Tensor | None:
         """(B, T) boolean for this call's tokens; None where nothing is padding."""
@@ -445,12 +470,41 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """As in GenerationMixin, less the positions after the prefill: there no document starts."""
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("cache") is not None:
-            inputs.pop("position_ids", None)
-        return inputs
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        cache=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        position_ids=None,
+        **kwargs,
+    ):
+        """As in GenerationMixin, less the positions after the prefill: there no document starts.
+
+        Raises:
+            ValueError: if a cache is passed that has seen all of the ids already, or more.
+        """
+        if cache is not None and not is_first_iteration:
+            position_ids = None
+        # With no new token, GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: it would
+        # have the state read the whole prompt a second time.
+        nothing_new = next_sequence_length is not None and next_sequence_length <= 0
+        if nothing_new or (position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]):
+            raise ValueError(
+                f"The cache has seen {cache.get_seq_length()} tokens, and the ids passed with it hold no further one. "
+                "Pass all ids, at least one more than the cache has seen; or only the new ids, with an attention_mask "
+                "over both. A cache that recorded its past can go back: cache.crop(-1)."
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            position_ids=position_ids,
+            **kwargs,
+        )
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs) -> Tensor | None:

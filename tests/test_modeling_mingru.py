@@ -249,6 +249,24 @@ def test_a_turn_with_the_new_ids_alone(model, input_ids):
     assert torch.equal(continued[:, -6:], expected[:, -6:])
 
 
+@pytest.mark.parametrize("seen", [12, 10])
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 4}], ids=str)
+def test_a_cache_that_has_seen_all_ids_is_refused(model, input_ids, seen, settings):
+    """transformers would slice [:, -0:], that is, have the whole prompt read a second time."""
+    cache = model(input_ids[:, :12], use_cache=True).cache
+    ids = input_ids[:, :seen]
+    with pytest.raises(ValueError, match="The cache has seen 12 tokens, and the ids passed with it hold no further"):
+        model.generate(ids, cache=cache, max_new_tokens=2, **settings)
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="The cache has seen 12 tokens"):
+        model.generate(inputs_embeds=embeds, cache=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 12  # nothing was consumed
+    expected = model.generate(torch.cat([input_ids, input_ids[:, :1]], dim=1), max_new_tokens=2)
+    assert torch.equal(
+        model.generate(torch.cat([input_ids, input_ids[:, :1]], dim=1), cache=cache, max_new_tokens=2), expected
+    )
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 50])
 def test_prefill_in_chunks(model, input_ids, chunk):
     expected = model.generate(input_ids, max_new_tokens=8, repetition_penalty=1.3)
@@ -321,6 +339,15 @@ def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
     else:
         with pytest.raises(ValueError, match="Early exit after 1 blocks needs a block as wide as the last"):
             model.generate(ids, max_new_tokens=20, assistant_early_exit=1)
+
+
+def test_generation_from_embeddings(model, input_ids):
+    ids, mask = left_padded(input_ids, 2)
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "repetition_penalty": 1.0}
+    embeds = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **settings)[:, ids.shape[1] :]
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(inputs_embeds=embeds, use_cache=use_cache, **settings), expected)
 
 
 def test_generation_from_nothing(model):
