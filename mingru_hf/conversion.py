@@ -1,0 +1,238 @@
+"""torch-mingru checkpoints into models of this package: every tensor used, or named in an error.
+
+Read are the state dicts and the TorchScript archives of torch-mingru's examples (github.com/cheind/mingru). Nothing
+in a file is executed: state dicts go through `torch.load(weights_only=True)`, and of an archive only the tensors are
+read.
+"""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configuration_mingru import MinGRUConfig
+from .modeling_mingru import MinGRUForCausalLM
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a state dict or of a TorchScript archive, without running code from the file.
+
+    Args:
+        path: a file that `torch.save(model.state_dict(), ...)` or `torch.jit.save` wrote.
+
+    Returns:
+        Parameters and buffers under their names in the model, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is something else, is damaged, or needs more than tensors to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return _read_torchscript(archive, path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no checkpoint, or holds more than tensors, and reading it could run code: save "
+            f"`model.state_dict()` instead of the model. torch says: {str(error).splitlines()[0]}"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {error}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        kinds = sorted(state) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"{path} holds no state dict (names and tensors) but {kinds}: save `model.state_dict()` alone."
+        )
+    return dict(state)
+
+
+class _Scripted:
+    """Stands for every module of a TorchScript archive: its attributes, none of its code."""
+
+
+# What the pickle of an archive may name; lists of numbers come as calls with the list in front.
+_DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "BoolStorage": torch.bool,
+}
+_LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the tensors of an archive; all that it can call is named here."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "__torch__":
+            return _Scripted
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch.jit._pickle" and name in _LISTS:
+            return lambda values, *types: values
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _tensor
+        raise pickle.UnpicklingError(f"unexpected {module}.{name}")
+
+    def persistent_load(self, reference: tuple) -> Tensor:
+        _, dtype, name, _, _ = reference
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{name}")), dtype=dtype)
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+    return storage.as_strided(size, stride, offset).clone()
+
+
+def _read_torchscript(archive: zipfile.ZipFile, path: Path) -> dict[str, Tensor]:
+    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).removesuffix("/constants.pkl")
+    try:
+        module = _Unpickler(archive, root).load()
+    except (pickle.UnpicklingError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is a damaged TorchScript archive, or holds more than a model: {error}") from None
+    return dict(_named_tensors(module, ""))
+
+
+def _named_tensors(module: _Scripted, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, value in vars(module).items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Scripted):
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+# torch-mingru's names in its text and selective-copying examples, and ours.
+_TEXT_NAMES = (
+    (r"emb\.weight", r"model.embed_tokens.weight"),
+    (r"rnn\.layers\.(\d+)\.gate_hidden\.(weight|bias)", r"model.layers.\1.mixer.gate_hidden.\2"),
+    (r"rnn\.layers\.(\d+)\.norm\.(weight|bias)", r"model.layers.\1.norm.\2"),
+    (r"rnn\.layers\.(\d+)\.res_align\.weight", r"model.layers.\1.res_align.weight"),
+    (r"ln\.(weight|bias)", r"model.norm.\1"),
+    (r"fc\.(weight|bias)", r"lm_head.\1"),
+)
+
+
+def convert_text(state: dict[str, Tensor], residual: bool = True) -> MinGRUForCausalLM:
+    """Make a language model of the tensors of torch-mingru's text or selective-copying example.
+
+    Args:
+        state: the tensors under torch-mingru's names: `emb`, `rnn.layers.*`, `ln` (the text example alone), `fc`.
+        residual: whether the layers have residual sums, as in both examples. Counts only where all widths are equal:
+            elsewhere the names tell.
+
+    Returns:
+        The model, in evaluation mode, in the tensors' dtype. What a state dict does not say is left at its default:
+        dropout, the norms' epsilon, special tokens.
+
+    Raises:
+        ValueError: if a tensor is missing, is left over, or has a shape that does not fit; its name is given.
+    """
+    names = _rename(state, _TEXT_NAMES)
+    layers = sorted({int(match[1]) for name in state if (match := re.match(r"rnn\.layers\.(\d+)\.", name))})
+    needed = ["emb.weight", "fc.weight", *(f"rnn.layers.{i}.gate_hidden.weight" for i in layers or [0])]
+    _refuse({"are missing": [name for name in needed if name not in state]})
+
+    vocab_size, hidden_size = state["emb.weight"].shape
+    hidden_sizes = [state[f"rnn.layers.{i}.gate_hidden.weight"].shape[0] // 2 for i in layers]
+    if len({hidden_size, *hidden_sizes}) > 1:
+        residual = any(".res_align." in name for name in state)
+    config = MinGRUConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        hidden_sizes=hidden_sizes,
+        expand=1,
+        conv_kernel=0,
+        use_mlp=False,
+        residual=residual,
+        use_bias="rnn.layers.0.gate_hidden.bias" in state,
+        norm_type="layer_norm" if {"rnn.layers.0.norm.weight", "ln.weight"} & state.keys() else "none",
+        norm_bias="rnn.layers.0.norm.bias" in state,
+        use_final_norm="ln.weight" in state,
+        final_norm_bias="ln.bias" in state,
+        lm_head_bias="fc.bias" in state,
+    )
+    return _fill(MinGRUForCausalLM, config, state, names)
+
+
+def convert(state: dict[str, Tensor], **options) -> PreTrainedModel:
+    """Make the model that the names of the tensors tell of.
+
+    Args:
+        state: the tensors under torch-mingru's names, as `read_checkpoint` gives them.
+        options: of the function that converts the kind: `convert_text`.
+
+    Raises:
+        ValueError: if the names belong to none of torch-mingru's examples, or as the function's.
+    """
+    if "emb.weight" in state:
+        return convert_text(state, **options)
+    raise ValueError(
+        f"These tensors belong to none of torch-mingru's examples, whose names begin with emb, rnn, ln and fc (text): "
+        f"{_some(state)}."
+    )
+
+
+def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """{their name: ours}; ValueError for a name that none of the patterns knows."""
+    renamed = {}
+    for name in state:
+        for pattern, ours in names:
+            if match := re.fullmatch(pattern, name):
+                renamed[name] = match.expand(ours)
+    _refuse({"have no place in this kind of model": [name for name in state if name not in renamed]})
+    return renamed
+
+
+def _fill(cls: type, config: PreTrainedConfig, state: dict[str, Tensor], names: dict[str, str]) -> PreTrainedModel:
+    """The model with all its parameters taken from the state, and all of the state used."""
+    model = cls(config).to(next(iter(state.values())).dtype).eval()
+    expected = model.state_dict()
+    theirs = {ours: name for name, ours in names.items()}
+    fits = {
+        ours: name for ours, name in theirs.items() if ours in expected and state[name].shape == expected[ours].shape
+    }
+    _refuse(
+        {
+            "have no place in this model": [name for ours, name in theirs.items() if ours not in expected],
+            "have a shape that does not fit": [
+                f"{name} {list(state[name].shape)}, expected {list(expected[ours].shape)}"
+                for ours, name in theirs.items()
+                if ours in expected and ours not in fits
+            ],
+            "are missing (under our names)": [ours for ours in expected if ours not in theirs],
+        }
+    )
+    model.load_state_dict({ours: state[name] for ours, name in fits.items()})
+    return model
+
+
+def _refuse(problems: dict[str, list[str]]) -> None:
+    told = [f"these tensors {problem}: {_some(names)}" for problem, names in problems.items() if names]
+    if told:
+        raise ValueError(f"Not a checkpoint of torch-mingru that this package knows: {'; '.join(told)}.")
+
+
+def _some(names: Iterable[str], limit: int = 20) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+__all__ = ["convert", "convert_text", "read_checkpoint"]

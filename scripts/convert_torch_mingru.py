@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Turn a checkpoint of torch-mingru's examples (a state dict or a TorchScript archive) into a model directory.
+
+    python scripts/convert_torch_mingru.py --checkpoint_path text.pt --tokenizer_name gpt2 --output_dir runs/text
+
+No code from the file is run. Every tensor is used, or the error names it.
+"""
+
+from transformers import AutoTokenizer
+
+from mingru_hf.conversion import convert, read_checkpoint
+from mingru_hf.training.arguments import ArgumentParser
+from mingru_hf.training.checkpoints import check_output_dir, save_pretrained
+
+
+def parse_args(argv: list[str] | None):
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint_path", metavar="FILE", required=True, help="file written by torch-mingru")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the model goes")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the files of a model there")
+    parser.add_argument(
+        "--tokenizer_name", metavar="NAME", help="directory or name on the Hub of a tokenizer to save beside the model"
+    )
+    parser.add_argument(
+        "--no_residual",
+        action="store_true",
+        help="text models whose layers are all as wide as the embedding: they have no residual sums",
+    )
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    with parser.user_errors():
+        check_output_dir(args.output_dir, args.overwrite_output_dir)
+        state = read_checkpoint(args.checkpoint_path)
+        model = convert(state, **({"residual": False} if args.no_residual else {}))
+        tokenizer = None
+        if args.tokenizer_name is not None:
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+            if len(tokenizer) > model.config.vocab_size:
+                raise ValueError(
+                    f"tokenizer_name: {args.tokenizer_name} has {len(tokenizer)} tokens, and the model knows "
+                    f"{model.config.vocab_size}: it is not the tokenizer that the model was trained with"
+                )
+        save_pretrained(args.output_dir, model, tokenizer)
+    print(
+        f"{type(model).__name__} with {model.num_parameters():,} parameters, from all {len(state)} tensors of "
+        f"{args.checkpoint_path}; saved in {args.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()

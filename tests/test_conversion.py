@@ -1,0 +1,177 @@
+"""torch-mingru's checkpoints become models with the same outputs, or an error that names what does not fit."""
+
+import importlib.util
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mingru_hf import MinGRU
+from mingru_hf.conversion import convert, read_checkpoint
+from mingru_hf.data.text import build_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+scripted = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript from Python 3.14 on")
+
+
+class TextExample(nn.Module):
+    """The modules of torch-mingru's text example under its names; without `ln`, those of selective copying."""
+
+    def __init__(self, vocab_size=31, embedding=12, hidden_sizes=(6, 8, 8, 10), final_norm=True, residual=True):
+        super().__init__()
+        self.emb = nn.Embedding(vocab_size, embedding)
+        self.rnn = MinGRU(embedding, list(hidden_sizes), norm=True, dropout=0.15, residual=residual)
+        self.ln = nn.LayerNorm(hidden_sizes[-1], bias=False) if final_norm else nn.Identity()
+        self.fc = nn.Linear(hidden_sizes[-1], vocab_size)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out, _ = self.rnn(self.emb(ids))
+        return self.fc(self.ln(out))
+
+
+EXAMPLES = {
+    "text": {},
+    "copying": {"vocab_size": 6, "embedding": 4, "hidden_sizes": (16, 16, 16), "final_norm": False},
+    "equal widths": {"embedding": 8, "hidden_sizes": (8, 8)},
+    "no residual": {"embedding": 8, "hidden_sizes": (8, 8), "residual": False},
+    "no residual, widths differ": {"residual": False},
+}
+
+
+def text_reference(state, ids, residual):
+    """The example's equations in float64 from its tensors: a loop over time, none of this package's modules."""
+    state = {name: tensor.double() for name, tensor in state.items()}
+    x = state["emb.weight"][ids]
+    for i in range(sum(name.endswith("gate_hidden.weight") for name in state)):
+        layer = {name.removeprefix(f"rnn.layers.{i}."): tensor for name, tensor in state.items()}
+        normed = F.layer_norm(x, x.shape[-1:], layer["norm.weight"], layer["norm.bias"])
+        gate, candidate = F.linear(normed, layer["gate_hidden.weight"], layer["gate_hidden.bias"]).chunk(2, -1)
+        z, g = torch.sigmoid(gate), torch.where(candidate >= 0, candidate + 0.5, torch.sigmoid(candidate))
+        h, states = torch.full_like(z[:, 0], 0.5), []
+        for t in range(ids.shape[1]):
+            h = (1 - z[:, t]) * h + z[:, t] * g[:, t]
+            states.append(h)
+        out = torch.stack(states, 1)
+        if residual:
+            out = out + (F.linear(x, layer["res_align.weight"]) if "res_align.weight" in layer else x)
+        x = out
+    if "ln.weight" in state:
+        x = F.layer_norm(x, x.shape[-1:], state["ln.weight"])
+    return F.linear(x, state["fc.weight"], state["fc.bias"]).float()
+
+
+def call(*argv):
+    spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / "convert_torch_mingru.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(word) for word in argv])
+
+
+def save(example, path, kind):
+    if kind == "state dict":
+        torch.save(example.state_dict(), path)
+    else:
+        torch.jit.save(torch.jit.script(example), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["state dict", pytest.param("TorchScript", marks=scripted)])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_text_and_copying_models_keep_their_logits(name, kind, tmp_path):
+    example = TextExample(**EXAMPLES[name]).eval()
+    with torch.no_grad():
+        for parameter in example.parameters():  # the default norms would hide one that is not taken over
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    state = read_checkpoint(save(example, tmp_path / "model.pt", kind))
+    torch.testing.assert_close(state, dict(example.state_dict()), rtol=0, atol=0)
+
+    residual = EXAMPLES[name].get("residual", True)
+    model = convert(state, residual=residual)
+    ids = torch.randint(0, example.emb.num_embeddings, (3, 17))
+    with torch.no_grad():
+        logits, expected = model(ids).logits, text_reference(state, ids, residual)
+        print(f"{name}, {kind}: largest difference {(logits - expected).abs().max():.1e}")  # shown by pytest -rP
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+        torch.testing.assert_close(logits, example(ids), **TOLERANCE)
+
+
+def test_script_writes_a_directory_that_loads(tmp_path, capsys):
+    tokenizer = build_tokenizer("char", ["abcdefg\n"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    example = TextExample(vocab_size=len(tokenizer)).eval()
+    path = save(example, tmp_path / "model.pt", "state dict")
+    call("--checkpoint_path", path, "--output_dir", tmp_path / "out", "--tokenizer_name", tmp_path / "tokenizer")
+    assert f"all {len(example.state_dict())} tensors" in capsys.readouterr().out
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("feed", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        torch.testing.assert_close(logits, example(ids), **TOLERANCE)
+
+    with pytest.raises(SystemExit):
+        call("--checkpoint_path", path, "--output_dir", tmp_path / "out")
+    assert "overwrite_output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("rnn.layers.2.gate_hidden.bias"), "missing.*layers.2.mixer.gate_hidden.bias"),
+        (lambda state: state.pop("fc.weight"), "missing: fc.weight"),
+        (lambda state: state.update({"head.weight": torch.ones(1)}), "no place.*head.weight"),
+        (lambda state: state.update({"rnn.layers.1.res_align.bias": torch.ones(8)}), "no place.*res_align.bias"),
+        (lambda state: state.update({"rnn.layers.2.res_align.weight": torch.ones(8, 8)}), "no place.*2.res_align"),
+        (lambda state: state.update({"ln.weight": torch.ones(9)}), r"shape.*ln.weight \[9\], expected \[10\]"),
+        (lambda state: state.pop("emb.weight"), "none of torch-mingru's examples.*rnn.layers.0"),
+        (lambda state: state.pop("rnn.layers.1.gate_hidden.weight"), "missing|shape"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    state = dict(TextExample().state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        convert(state)
+
+
+class Trap:
+    """Pickled, it would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_no_file_runs_code(tmp_path):
+    torch.save({"emb.weight": Trap(tmp_path / "ran")}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="could run code"):
+        read_checkpoint(tmp_path / "state.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("model/constants.pkl", pickle.dumps(()))
+        archive.writestr("model/data.pkl", pickle.dumps(Trap(tmp_path / "ran")))
+    with pytest.raises(ValueError, match="pathlib"):
+        read_checkpoint(tmp_path / "script.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
+        read_checkpoint(tmp_path / "nothing.pt")
+    torch.save({"model": TextExample().state_dict(), "step": 3}, tmp_path / "nested.pt")
+    with pytest.raises(ValueError, match=r"no state dict.*model"):
+        read_checkpoint(tmp_path / "nested.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text\.pt is no checkpoint"):
+        read_checkpoint(tmp_path / "text.pt")
+    torch.save(TextExample().state_dict(), tmp_path / "cut.pt")
+    content = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        read_checkpoint(tmp_path / "cut.pt")
