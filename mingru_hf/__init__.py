@@ -1,8 +1,8 @@
 """MinGRU recurrent networks for Hugging Face Transformers.
 
-Layers with torch-mingru's interface (`MinGRU`, `MinConv2dGRU`, `Bidirectional`), text models that train in parallel over
-time and generate with a state of constant size, and the scan they run on (`mingru_scan`). Importing the package
-registers the models with transformers' Auto classes.
+Layers with torch-mingru's interface (`MinGRU`, `MinConv2dGRU`, `Bidirectional`), text models that train in parallel
+over time and generate with a state of constant size, video classifiers that stream, and the scan they run on
+(`mingru_scan`). Importing the package registers the models with transformers' Auto classes.
 """
 
 from transformers import (
@@ -11,11 +11,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoModelForVideoClassification,
 )
 
 from .cache_mingru import MinGRUCacheLayer
+from .configuration_minconvgru import MinConvGRUConfig
 from .configuration_mingru import MinGRUConfig
 from .layers import Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+from .modeling_minconvgru import (
+    MinConvGRUCache,
+    MinConvGRUForVideoClassification,
+    MinConvGRUModel,
+    MinConvGRUPreTrainedModel,
+)
 from .modeling_mingru import (
     MinGRUForCausalLM,
     MinGRUForSequenceClassification,
@@ -31,12 +39,21 @@ AutoModelForCausalLM.register(MinGRUConfig, MinGRUForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MinGRUConfig, MinGRUForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(MinGRUConfig, MinGRUForTokenClassification, exist_ok=True)
 
+AutoConfig.register("minconvgru", MinConvGRUConfig, exist_ok=True)
+AutoModel.register(MinConvGRUConfig, MinConvGRUModel, exist_ok=True)
+AutoModelForVideoClassification.register(MinConvGRUConfig, MinConvGRUForVideoClassification, exist_ok=True)
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Bidirectional",
     "MinConv2dGRU",
     "MinConv2dGRUCell",
+    "MinConvGRUCache",
+    "MinConvGRUConfig",
+    "MinConvGRUForVideoClassification",
+    "MinConvGRUModel",
+    "MinConvGRUPreTrainedModel",
     "MinGRU",
     "MinGRUCacheLayer",
     "MinGRUCell",

@@ -23,6 +23,8 @@ ALLOWED = {
     "cache_mingru": {"scan"},
     "configuration_mingru": set(),
     "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru"},
+    "configuration_minconvgru": set(),
+    "modeling_minconvgru": {"scan", "layers", "cache_mingru", "configuration_minconvgru"},
 }
 
 

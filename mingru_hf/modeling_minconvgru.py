@@ -1,0 +1,601 @@
+"""The MinConvGRU video model, read top to bottom: cache, recurrent layer, stack, model, classifier.
+
+Source: torch-mingru (github.com/cheind/mingru), after Ballas et al. 2015, "Delving Deeper into Convolutional Networks
+for Learning Video Representations", arXiv:1511.06432.
+
+Legend: B clips, T frames, C x H x W of a frame or feature map, D channels of a recurrent state, P cells along a side
+of the pooled output, F = D x P x P (twice that if bidirectional) pooled features of a depth, N frames of all clips.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig
+from transformers import initialization as init
+from transformers.backbone_utils import load_backbone
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_tracing
+
+from .configuration_minconvgru import MinConvGRUConfig
+from .layers import MinConv2dGRULayer
+from .scan import mingru_scan
+
+# What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's.
+_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "ignore_index"}
+
+
+class MinConvGRUCache:
+    """What a stream of frames leaves behind: of one size, however many frames it has had.
+
+    Pass an empty one with the first frames of a stream and the same one with those that follow.
+
+    Attributes:
+        states: one (B, 1, D, H, W) a recurrent layer, depth by depth, float32 (float64 for float64 models); empty
+            before the first frames.
+        features: (B, F of all depths) pooled outputs at each clip's last real frame; None before the first frames.
+        seq_length: frames seen, padding included.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    @property
+    def batch_size(self) -> int:
+        """Clips held; -1 before the first frames."""
+        return -1 if self.features is None else self.features.shape[0]
+
+    def get_seq_length(self) -> int:
+        """Frames seen, padding included."""
+        return self.seq_length
+
+    def update(self, states: list[Tensor], features: Tensor, num_frames: int) -> None:
+        """Take over the states and features after `num_frames` more frames, shaped as in the attributes."""
+        # Copies: a slice would keep the states of all frames of the call in memory.
+        self.states = [state.clone() for state in states]
+        self.features = features.clone()
+        self.seq_length += num_frames
+
+    def reset(self) -> None:
+        """Forget all frames: the next ones begin new clips."""
+        self.states: list[Tensor] = []
+        self.features: Tensor | None = None
+        self.seq_length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take clip beam_idx[i] for clip i."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the clips `indices`, in that order."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every clip `repeats` times."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def to(self, device: torch.device | str) -> "MinConvGRUCache":
+        """Move the tensors to a device; returns itself."""
+        self._map(lambda tensor: tensor.to(device))
+        return self
+
+    def _map(self, function) -> None:
+        self.states = [function(state) for state in self.states]
+        self.features = None if self.features is None else function(self.features)
+
+
+@dataclass
+class MinConvGRUModelOutput(ModelOutput):
+    """What MinConvGRUModel returns.
+
+    Args:
+        last_hidden_state: (B, T, F of all depths) pooled outputs for every frame; at padding those of the last real
+            frame before it (for backward stacks, after it), or zeros where there is none.
+        pooler_output: (B, F of all depths) pooled outputs for the clips: those of the last real frame, and for
+            backward stacks those of the first.
+        cache: the state to go on from, if one was asked for.
+        hidden_states: for each depth the feature map (B, T, C, H, W), then the output of each recurrent layer.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    cache: MinConvGRUCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MinConvGRUVideoClassifierOutput(ModelOutput):
+    """What MinConvGRUForVideoClassification returns.
+
+    Args:
+        loss: a scalar, if labels are given.
+        logits: (B, num_labels) for the clips.
+        frame_logits: (B, T, num_labels) after each frame, if asked for.
+        cache: the state to go on from, if one was asked for.
+        hidden_states: as in MinConvGRUModelOutput.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    frame_logits: Tensor | None = None
+    cache: MinConvGRUCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
+    """A recurrent layer, norm -> convolution -> scan over time, and its residual branch."""
+
+    def __init__(self, config: MinConvGRUConfig, input_size: int, hidden_size: int):
+        geometry = (config.kernel_size, config.stride, config.padding)
+        super().__init__(input_size, hidden_size, *geometry, True, config.norm, config.residual, {})
+        self.config = config
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, mask: Tensor | None, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run over the frames.
+
+        Args:
+            x: (B, T, C, H, W) feature maps or outputs of the layer below.
+            state: (B, 1, D, H_out, W_out) before the first frame; None for g(0) = 0.5.
+            mask: (B, T) False at padding, through which the state passes unchanged; None for no padding.
+            keep_state: whether to return the state after the last frame.
+
+        Returns:
+            Outputs (B, T, D, H_out, W_out), undefined at padding, and the state (B, 1, D, H_out, W_out) or None.
+
+        Raises:
+            ValueError: if x is too small for the convolution, or the state does not fit.
+        """
+        shape = self.state_shape(x)
+        if state is not None and list(state.shape) != shape:
+            raise ValueError(
+                f"cache holds a state of shape {list(state.shape)} where these frames need {shape} (B, 1, D, H, W): "
+                "it belongs to another model or to frames of another size."
+            )
+        gate_and_candidate, skip = self.project(x)
+        dtype = gate_and_candidate.dtype
+        states = mingru_scan(
+            gate_and_candidate,
+            state,
+            mask,
+            backend=self.config.scan_backend,
+            # The cache holds what a 16-bit state would round, so that a stream goes on from the exact state.
+            dtype=torch.float32 if keep_state and dtype != torch.float64 else dtype,
+        )
+        out = states.to(dtype) + skip if self.config.residual else states.to(dtype)
+        return out, states[:, -1:] if keep_state else None
+
+
+class MinConvGRUStack(nn.Module):
+    """The recurrent layers of one depth and one direction of time."""
+
+    def __init__(self, config: MinConvGRUConfig, input_size: int, hidden_size: int):
+        super().__init__()
+        sizes = [input_size] + [hidden_size] * config.num_hidden_layers
+        self.layers = nn.ModuleList(MinConvGRULayer(config, n_in, n_out) for n_in, n_out in pairwise(sizes))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, states: list[Tensor] | None, mask: Tensor | None, keep_states: bool
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """x (B, T, C, H, W) -> each layer's outputs (B, T, D, H_out, W_out) and, if asked for, its last state."""
+        outputs, last_states = [], []
+        for i, layer in enumerate(self.layers):
+            x = x if i == 0 else self.dropout(x)
+            x, last_state = layer(x, None if states is None else states[i], mask, keep_states)
+            outputs.append(x)
+            last_states.append(last_state)
+        return outputs, last_states
+
+
+class MinConvGRUPreTrainedModel(PreTrainedModel):
+    """What all MinConvGRU models share: configuration, initialisation and how a pretrained backbone is taken over."""
+
+    config_class = MinConvGRUConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values_videos"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MinConvGRULayer"]
+    _skip_keys_device_placement = ["cache"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MinConvGRULayer):
+            # torch's default, as in torch-mingru: no one deviation suits kernels of 16 and of 512 channels.
+            for conv in (module.gate_hidden, module.res_align):
+                if isinstance(conv, nn.Conv2d):
+                    init.kaiming_uniform_(conv.weight, a=5**0.5)
+
+    @classmethod
+    def from_backbone_pretrained(
+        cls,
+        backbone_name_or_path: str,
+        *,
+        out_indices: list[int] | None = None,
+        out_features: list[str] | None = None,
+        **kwargs,
+    ) -> "MinConvGRUPreTrainedModel":
+        """Build a model on a pretrained image backbone; the recurrent layers and classifiers are newly drawn.
+
+        Args:
+            backbone_name_or_path: a checkpoint of an image model, on the Hub or in a directory; "timm/NAME" takes
+                timm's weights of that name.
+            out_indices: depths whose feature maps are used, counted from the first. None: the checkpoint's choice.
+            out_features: the same by name; timm's backbones are chosen by index only.
+            **kwargs: fields of `MinConvGRUConfig`.
+
+        Raises:
+            ValueError: if the checkpoint is no backbone or lacks a depth.
+            OSError: if the checkpoint is not found.
+
+        Example:
+            >>> model = MinConvGRUForVideoClassification.from_backbone_pretrained(
+            ...     "timm/vgg16.tv_in1k", out_indices=[0, 1, 2, 3, 4], feature_pooling=True, num_labels=101
+            ... )
+        """
+        depths = {"out_indices": out_indices, "out_features": out_features}
+        depths = {name: value for name, value in depths.items() if value is not None}
+        if backbone_name_or_path.startswith("timm/"):
+            if out_features is not None:
+                raise ValueError("timm's backbones are chosen by out_indices, not by out_features.")
+            from transformers import TimmBackbone  # importing it takes as long as importing timm
+
+            backbone = TimmBackbone.from_pretrained(backbone_name_or_path.removeprefix("timm/"), **depths)
+        else:
+            backbone_config = AutoConfig.from_pretrained(backbone_name_or_path, **depths)
+            if type(backbone_config) not in MODEL_FOR_BACKBONE_MAPPING:
+                raise ValueError(
+                    f"{backbone_name_or_path} holds a {backbone_config.model_type} model, which transformers cannot "
+                    "use as a backbone."
+                )
+            backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
+            backbone = backbone_class.from_pretrained(backbone_name_or_path, config=backbone_config)
+        model = cls(MinConvGRUConfig(backbone_config=backbone.config, **kwargs))
+        model.base_model.backbone.load_state_dict(backbone.state_dict())
+        return model
+
+
+class MinConvGRUModel(MinConvGRUPreTrainedModel):
+    """The bare video model: a backbone on every frame, recurrent stacks over its feature maps, pooled outputs.
+
+    Args:
+        config: backbone, sizes and switches.
+
+    Raises:
+        ValueError: if the backbone lacks one of the depths asked for.
+    """
+
+    def __init__(self, config: MinConvGRUConfig):
+        super().__init__(config)
+        self.backbone = _load_backbone(config)
+        channels = self.backbone.channels
+        hidden_sizes = channels if config.hidden_sizes is None else config.hidden_sizes
+        sizes = list(zip(channels, hidden_sizes, strict=True))
+        self.stacks = nn.ModuleList(MinConvGRUStack(config, *size) for size in sizes)
+        directions = 1
+        if config.bidirectional:
+            self.backward_stacks = nn.ModuleList(MinConvGRUStack(config, *size) for size in sizes)
+            directions = 2
+        self.feature_sizes = [directions * size * config.pooled_size**2 for size in hidden_sizes]  # F of each depth
+        pooling = config.feature_pooling
+        self.feature_pooling = [pooling] * len(sizes) if isinstance(pooling, bool) else pooling
+        self.gradient_checkpointing = False
+        self.post_init()
+        self.backbone.requires_grad_(not config.freeze_backbone)
+
+    def freeze_backbone(self) -> None:
+        """Keep the backbone as it is from now on: in evaluation mode, without gradients."""
+        self.config.freeze_backbone = True
+        self.backbone.requires_grad_(False).eval()
+
+    def unfreeze_backbone(self) -> None:
+        """Train the backbone too from now on."""
+        self.config.freeze_backbone = False
+        self.backbone.requires_grad_(True).train(self.training)
+
+    def train(self, mode: bool = True) -> "MinConvGRUModel":
+        """As in nn.Module, but a frozen backbone stays in evaluation mode, so that its batch norms do not move."""
+        super().train(mode)
+        if self.config.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: MinConvGRUCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MinConvGRUModelOutput:
+        """Compute pooled features of clips.
+
+        Args:
+            pixel_values_videos: (B, T, C, H, W) frames as the video processor returns them.
+            attention_mask: (B, T) 0 at padding, on whichever side or in between. The backbone does not look at
+                padding and the states pass over it unchanged, so a padded clip gives the numbers of the clip alone.
+            cache: the state to go on from; it is updated in place. It keeps the graph of the frames behind it
+                unless they ran under `torch.no_grad()`.
+            use_cache: return the state after the last frame. None: where a cache is passed.
+            output_hidden_states: return feature maps and outputs of all layers. None: config.output_hidden_states.
+            pixel_values: another name for pixel_values_videos.
+            **kwargs: `return_dict`.
+
+        Returns:
+            last_hidden_state (B, T, F of all depths), pooler_output (B, F of all depths), cache, hidden_states.
+
+        Raises:
+            ValueError: if the frames are missing, of a wrong shape or dtype, or too small for the layers; if the
+                mask does not fit or leaves a clip without a frame; if the cache belongs to another model, batch or
+                frame size, or the model is bidirectional.
+            TypeError: if an argument is unknown.
+        """
+        if not _KNOWN_KWARGS.issuperset(kwargs):
+            unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
+            raise TypeError(f"{type(self).__name__}.forward() knows no argument {unknown}.")
+        if (pixel_values_videos is None) == (pixel_values is None):
+            raise ValueError("Give exactly one of pixel_values_videos and pixel_values.")
+        frames = pixel_values_videos if pixel_values is None else pixel_values
+        self._check_frames(frames)
+        use_cache = bool(use_cache) or cache is not None
+        if use_cache and self.config.bidirectional:
+            raise ValueError(
+                "A bidirectional model reads a clip from its end too, so it cannot go on from a cache: pass whole "
+                "clips without cache and use_cache."
+            )
+        if cache is not None:
+            self._check_cache(cache, frames.shape[0])
+        elif use_cache:
+            cache = MinConvGRUCache()
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        mask = self._padding_mask(attention_mask, frames, may_be_empty=use_cache)
+
+        num_layers = self.config.num_hidden_layers
+        goes_on = use_cache and cache.batch_size != -1
+        past_features = cache.features.split(self.feature_sizes, dim=-1) if goes_on else [None] * len(self.stacks)
+        features, clip_features, states, hidden_states = [], [], [], []
+        for depth, maps in enumerate(self._feature_maps(frames, mask)):
+            past_states = cache.states[depth * num_layers : (depth + 1) * num_layers] if goes_on else None
+            outputs, last_states = self.stacks[depth](maps, past_states, mask, use_cache)
+            states.extend(last_states)
+            features.append(self._pool(outputs[-1], mask, past_features[depth]))  # (B, T, F)
+            clip_features.append(features[-1][:, -1])  # (B, F)
+            if self.config.bidirectional:
+                backward_mask = None if mask is None else mask.flip(1)
+                backward, _ = self.backward_stacks[depth](maps.flip(1), None, backward_mask, False)
+                features.append(self._pool(backward[-1], backward_mask).flip(1))
+                clip_features.append(features[-1][:, 0])
+                outputs = [torch.cat([a, b.flip(1)], dim=2) for a, b in zip(outputs, backward, strict=True)]
+            if output_hidden_states:
+                hidden_states.extend([maps, *outputs])
+        pooler_output = torch.cat(clip_features, dim=-1)
+        if use_cache:
+            cache.update(states, pooler_output, frames.shape[1])
+        return MinConvGRUModelOutput(
+            last_hidden_state=torch.cat(features, dim=-1),
+            pooler_output=pooler_output,
+            cache=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+
+    def _check_frames(self, frames: Tensor) -> None:
+        channels = getattr(self.config.backbone_config, "num_channels", 3)
+        if frames.dim() != 5 or frames.shape[1] == 0 or frames.shape[2] != channels:
+            raise ValueError(
+                f"pixel_values_videos must have shape (B, T, {channels}, H, W) with at least one frame, got "
+                f"{tuple(frames.shape)}; a single clip needs a batch axis too."
+            )
+        if not frames.is_floating_point():
+            raise ValueError(
+                f"pixel_values_videos must be floating point, got {frames.dtype}: the video processor scales and "
+                "normalises frames of bytes."
+            )
+
+    def _check_cache(self, cache: MinConvGRUCache, batch: int) -> None:
+        if not hasattr(cache, "features"):
+            raise ValueError(f"cache is a {type(cache).__name__}; a stream of frames needs a MinConvGRUCache().")
+        if cache.batch_size == -1:
+            return
+        if cache.batch_size != batch:
+            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are those of {batch}.")
+        num_states, num_features = len(self.stacks) * self.config.num_hidden_layers, sum(self.feature_sizes)
+        if len(cache.states) != num_states or cache.features.shape[-1] != num_features:
+            raise ValueError(
+                f"cache holds {len(cache.states)} states and {cache.features.shape[-1]} features a clip, this model "
+                f"{num_states} and {num_features}: it belongs to another model."
+            )
+
+    def _padding_mask(self, attention_mask: Tensor | None, frames: Tensor, may_be_empty: bool) -> Tensor | None:
+        """(B, T) boolean; None where nothing is padding."""
+        if attention_mask is None:
+            return None
+        if attention_mask.shape != frames.shape[:2]:
+            raise ValueError(
+                f"attention_mask must have shape {tuple(frames.shape[:2])} (B, T), got {tuple(attention_mask.shape)}."
+            )
+        mask = attention_mask.to(frames.device).bool()
+        if is_tracing(mask):
+            return mask
+        if mask.all():
+            return None
+        if not may_be_empty and not mask.any(1).all():
+            raise ValueError("attention_mask leaves a clip without a frame.")
+        return mask
+
+    def _feature_maps(self, frames: Tensor, mask: Tensor | None) -> list[Tensor]:
+        """frames (B, T, C, H, W) -> a feature map (B, T, C_i, H_i, W_i) a depth, zeros at padding."""
+        images = frames.flatten(0, 1)  # (N, C, H, W)
+        real = None
+        if mask is not None and not is_tracing(mask):
+            real = mask.flatten().nonzero().squeeze(1)
+            real = real if len(real) else real.new_zeros(1)  # some frame must tell the size of the maps
+            images = images[real]
+        run = self._run_backbone
+        frozen = self.config.freeze_backbone
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not frozen:
+            run = partial(self._gradient_checkpointing_func, self._run_backbone)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            pieces = [run(piece) for piece in images.split(self.config.backbone_chunk_size or len(images))]
+        depths = [torch.cat(maps) for maps in zip(*pieces, strict=True)]
+        if real is not None:
+            depths = [
+                maps.new_zeros(frames.shape[0] * frames.shape[1], *maps.shape[1:]).index_copy(0, real, maps)
+                for maps in depths
+            ]
+        return [maps.unflatten(0, frames.shape[:2]) for maps in depths]
+
+    def _run_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a depth."""
+        depths = []
+        for maps, pooling in zip(self.backbone(images).feature_maps, self.feature_pooling, strict=True):
+            if pooling and min(maps.shape[-2:]) < 2:
+                raise ValueError(
+                    f"Frames of {images.shape[-2]} x {images.shape[-1]} pixels leave a feature map of "
+                    f"{maps.shape[-2]} x {maps.shape[-1]}, too small for feature_pooling: use larger frames."
+                )
+            depths.append(F.max_pool2d(maps, 2) if pooling else maps)
+        return tuple(depths)
+
+    def _pool(self, outputs: Tensor, mask: Tensor | None, past: Tensor | None = None) -> Tensor:
+        """Average to P x P cells, and hold the last real frame's features through padding.
+
+        Args:
+            outputs: (B, T, D, H, W) of a stack.
+            mask: (B, T) False at padding, or None.
+            past: (B, F) features before the first frame; None for zeros.
+
+        Returns:
+            (B, T, F) features.
+        """
+        pooled = F.adaptive_avg_pool2d(outputs.flatten(0, 1), self.config.pooled_size)
+        pooled = pooled.flatten(1).unflatten(0, outputs.shape[:2])
+        if mask is None:
+            return pooled
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        last_real = torch.where(mask, steps, -1).cummax(dim=1).values.unsqueeze(-1)  # (B, T, 1), -1 before any
+        held = pooled.gather(1, last_real.clamp(min=0).expand_as(pooled))
+        past = torch.zeros_like(pooled[:, :1]) if past is None else past.unsqueeze(1)
+        return torch.where(last_real >= 0, held, past)
+
+
+def _load_backbone(config: MinConvGRUConfig) -> nn.Module:
+    """The backbone with new weights; timm's complaints about depths that are not there put in words."""
+    try:
+        return load_backbone(config)
+    except (AssertionError, IndexError) as error:
+        raise ValueError(
+            f"The backbone lacks one of the depths out_indices={config.backbone_config.out_indices}."
+        ) from error
+
+
+class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
+    """The video model with a linear classifier on the pooled features of each depth; their logits are averaged.
+
+    Args:
+        config: backbone, sizes and switches; `num_labels`, `id2label` and `problem_type` as all over transformers.
+
+    Example:
+        >>> model = MinConvGRUForVideoClassification(MinConvGRUConfig(num_labels=6)).eval()
+        >>> cache = MinConvGRUCache()
+        >>> for frame in torch.randn(10, 1, 1, 3, 112, 112):  # (B, T, C, H, W) each
+        ...     logits = model(frame, cache=cache).logits  # those of the clip so far
+    """
+
+    def __init__(self, config: MinConvGRUConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MinConvGRUModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifiers = nn.ModuleList(nn.Linear(size, config.num_labels) for size in self.model.feature_sizes)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values_videos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: MinConvGRUCache | None = None,
+        use_cache: bool | None = None,
+        output_frame_logits: bool = False,
+        output_hidden_states: bool | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MinConvGRUVideoClassifierOutput:
+        """Classify clips.
+
+        Args:
+            pixel_values_videos, attention_mask, cache, use_cache, output_hidden_states, pixel_values: as in
+                `MinConvGRUModel.forward`.
+            labels: (B,) class ids, -100 to leave a clip out; (B, num_labels) floats for several labels a clip; (B,)
+                or (B, num_labels) floats for regression.
+            output_frame_logits: return logits after every frame too.
+
+        Returns:
+            loss (if labels are given), logits (B, num_labels) after the last real frame so far, frame_logits
+            (B, T, num_labels) if asked for, cache, hidden_states. At padding, frame_logits are those of the last
+            real frame before it. A bidirectional model's logits for the clip join what either direction knows at
+            its own end, so no frame's logits need equal them.
+
+        Raises:
+            ValueError: as `MinConvGRUModel.forward`, or if a label is out of range.
+        """
+        if labels is not None:
+            self._check_labels(labels)
+        outputs = self.model(
+            pixel_values_videos=pixel_values_videos,
+            attention_mask=attention_mask,
+            cache=cache,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            pixel_values=pixel_values,
+            **kwargs,
+        )
+        logits = self._classify(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return MinConvGRUVideoClassifierOutput(
+            loss=loss,
+            logits=logits,
+            frame_logits=self._classify(outputs.last_hidden_state) if output_frame_logits else None,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _classify(self, features: Tensor) -> Tensor:
+        """(B, *, F of all depths) -> (B, *, num_labels), the mean of the depths' logits."""
+        depths = self.dropout(features).split(self.model.feature_sizes, dim=-1)
+        logits = [classifier(part) for classifier, part in zip(self.classifiers, depths, strict=True)]
+        return torch.stack(logits).mean(dim=0)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        is_class_id = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        if not is_class_id or labels.is_floating_point() or is_tracing(labels) or labels.numel() == 0:
+            return
+        low, high = labels.where(labels != -100, 0).aminmax()
+        if low < 0 or high >= self.num_labels:
+            raise ValueError(
+                f"Labels must lie between 0 and {self.num_labels - 1} (or be -100), got {low.item()} to {high.item()}."
+            )
+
+
+__all__ = [
+    "MinConvGRUCache",
+    "MinConvGRUForVideoClassification",
+    "MinConvGRUModel",
+    "MinConvGRUPreTrainedModel",
+]
