@@ -1,10 +1,22 @@
 """MinConvGRU video model configuration."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+if TYPE_CHECKING:
+    # Never run. transformers copies beside a saved object the files that its file names, so this line makes even a
+    # configuration saved alone carry the code of the models that its auto_map promises.
+    from .modeling_minconvgru import MinConvGRUModel  # noqa: F401
+
+# What loads a saved directory where this package is not installed, with trust_remote_code=True.
+AUTO_MAP = {
+    "AutoConfig": "configuration_minconvgru.MinConvGRUConfig",
+    "AutoModel": "modeling_minconvgru.MinConvGRUModel",
+    "AutoModelForVideoClassification": "modeling_minconvgru.MinConvGRUForVideoClassification",
+}
 
 
 @strict
@@ -84,7 +96,13 @@ class MinConvGRUConfig(PreTrainedConfig):
                 "backbone_config as a dict needs a model_type that transformers knows, such as 'resnet', 'convnext' "
                 f"or 'timm_backbone'; got {self.backbone_config.get('model_type')!r}."
             )
+        # An entry that is given may name the code of another repository.
+        kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
 
     @property
     def num_depths(self) -> int:
@@ -129,5 +147,7 @@ class MinConvGRUConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}.")
 
+
+MinConvGRUConfig.register_for_auto_class()
 
 __all__ = ["MinConvGRUConfig"]

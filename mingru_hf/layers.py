@@ -253,8 +253,8 @@ def _output_size(
     width = (x.shape[-1] + 2 * padding[1] - kernel_size[1]) // stride[1] + 1
     if height < 1 or width < 1:
         raise ValueError(
-            f"Frames of {x.shape[-2]} x {x.shape[-1]} pixels are too small for a kernel of {list(kernel_size)} with "
-            f"padding {list(padding)}: use larger frames, a smaller kernel or more padding."
+            f"Frames or feature maps of {x.shape[-2]} x {x.shape[-1]} are too small for a kernel of "
+            f"{list(kernel_size)} with padding {list(padding)}: use larger frames, a smaller kernel or more padding."
         )
     return height, width
 

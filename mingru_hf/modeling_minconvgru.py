@@ -206,14 +206,17 @@ class MinConvGRUPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MinConvGRULayer"]
     _skip_keys_device_placement = ["cache"]
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MinConvGRULayer):
-            # torch's default, as in torch-mingru: no one deviation suits kernels of 16 and of 512 channels.
-            for conv in (module.gate_hidden, module.res_align):
-                if isinstance(conv, nn.Conv2d):
-                    init.kaiming_uniform_(conv.weight, a=5**0.5)
+        # The recurrent layers' convolutions; the backbone initialises its own. torch's default, as in torch-mingru: no
+        # one deviation suits kernels of 16 and of 512 channels.
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
 
     @classmethod
     def from_backbone_pretrained(
@@ -592,6 +595,10 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
                 f"Labels must lie between 0 and {self.num_labels - 1} (or be -100), got {low.item()} to {high.item()}."
             )
 
+
+# Saving one of these copies this file and those it imports beside the weights.
+MinConvGRUModel.register_for_auto_class("AutoModel")
+MinConvGRUForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
 
 __all__ = [
     "MinConvGRUCache",

@@ -261,8 +261,8 @@ FRAMES = torch.zeros(2, 5, 3, 8, 8)
         (lambda: mingru.MinConv2dGRU(4, 4, 3)(FRAMES), r"\(B, T, 4, H, W\) .* got \[2, 5, 3, 8, 8\]"),
         (lambda: mingru.MinConv2dGRU(3, 4, 3)(FRAMES[0]), r"\(B, T, 3, H, W\)"),
         (lambda: mingru.MinConv2dGRUCell(3, 4, 3)(FRAMES[:, :0]), "T of at least 1"),
-        (lambda: mingru.MinConv2dGRU(3, [4, 4], 5)(FRAMES), "Frames of 4 x 4 pixels are too small for a kernel of"),
-        (lambda: mingru.MinConv2dGRUCell(3, 4, (1, 9))(FRAMES), "Frames of 8 x 8 pixels are too small"),
+        (lambda: mingru.MinConv2dGRU(3, [4, 4], 5)(FRAMES), "maps of 4 x 4 are too small for a kernel of"),
+        (lambda: mingru.MinConv2dGRUCell(3, 4, (1, 9))(FRAMES), "maps of 8 x 8 are too small"),
         (lambda: mingru.MinConv2dGRU(3, [4, 5], 3)(FRAMES, [torch.rand(2, 1, 4, 6, 6)]), "2 in all, got 1"),
         (
             lambda: mingru.MinConv2dGRU(3, 4, 3)(FRAMES, [torch.rand(2, 1, 4, 8, 8)]),

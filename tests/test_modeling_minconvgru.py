@@ -1,0 +1,618 @@
+"""The video model: parity with torch-mingru's classifier, streaming, padding, the backbone, saving, losses, errors."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForVideoClassification,
+    BertConfig,
+    ConvNextConfig,
+    DynamicCache,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from mingru_hf import (
+    MinConv2dGRU,
+    MinConvGRUCache,
+    MinConvGRUConfig,
+    MinConvGRUForVideoClassification,
+    MinConvGRUModel,
+)
+
+# Logits of a few units in float32; convolutions of other batch sizes sum in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2}
+MODEL_KINDS = {
+    "resnet": {"backbone_config": ResNetConfig(**RESNET, out_features=["stem", "stage2"])},
+    "convnext": {
+        "backbone_config": ConvNextConfig(**CONVNEXT, out_indices=[1, 2]),
+        "feature_pooling": [True, False],
+        "hidden_sizes": [8, 4],
+        "num_hidden_layers": 1,
+        "stride": 1,
+        "kernel_size": 2,
+        "padding": 0,
+        "pooled_size": 3,
+        "norm": False,
+    },
+    "plain": {
+        "backbone_config": ResNetConfig(**RESNET, out_features=["stage1"]),
+        "num_hidden_layers": 3,
+        "residual": False,
+        "pooled_size": 1,
+    },
+}
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def make_model(kind="resnet", **overrides):
+    """A tiny classifier whose weights are large enough that its logits vary from frame to frame."""
+    options = copy.deepcopy(MODEL_KINDS[kind]) | {"num_labels": 5, "initializer_range": 0.5} | overrides
+    model = MinConvGRUForVideoClassification(MinConvGRUConfig(**options)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after some training
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model
+
+
+@pytest.fixture(params=MODEL_KINDS)
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def frames():
+    """(3, 7, 3, 32, 24): three clips of seven frames."""
+    return torch.randn(3, 7, 3, 32, 24)
+
+
+# --- What it computes
+
+
+class ReferenceClassifier(nn.Module):
+    """torch-mingru's UCF101 classifier: VGG16 cut after its poolings, and a head on each part's features."""
+
+    def __init__(self, num_labels):
+        super().__init__()
+        self.feature_parts, channels, sizes = nn.ModuleList(), 3, []
+        for size, num_convs in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            part = nn.Sequential()
+            for _ in range(num_convs):
+                part.extend([nn.Conv2d(channels, size, 3, padding=1), nn.ReLU()])
+                channels = size
+            self.feature_parts.append(part.append(nn.MaxPool2d(2)))
+            sizes.append(size)
+        self.heads = nn.ModuleList(
+            nn.ModuleDict(
+                {"rnn": MinConv2dGRU(size, [size, size], 3, strides=2, paddings=1, norm=True, residual=True)}
+            )
+            for size in sizes
+        )
+        for head, size in zip(self.heads, sizes, strict=True):
+            head["fc"] = nn.Linear(size * 4, num_labels)
+
+    def forward(self, frames):
+        logits, x = [], frames.flatten(0, 1)
+        for part, head in zip(self.feature_parts, self.heads, strict=True):
+            x = part(x)
+            outputs, _ = head["rnn"](x.unflatten(0, frames.shape[:2]))
+            logits.append(head["fc"](F.adaptive_avg_pool2d(outputs[:, -1], 2).flatten(1)))
+        return torch.stack(logits).mean(0)
+
+
+def converted(state_dict):
+    """torch-mingru's names -> this model's: the parts' indices run on, as in torchvision's and timm's VGG."""
+    starts = [0, 5, 10, 17, 24]  # layers in front of each part
+    result = {}
+    for name, tensor in state_dict.items():
+        group, depth, rest = name.split(".", 2)
+        if group == "feature_parts":
+            layer, kind = rest.split(".")
+            result[f"model.backbone._backbone.features_{starts[int(depth)] + int(layer)}.{kind}"] = tensor
+        elif rest.startswith("rnn."):
+            result[f"model.stacks.{depth}.{rest.removeprefix('rnn.')}"] = tensor
+        else:
+            result[f"classifiers.{depth}.{rest.removeprefix('fc.')}"] = tensor
+    return result
+
+
+def test_reference_configuration_equals_torch_mingrus_classifier():
+    pytest.importorskip("timm", reason="the reference backbone, VGG16, comes from timm")
+    from transformers import TimmBackboneConfig
+
+    backbone = TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])
+    model = MinConvGRUForVideoClassification(
+        MinConvGRUConfig(backbone_config=backbone, feature_pooling=True, num_labels=7)
+    )
+    reference = ReferenceClassifier(7)
+    for parameter in reference.feature_parts.parameters():  # keep the signal alive down to the last depth
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    model.load_state_dict(converted(reference.state_dict()))  # strict: nothing is missing or left over
+    frames = torch.randn(2, 3, 3, 64, 48)
+    labels = torch.tensor([3, 0])
+    outputs, expected = model(frames, labels=labels), reference(frames)
+    assert_close(outputs.logits, expected)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # the logits depend on the frames
+    names = ["feature_parts.0.0.weight", "feature_parts.4.4.bias", "heads.0.rnn.layers.1.gate_hidden.weight"]
+    names += ["heads.4.rnn.layers.0.res_align.weight", "heads.2.rnn.layers.0.norm.weight", "heads.3.fc.weight"]
+    parameters, ours = dict(reference.named_parameters()), dict(model.named_parameters())
+    actual = torch.autograd.grad(outputs.loss, [ours[next(iter(converted({name: None})))] for name in names])
+    torch.testing.assert_close(
+        actual,
+        torch.autograd.grad(F.cross_entropy(expected, labels), [parameters[n] for n in names]),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
+def test_logits_are_the_mean_over_depths_of_what_the_core_layers_give(model, frames):
+    config = model.config
+    with torch.no_grad():
+        maps = model.model.backbone(frames.flatten(0, 1)).feature_maps
+        pooling = [config.feature_pooling] * 2 if config.feature_pooling is False else config.feature_pooling
+        frame_logits = []
+        for depth, (x, pool) in enumerate(zip(maps, pooling, strict=False)):
+            x = F.max_pool2d(x, 2) if pool else x
+            sizes = [(config.hidden_sizes or model.model.backbone.channels)[depth]] * config.num_hidden_layers
+            rnn = MinConv2dGRU(
+                x.shape[1],
+                sizes,
+                config.kernel_size,
+                strides=config.stride,
+                paddings=config.padding,
+                norm=config.norm,
+                residual=config.residual,
+            )
+            rnn.load_state_dict(model.model.stacks[depth].state_dict())
+            out, _ = rnn(x.unflatten(0, frames.shape[:2]))
+            pooled = F.adaptive_avg_pool2d(out.flatten(0, 1), config.pooled_size).flatten(1).unflatten(0, (3, 7))
+            frame_logits.append(model.classifiers[depth](pooled))
+        expected = sum(frame_logits) / len(frame_logits)
+        outputs = model(frames, output_frame_logits=True)
+    assert len(frame_logits) == config.num_depths
+    assert_close(outputs.frame_logits, expected)
+    assert_close(outputs.logits, expected[:, -1])
+    assert expected.diff(dim=1).abs().mean() > 0.01  # they vary from frame to frame
+
+
+def test_hidden_states_are_feature_maps_and_layer_outputs(frames):
+    model = make_model()
+    with torch.no_grad():
+        outputs = model.model(frames, output_hidden_states=True)
+        assert model(frames).hidden_states is None
+        maps = model.model.backbone(frames.flatten(0, 1)).feature_maps
+    assert len(outputs.hidden_states) == 2 * (1 + 2)
+    assert_close(outputs.hidden_states[0], maps[0].unflatten(0, (3, 7)))
+    assert_close(outputs.hidden_states[3], maps[1].unflatten(0, (3, 7)))
+    pooled = [F.adaptive_avg_pool2d(outputs.hidden_states[i].flatten(0, 1), 2).flatten(1) for i in (2, 5)]
+    assert_close(outputs.last_hidden_state, torch.cat(pooled, -1).unflatten(0, (3, 7)))
+    assert_close(outputs.pooler_output, outputs.last_hidden_state[:, -1])
+
+
+def test_both_directions_meet_at_every_frame(frames):
+    model = make_model(bidirectional=True)
+    forward, backward = make_model(), make_model()
+    weights = model.state_dict()
+    assert not torch.equal(
+        weights["model.stacks.0.layers.0.gate_hidden.weight"],
+        weights["model.backward_stacks.0.layers.0.gate_hidden.weight"],
+    )
+    for one, name in ((forward, "stacks"), (backward, "backward_stacks")):
+        one.model.backbone.load_state_dict(model.model.backbone.state_dict())
+        one.model.stacks.load_state_dict(getattr(model.model, name).state_dict())
+    with torch.no_grad():
+        outputs = model.model(frames, output_hidden_states=True)
+        there = forward.model(frames, output_hidden_states=True)
+        back = backward.model(frames.flip(1), output_hidden_states=True)
+    parts = outputs.last_hidden_state.split([32, 32, 48, 48], dim=-1)  # two directions of each depth
+    assert_close(torch.cat(parts[::2], -1), there.last_hidden_state)
+    assert_close(torch.cat(parts[1::2], -1), back.last_hidden_state.flip(1))
+    parts = outputs.pooler_output.split([32, 32, 48, 48], dim=-1)
+    assert_close(torch.cat(parts[::2], -1), there.pooler_output)
+    assert_close(torch.cat(parts[1::2], -1), back.pooler_output)
+    assert_close(outputs.hidden_states[1][:, :, 8:], back.hidden_states[1].flip(1))
+
+
+# --- Streaming
+
+
+@pytest.mark.parametrize("cuts", [[1] * 7, [3, 3, 1], [7], [2, 4, 1]])
+def test_any_pieces_of_a_stream_equal_the_whole_clip(model, frames, cuts):
+    with torch.no_grad():
+        whole = model(frames, output_frame_logits=True)
+        cache, parts = MinConvGRUCache(), []
+        for piece in frames.split(cuts, dim=1):
+            outputs = model(piece, cache=cache, output_frame_logits=True)
+            assert outputs.cache is cache
+            parts.append(outputs.frame_logits)
+            assert_close(outputs.logits, outputs.frame_logits[:, -1])
+    assert_close(torch.cat(parts, dim=1), whole.frame_logits)
+    assert_close(outputs.logits, whole.logits)
+    assert cache.get_seq_length() == 7
+    assert whole.cache is None
+
+
+def test_gradients_flow_through_the_pieces_of_a_stream(frames):
+    model = make_model()
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(frames).logits.square().sum(), parameters)
+    cache = MinConvGRUCache()
+    for piece in frames.split([2, 5], dim=1):
+        logits = model(piece, cache=cache).logits
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), parameters), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stream_in_bfloat16_goes_on_from_the_exact_state(frames):
+    model, frames = make_model().bfloat16(), frames.bfloat16()
+    with torch.no_grad():
+        whole = model(frames, use_cache=True)
+        cache = MinConvGRUCache()
+        for piece in frames.split(1, dim=1):
+            outputs = model(piece, cache=cache)
+    assert outputs.logits.dtype == torch.bfloat16
+    assert {state.dtype for state in cache.states} == {torch.float32}
+    torch.testing.assert_close(outputs.logits, whole.logits, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(cache.states, whole.cache.states, rtol=2e-2, atol=2e-2)
+
+
+def test_memory_does_not_grow_with_the_frames(frames):
+    model, cache, sizes = make_model(), MinConvGRUCache(), []
+    with torch.no_grad():
+        for _ in range(3):
+            model(frames, cache=cache)
+            tensors = [*cache.states, cache.features]
+            sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+    assert len(set(sizes)) == 1
+    assert sizes[0] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert cache.get_seq_length() == 21
+
+
+def test_a_cache_is_copied_saved_and_reordered(frames, tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        whole = model(frames).logits
+        cache = model(frames[:, :4], use_cache=True).cache
+        torch.save(cache, tmp_path / "cache.pt")
+        fork = copy.deepcopy(cache)
+        assert_close(model(frames[:, 4:], cache=fork).logits, whole)
+        assert_close(model(frames[:, 4:], cache=torch.load(tmp_path / "cache.pt", weights_only=False)).logits, whole)
+
+        order = torch.tensor([2, 0])
+        fork = copy.deepcopy(cache)
+        fork.reorder_cache(order)
+        assert_close(model(frames[order, 4:], cache=fork).logits, whole[order])
+
+        fork = copy.deepcopy(cache)
+        fork.batch_repeat_interleave(2)
+        assert fork.batch_size == 6
+        rest = frames[:, 4:].repeat_interleave(2, dim=0)
+        assert_close(model(rest, cache=fork).logits, whole.repeat_interleave(2, dim=0))
+
+        cache.reset()
+        assert_close(model(frames, cache=cache.to("cpu")).logits, whole)
+
+
+# --- Clips of unequal length
+
+
+def pad(clips, lengths, side):
+    """Clips (B, T, ...) cut to their first frames and padded with loud noise, and the mask."""
+    frames, mask = 10 * torch.randn_like(clips), torch.zeros(clips.shape[:2], dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = {"right": slice(0, length), "left": slice(clips.shape[1] - length, None)}.get(side)
+        if side == "between":
+            place = torch.arange(clips.shape[1])[-2 * length + 1 :: 2][:length]
+        frames[row, place] = clips[row, :length]
+        mask[row, place] = 1
+    return frames, mask
+
+
+@pytest.mark.parametrize("side", ["right", "left", "between"])
+@pytest.mark.parametrize("kind", [*MODEL_KINDS, "bidirectional"])
+def test_a_padded_clip_equals_the_clip_alone(kind, side, frames):
+    model = make_model("resnet", bidirectional=True) if kind == "bidirectional" else make_model(kind)
+    lengths = [4, 1, 2] if side == "between" else [7, 1, 4]
+    padded, mask = pad(frames, lengths, side)
+    with torch.no_grad():
+        outputs = model(padded, attention_mask=mask, output_frame_logits=True)
+        for row, length in enumerate(lengths):
+            alone = model(frames[row : row + 1, :length], output_frame_logits=True)
+            assert_close(outputs.logits[row], alone.logits[0])
+            assert_close(outputs.frame_logits[row, mask[row].bool()], alone.frame_logits[0])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("cuts", [[1] * 7, [3, 3, 1]])
+def test_padded_clips_stream(side, cuts, frames):
+    """Pieces in which a clip has no frame at all, before its first or after its last, leave it as it was."""
+    model = make_model()
+    lengths = [7, 1, 4]
+    padded, mask = pad(frames, lengths, side)
+    with torch.no_grad():
+        whole = model(padded, attention_mask=mask, output_frame_logits=True)
+        cache, parts = MinConvGRUCache(), []
+        for piece, piece_mask in zip(padded.split(cuts, dim=1), mask.split(cuts, dim=1), strict=True):
+            outputs = model(piece, attention_mask=piece_mask, cache=cache, output_frame_logits=True)
+            parts.append(outputs.frame_logits)
+    assert_close(outputs.logits, whole.logits)
+    assert_close(torch.cat(parts, 1), whole.frame_logits)
+    if side == "right":  # through padding the last real frame's logits are held
+        assert_close(whole.frame_logits[1], whole.logits[1].expand(7, -1))
+
+
+def test_a_clip_may_pause_in_a_stream(frames):
+    model, cache = make_model(), MinConvGRUCache()
+    pause = torch.zeros(3, 2)
+    with torch.no_grad():
+        expected = model(frames).logits
+        half = model(frames[:, :4], cache=cache).logits
+        assert_close(model(frames[:, :2], attention_mask=pause, cache=cache).logits, half)
+        assert_close(model(frames[:, 4:], cache=cache).logits, expected)
+
+
+def test_padding_touches_neither_gradients_nor_running_statistics(frames):
+    alone, model = make_model().train(), None
+    model = copy.deepcopy(alone)
+    padded, mask = pad(frames, [4, 4, 4], "left")
+    alone(frames[:, :4]).logits.square().sum().backward()
+    model(padded, attention_mask=mask).logits.square().sum().backward()
+    for (name, expected), actual in zip(alone.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    for expected, actual in zip(alone.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+# --- The backbone
+
+
+def test_a_frozen_backbone_stays_as_it_is(frames, tmp_path):
+    model = make_model(freeze_backbone=True)
+    before = copy.deepcopy(model.model.backbone.state_dict())
+    model.save_pretrained(tmp_path)
+    for one in (model, MinConvGRUForVideoClassification.from_pretrained(tmp_path)):
+        one.train()
+        assert one.training
+        assert not any(module.training for module in one.model.backbone.modules())
+        optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+        one(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+        assert all(parameter.grad is None for parameter in one.model.backbone.parameters())
+        assert all(p.grad is not None for n, p in one.named_parameters() if "backbone" not in n)
+        torch.testing.assert_close(one.model.backbone.state_dict(), before)
+    model.model.unfreeze_backbone()
+    model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(module.training for module in model.model.backbone.modules())
+    assert not torch.equal(
+        model.model.backbone.state_dict()[next(n for n in before if "running_mean" in n)],
+        before[next(n for n in before if "running_mean" in n)],
+    )
+    model.model.freeze_backbone()
+    model.zero_grad(set_to_none=True)
+    model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert all(parameter.grad is None for parameter in model.model.backbone.parameters())
+    assert not model.model.backbone.training
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100, 0])
+def test_the_backbone_sees_a_chosen_number_of_frames_at_once(chunk, frames):
+    model = make_model(backbone_chunk_size=chunk)
+    seen = []
+    model.model.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with torch.no_grad():
+        logits = model(frames).logits
+        model.config.backbone_chunk_size = None
+        assert_close(logits, model(frames).logits)
+    assert seen[:-1] == {1: [1] * 21, 4: [4] * 5 + [1], 100: [21], 0: [21]}[chunk]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_gradient_checkpointing_changes_no_gradient(kind, frozen, frames):
+    model = make_model(kind, freeze_backbone=frozen, backbone_chunk_size=5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # so that the second run sees the statistics of the first
+    model.train()
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    expected = torch.autograd.grad(model(frames, labels=torch.tensor([0, 1, 2])).loss, parameters)
+    model.activation_checkpointing_enable()
+    calls = []
+    hook = model.model.stacks[0].layers[0].gate_hidden.register_forward_pre_hook(lambda *args: calls.append(1))
+    actual = torch.autograd.grad(model(frames, labels=torch.tensor([0, 1, 2])).loss, parameters)
+    hook.remove()
+    assert len(calls) == 2  # forward, and once more in backward
+    for name, one, other in zip(names, actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_pretrained_backbone_is_taken_over(frames, tmp_path):
+    classifier = ResNetForImageClassification(ResNetConfig(**RESNET))
+    classifier.save_pretrained(tmp_path)
+    model = MinConvGRUForVideoClassification.from_backbone_pretrained(
+        str(tmp_path), out_features=["stage1", "stage2"], num_labels=4, freeze_backbone=True
+    )
+    expected = classifier.resnet.state_dict()
+    loaded = model.model.backbone.state_dict()
+    assert set(loaded) == set(expected)
+    torch.testing.assert_close(loaded, expected)
+    assert model.model.backbone.channels == [8, 12]
+    assert model(frames).logits.shape == (3, 4)
+    assert not any(parameter.requires_grad for parameter in model.model.backbone.parameters())
+    base = MinConvGRUModel.from_backbone_pretrained(str(tmp_path), out_indices=[0])
+    torch.testing.assert_close(base.backbone.state_dict(), expected)
+    assert base.backbone.out_features == ["stem"]
+
+
+def test_what_is_no_backbone_is_not_taken_over(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a bert model, which transformers cannot use as a backbone"):
+        MinConvGRUModel.from_backbone_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="chosen by out_indices"):
+        MinConvGRUModel.from_backbone_pretrained("timm/vgg16.tv_in1k", out_features=["features.3"])
+
+
+# --- Saving and loading
+
+
+@pytest.mark.parametrize("kind", [*MODEL_KINDS, "bidirectional", "timm"])
+def test_saved_models_load_through_the_auto_classes(kind, tmp_path, frames):
+    if kind == "timm":
+        pytest.importorskip("timm", reason="one of the backbones comes from it")
+        from transformers import TimmBackboneConfig
+
+        model = make_model(backbone_config=TimmBackboneConfig(backbone="resnet10t", out_indices=[1, 3]))
+    else:
+        model = make_model("resnet", bidirectional=True) if kind == "bidirectional" else make_model(kind)
+    model.config.id2label = dict(enumerate("abcde"))
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+    loaded = AutoModelForVideoClassification.from_pretrained(tmp_path)
+    assert type(loaded) is MinConvGRUForVideoClassification
+    assert loaded.config.id2label[2] == "c"
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    with torch.no_grad():
+        assert_close(loaded(frames).logits, model(frames).logits)
+        base, report = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(base) is MinConvGRUModel
+        assert not report["missing_keys"]
+        assert_close(base(frames).pooler_output, model.model(frames).pooler_output)
+    assert AutoConfig.from_pretrained(tmp_path).num_labels == 5
+
+
+def test_new_layers_are_drawn_by_their_size():
+    torch.manual_seed(0)
+    model = make_model(backbone_config=ResNetConfig(**(RESNET | {"hidden_sizes": [64, 16]}), out_indices=[1, 2]))
+    for depth, channels in enumerate((64, 16)):
+        layer = model.model.stacks[depth].layers[0]
+        for conv in (layer.gate_hidden, layer.res_align):
+            expected = (3 * 9 * channels) ** -0.5  # that of nn.Conv2d
+            assert abs(conv.weight.std().item() / expected - 1) < 0.1
+        assert not layer.gate_hidden.bias.any()
+    assert abs(model.classifiers[0].weight.std().item() / 0.5 - 1) < 0.1
+
+
+# --- Labels
+
+
+def test_loss_for_each_kind_of_problem(frames):
+    model = make_model()
+    labels = torch.tensor([4, -100, 1])
+    outputs = model(frames, labels=labels)
+    assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    assert model.config.problem_type == "single_label_classification"
+    assert_close(model(frames, labels=labels, return_dict=False)[0], outputs.loss)
+
+    model = make_model()
+    labels = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    outputs = model(frames, labels=labels)
+    assert_close(outputs.loss, F.binary_cross_entropy_with_logits(outputs.logits, labels))
+
+    model = make_model(num_labels=1)
+    labels = torch.tensor([0.5, -2.0, 7.0])
+    outputs = model(frames, labels=labels)
+    assert_close(outputs.loss, F.mse_loss(outputs.logits[:, 0], labels))
+
+
+def test_dropout_acts_between_layers_and_before_the_classifiers(frames):
+    model = make_model("resnet", classifier_dropout=1.0).train()
+    expected = torch.stack([classifier.bias for classifier in model.classifiers]).mean(0).expand(3, 5)
+    assert_close(model(frames).logits, expected)
+    model = make_model("plain", dropout=1.0, num_hidden_layers=2)
+    before = model(frames, output_hidden_states=True).hidden_states
+    after = model.train()(frames, output_hidden_states=True).hidden_states
+    layer = model.model.stacks[0].layers[1]
+    assert before[2].std(dim=(0, 3, 4)).max() > 1e-3
+    assert_close(after[2], layer(torch.zeros_like(after[1]), None, None, False)[0])
+    assert after[1].any()
+
+
+# --- What it refuses
+
+
+def cache_of(frames, **overrides):
+    cache = MinConvGRUCache()
+    with torch.no_grad():
+        make_model(**overrides)(frames, cache=cache)
+    return cache
+
+
+CLIPS = torch.zeros(2, 3, 3, 32, 32)
+IDS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(CLIPS[:, :, :2]), r"\(B, T, 3, H, W\) .* got \(2, 3, 2, 32, 32\)"),
+        (lambda m: m(CLIPS[:, :0]), "at least one frame"),
+        (lambda m: m(CLIPS[0]), "a single clip needs a batch axis too"),
+        (lambda m: m(CLIPS.to(torch.uint8)), "must be floating point, got torch.uint8"),
+        (lambda m: m(), "exactly one of pixel_values_videos and pixel_values"),
+        (lambda m: m(CLIPS, pixel_values=CLIPS), "exactly one of pixel_values_videos and pixel_values"),
+        (lambda m: m(CLIPS, attention_mask=torch.ones(2, 4)), r"must have shape \(2, 3\) \(B, T\), got \(2, 4\)"),
+        (lambda m: m(CLIPS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "leaves a clip without a frame"),
+        (lambda m: m(CLIPS, labels=torch.tensor([0, 5])), r"between 0 and 4 \(or be -100\), got 0 to 5"),
+        (lambda m: m(CLIPS, labels=torch.tensor([-1, 0])), "got -1 to 0"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are those of 2"),
+        (lambda m: m(CLIPS, cache=cache_of(torch.zeros(2, 3, 3, 64, 64))), "or to frames of another size"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS, num_hidden_layers=3)), "it belongs to another model"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS, pooled_size=1)), "it belongs to another model"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS, stride=1)), "it belongs to another model"),
+        (lambda m: m(CLIPS, cache=DynamicCache()), r"a DynamicCache; a stream of frames needs a MinConvGRUCache\(\)"),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_other_refusals():
+    with pytest.raises(TypeError, match="knows no argument pixel_value"):
+        make_model()(CLIPS, pixel_value=CLIPS)
+    bidirectional = make_model(bidirectional=True)
+    for options in ({"cache": MinConvGRUCache()}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="cannot go on from a cache"):
+            bidirectional(CLIPS, **options)
+    with pytest.raises(ValueError, match="Frames of 4 x 4 pixels leave a feature map of 1 x 1"):
+        make_model("convnext", feature_pooling=True)(CLIPS[..., :4, :4])
+    with pytest.raises(ValueError, match="maps of 1 x 1 are too small for a kernel"):
+        make_model("convnext", feature_pooling=False)(CLIPS[..., :4, :4])
+
+
+def test_a_refused_piece_leaves_the_stream_as_it_was(frames):
+    model, cache = make_model(), MinConvGRUCache()
+    with torch.no_grad():
+        model(frames[:, :4], cache=cache)
+        with pytest.raises(ValueError, match="another size"):
+            model(torch.zeros(3, 2, 3, 64, 64), cache=cache)
+        assert_close(model(frames[:, 4:], cache=cache).logits, model(frames).logits)
+
+
+def test_a_timm_backbone_without_the_depth_is_refused():
+    pytest.importorskip("timm", reason="the backbone comes from it")
+    from transformers import TimmBackboneConfig
+
+    with pytest.raises(ValueError, match=r"lacks one of the depths out_indices=\[9\]"):
+        MinConvGRUModel(MinConvGRUConfig(backbone_config=TimmBackboneConfig(backbone="vgg16", out_indices=[9])))
+
+
+def test_frames_may_be_called_pixel_values(frames):
+    model = make_model()
+    with torch.no_grad():
+        assert_close(model(pixel_values=frames).logits, model(frames).logits)
