@@ -62,7 +62,7 @@ class MinConvGRUConfig(PreTrainedConfig):
     """
 
     model_type = "minconvgru"
-    keys_to_ignore_at_inference = ("cache",)
+    keys_to_ignore_at_inference = ["cache"]
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
             config_class=AutoConfig,

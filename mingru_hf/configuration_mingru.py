@@ -68,7 +68,7 @@ class MinGRUConfig(PreTrainedConfig):
     """
 
     model_type = "mingru"
-    keys_to_ignore_at_inference = ("cache",)
+    keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 50257
     hidden_size: int = 768

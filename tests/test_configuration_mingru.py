@@ -32,6 +32,10 @@ def test_scan_backend_is_a_choice_for_one_run(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path, scan_backend="reference").scan_backend == "reference"
 
 
+def test_trainer_can_leave_the_cache_out():
+    assert MinGRUConfig().keys_to_ignore_at_inference == ["cache"]  # Trainer adds a list to it
+
+
 def test_a_dynamic_cache_can_be_built_from_it():
     cache = DynamicCache(config=MinGRUConfig(num_hidden_layers=3))
     assert len(cache) == 3

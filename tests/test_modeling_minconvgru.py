@@ -1,6 +1,9 @@
 """The video model: parity with torch-mingru's classifier, streaming, padding, the backbone, saving, losses, errors."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -504,6 +507,86 @@ def test_new_layers_are_drawn_by_their_size():
             assert abs(conv.weight.std().item() / expected - 1) < 0.1
         assert not layer.gate_hidden.bias.any()
     assert abs(model.classifiers[0].weight.std().item() / 0.5 - 1) < 0.1
+
+
+CODE = """
+import sys
+for name in ("mingru_hf", "numba", "triton"):
+    sys.modules[name] = None
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForVideoClassification
+
+data = torch.load("data.pt")
+model = AutoModelForVideoClassification.from_pretrained("model", trust_remote_code=True)
+base = AutoModel.from_pretrained("model", trust_remote_code=True)
+new = AutoModel.from_config(AutoConfig.from_pretrained("config_only", trust_remote_code=True), trust_remote_code=True)
+with torch.no_grad():
+    assert base(data["frames"]).pooler_output.shape == new(data["frames"]).pooler_output.shape
+    torch.testing.assert_close(model(data["frames"]).logits, data["logits"], rtol=1e-4, atol=1e-4)
+    cache = model(data["frames"][:, :4], use_cache=True).cache
+    torch.testing.assert_close(model(data["frames"][:, 4:], cache=cache).logits, data["logits"], rtol=1e-4, atol=1e-4)
+"""
+
+
+def test_a_saved_directory_loads_without_the_package(frames, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    model.config.save_pretrained(tmp_path / "config_only")
+    for directory in ("model", "config_only"):
+        files = {path.name for path in (tmp_path / directory).glob("*.py")}
+        assert {"configuration_minconvgru.py", "modeling_minconvgru.py", "layers.py", "scan.py"} <= files
+        assert "modeling_mingru.py" not in files
+    with torch.no_grad():
+        torch.save({"frames": frames, "logits": model(frames).logits}, tmp_path / "data.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-P", "-W", "error", "-c", CODE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compile_and_export_take_the_model_whole(frames):
+    model = make_model()
+    mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3, [1] * 2 + [0] * 5])
+    with torch.no_grad():
+        expected = model(frames, attention_mask=mask).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert_close(compiled(frames, attention_mask=mask).logits, expected)
+        exported = torch.export.export(model, (frames,), {"attention_mask": mask}).module()
+        assert_close(exported(frames, attention_mask=mask).logits, expected)
+
+
+def test_autocast_streams(frames):
+    model, cache = make_model(), MinConvGRUCache()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model(frames).logits
+        for piece in frames.split(2, dim=1):
+            logits = model(piece, cache=cache).logits
+    assert {state.dtype for state in cache.states} == {torch.float32}
+    torch.testing.assert_close(logits, whole, rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(whole.float(), model(frames).logits, rtol=5e-2, atol=5e-2)
+
+
+def test_trainer_trains_and_evaluates(tmp_path):
+    pytest.importorskip("accelerate", reason="Trainer needs it")
+    from transformers import Trainer, TrainingArguments
+
+    clips = [{"pixel_values_videos": torch.randn(3, 3, 16, 16), "labels": i} for i in range(5)]
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, num_train_epochs=1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    model = make_model()
+    before = copy.deepcopy(model.state_dict())
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=clips,
+        eval_dataset=clips,
+        compute_metrics=lambda outputs: {"shape": list(outputs.predictions.shape)},
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_shape"] == [5, 5]
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 # --- Labels
