@@ -12,6 +12,7 @@ Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a f
 """
 
 import importlib.util
+import math
 import os
 import warnings
 
@@ -28,10 +29,6 @@ from .scan_triton import unavailable_reason as triton_unavailable_reason
 INITIAL_STATE = 0.5
 
 BACKENDS = ("auto", "reference", "log", "torch", "numba", "triton")
-
-# Elements of one (steps, B, N) temporary of the blocked scan: small enough that its handful of temporaries stay in
-# the second-level cache, large enough that Python's cost for each block does not show.
-_BLOCK_ELEMENTS = 1 << 17
 
 
 def mingru_scan(
@@ -73,7 +70,7 @@ def mingru_scan(
     backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
-    if gate_and_candidate.shape[0] == 0 or gate_and_candidate.shape[1] == 0:
+    if 0 in gate_and_candidate.shape[:3]:
         return gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
     if backend == "log":
         return _scan_log(gate_and_candidate, h0, mask, reset).to(out_dtype)
@@ -223,67 +220,200 @@ def _warn_of_broken_packages() -> None:
 _warn_of_broken_packages()
 
 
-# --- The blocked scan: the same equation over blocks of steps laid out time first, so that each step is one
-# --- in-place operator on contiguous memory and all temporaries stay in cache.
+# --- The scan in plain torch. Blocks of steps are copied time first into buffers that stay in cache from one block to
+# --- the next, so that each step is one in-place operator on a contiguous row.
+# ---
+# --- Where a row is so small that calling an operator takes longer than its arithmetic, time is cut into chunks that
+# --- run side by side, as if they were more rows of the batch. Arrays are (steps, B, chunks, N) and flags
+# --- (steps, B, chunks, 1) below; one chunk is all of the time.
+
+# Elements of a buffer, for each thread: few enough for its cache, so many that Python's cost does not show.
+_BLOCK_ELEMENTS = 1 << 16
+# Rows of as many elements are cut into chunks, since more of them do not pay for a second look at every step; as many
+# chunks as a chunk has steps, and no longer rows than gain by it.
+_SMALL_ROW = 512
+_CHUNKED_ROW = 1 << 14
+_MIN_CHUNKS = 4
 
 
-def _block_length(num_steps: int, step_elements: int) -> int:
-    return max(1, min(num_steps, _BLOCK_ELEMENTS // max(1, step_elements)))
+class _Layout:
+    """One piece of time as views (steps, B, chunks, ...)."""
+
+    def __init__(self, start: int, stop: int, chunks: int):
+        self.start, self.stop, self.chunks = start, stop, chunks
+
+    def time_first(self, tensor: Tensor) -> Tensor:
+        """(B, T, ...) -> (steps, B, chunks, ...)."""
+        return tensor[:, self.start : self.stop].unflatten(1, (self.chunks, -1)).movedim(2, 0)
+
+    def halves_first(self, x: Tensor) -> Tensor:
+        """(B, T, 2N) -> (2, steps, B, chunks, N)."""
+        return self.time_first(x.unflatten(2, (2, -1))).movedim(3, 0)
+
+    def flags(self, flags: Tensor | None) -> Tensor | None:
+        """(B, T) -> (steps, B, chunks, 1)."""
+        return None if flags is None else self.time_first(flags.unsqueeze(-1))
+
+
+def _layouts(batch: int, steps: int, channels: int) -> list[_Layout]:
+    """All of the time, or the longest part that divides into chunks, and the rest."""
+    row = batch * channels
+    chunks = min(_CHUNKED_ROW // row, math.isqrt(steps)) if row <= _SMALL_ROW else 1
+    if chunks < _MIN_CHUNKS:
+        return [_Layout(0, steps, 1)]
+    length = steps // chunks
+    chunks = steps // length
+    rest = [] if chunks * length == steps else [_Layout(chunks * length, steps, 1)]
+    return [_Layout(0, chunks * length, chunks), *rest]
+
+
+def _fill(array: Tensor, flags: Tensor | None, number: float) -> None:
+    """Write the number into the rows that are flagged, whatever lies there."""
+    if flags is not None:
+        array.view(-1, array.shape[-1]).index_fill_(0, flags.flatten().nonzero().squeeze(1), number)
 
 
 class _Block:
-    """The gates of one block of steps, time first: all (K, B, N) in the accumulation dtype.
+    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype."""
 
-    With `carry` the factor of the previous state and `drive` the rest, h_t = carry_t h_{t-1} + drive_t holds for
-    masked and reset steps too.
+    def __init__(self, steps: int, like: Tensor, dtype: torch.dtype):
+        shape = (2, steps, *like.shape[2:])
+        self.inputs, self.sigmoids = (like.new_empty(shape, dtype=dtype) for _ in range(2))
+        self.carry, self.candidate = self.inputs.unbind(0)
+        self.z, self.sigmoid_candidate = self.sigmoids.unbind(0)
+        # A row each step, so that the loops over time need not make them anew for every block.
+        self.carry_rows, self.drive_rows = self.carry.unbind(0), self.sigmoid_candidate.unbind(0)
+        self.cuts: list[Tensor | None] = [None] * steps
+        self.passing: Tensor | None = None
+
+    def load(self, x: Tensor, mask: Tensor | None, reset: Tensor | None, carry_only: bool) -> None:
+        if carry_only:
+            self.carry.copy_(x[0])
+        else:
+            torch.sigmoid(self.inputs.copy_(x), out=self.sigmoids)
+        self.carry.neg_().sigmoid_()
+        self.passing = None if mask is None else ~mask
+        _fill(self.carry, self.passing, 1.0)
+        if reset is not None:
+            any_reset = reset.flatten(1).any(1).tolist()
+            self.cuts = [cut if any_ else None for cut, any_ in zip(reset.unbind(0), any_reset, strict=True)]
+
+
+def _blocks(x, mask, reset, dtype, *, backwards=False, carry_only=False):
+    """Yield slices of time and their gates, in buffers that the next block overwrites.
+
+    carry_t = 1 - z_t is the factor of h_{t-1}, 1 where the step is masked (`passing`). `cuts` holds for each step the
+    rows that a reset cuts off from their past, None where it cuts none: a factor of 0 would let NaN and Inf through.
     """
+    steps, row_elements = x.shape[1], x[0, 0].numel()
+    length = max(1, min(steps, _BLOCK_ELEMENTS * torch.get_num_threads() // row_elements))
+    starts = range(0, steps, length)
+    block = None
+    for start in reversed(starts) if backwards else starts:
+        now = slice(start, min(steps, start + length))
+        if block is None or len(block.cuts) != now.stop - start:
+            block = _Block(now.stop - start, x, dtype)
+        flags = (None if flags is None else flags[now] for flags in (mask, reset))
+        block.load(x[:, now], *flags, carry_only)
+        yield now, block
 
-    def __init__(self, x: Tensor, start: int, stop: int, accumulate: torch.dtype):
-        block = x[:, start:stop].transpose(0, 1)  # (K, B, 2N), a view
-        if block.dtype != accumulate:
-            block = block.to(accumulate, memory_format=torch.contiguous_format)
-        self.gate, self.candidate = block.chunk(2, dim=-1)
-        self.one_minus_z = torch.neg(self.gate, out=block.new_empty(self.gate.shape)).sigmoid_()
-        self.z = torch.sigmoid(self.gate, out=torch.empty_like(self.one_minus_z))
 
-    def carry_and_drive(self, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward_steps(x, mask, reset, h, states, product=None):
+    """Write the states, beginning with h (B, chunks, N); return the last one. Multiply `product` by all carries."""
+    for now, block in _blocks(x, mask, reset, h.dtype):
         # g(v) = max(v + 0.5, sigmoid(v)): the two curves touch at v = 0 and nowhere else.
-        g = torch.sigmoid(self.candidate, out=torch.empty_like(self.z))
-        shifted = torch.add(self.candidate, 0.5, out=torch.empty_like(self.z))
-        drive = torch.maximum(g, shifted, out=g).mul_(self.z)
-        if mask is not None:
-            drive = torch.where(mask, drive, 0.0)
-        carry = self.carry(mask, None)
+        drive = block.sigmoid_candidate
+        torch.maximum(drive, block.candidate.add_(0.5), out=drive).mul_(block.z)
+        _fill(drive, block.passing, 0.0)
+        if product is not None:
+            product *= block.carry.prod(0)
+        for carry_t, drive_t, cut in zip(block.carry_rows, block.drive_rows, block.cuts, strict=True):
+            if cut is not None:
+                h = torch.where(cut, INITIAL_STATE, h)
+            h = drive_t.addcmul_(carry_t, h)
+        states[now] = drive
+        h = h.clone()  # the next block overwrites it
+    return h
+
+
+def _add_start(x, mask, reset, start, states):
+    """Add to states that began with 0 what comes from another start (B, chunks, N)."""
+    negligible = torch.finfo(start.dtype).eps / 8
+    for now, block in _blocks(x, mask, reset, start.dtype, carry_only=True):
+        for carry_t, cut in zip(block.carry_rows, block.cuts, strict=True):
+            if cut is not None:
+                start = torch.where(cut, 0.0, start)
+            start = carry_t.mul_(start)
+        states[now] += block.carry
+        # Its share of the state only falls, and rounding swallows it from here on.
+        if (start.abs() <= states[now.stop - 1] * negligible).all():
+            return
+        start = start.clone()
+
+
+def _copy(array: Tensor, dtype: torch.dtype) -> Tensor:
+    return array.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _flow_back(block, grad, inflow):
+    """Turn gradients of the outputs into those of the states, in place; return what flows to the step before.
+
+    With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}: the same scan, run backwards.
+    """
+    r = grad.unbind(0)
+    r_next = r[-1].add_(inflow)
+    for r_t, carry_next, cut_next in zip(r[-2::-1], block.carry_rows[:0:-1], block.cuts[:0:-1], strict=True):
+        if cut_next is not None:
+            r_next = torch.where(cut_next, 0.0, r_next)
+        r_next = r_t.addcmul_(carry_next, r_next)
+    outflow = block.carry_rows[0] * r_next
+    return outflow if block.cuts[0] is None else torch.where(block.cuts[0], 0.0, outflow)
+
+
+def _outflows(grad, x, mask, reset, inflow):
+    """What flows (B, chunks, N) to the state before the first step, and the product of all carries."""
+    product = torch.ones_like(inflow)
+    for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True, carry_only=True):
+        inflow = _flow_back(block, _copy(grad[now], inflow.dtype), inflow)
+        product *= block.carry.prod(0)
+    return inflow, product
+
+
+def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
+    """Write the gradients of the inputs; return what flows (B, chunks, N) to the state before the first step."""
+    for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True):
+        r = _copy(grad[now], inflow.dtype)
+        inflow = _flow_back(block, r, inflow)
+        dz = r.mul_(block.z)
+
+        before = start if now.start == 0 else states[now.start - 1]
+        previous = torch.cat([before.unsqueeze(0), states[now.start : now.stop - 1]])
         if reset is not None:
-            drive = torch.where(reset, drive + INITIAL_STATE * carry, drive)
-            carry = torch.where(reset, 0.0, carry)
-        return carry, drive
+            _fill(previous, reset[now], INITIAL_STATE)
+        rising = torch.ge(block.candidate, 0.0, out=block.z)
+        sigmoid = block.sigmoid_candidate
+        difference = torch.maximum(sigmoid, block.candidate.add_(0.5), out=block.candidate).sub_(previous)
+        # g' = 1 for v >= 0, else s - s^2, which is less.
+        slope = torch.maximum(sigmoid.addcmul_(sigmoid, sigmoid, value=-1.0), rising, out=sigmoid)
 
-    def carry(self, mask: Tensor | None, reset: Tensor | None) -> Tensor:
-        carry = self.one_minus_z
-        if mask is not None:
-            carry = torch.where(mask, carry, 1.0)
-        if reset is not None:
-            carry = torch.where(reset, 0.0, carry)
-        return carry
-
-
-def _time_first(flags: Tensor | None) -> Tensor | None:
-    return None if flags is None else flags.t().unsqueeze(-1)  # (T, B, 1)
+        slope.mul_(dz)
+        torch.mul(difference, block.carry, out=block.z).mul_(dz)
+        _fill(block.z, block.passing, 0.0)
+        _fill(slope, block.passing, 0.0)
+        grad_x[:, now] = block.sigmoids
+    return inflow
 
 
-def _slice(flags: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if flags is None else flags[start:stop]
+def _chain(first, ends, products, cut):
+    """The recurrence h = end + product h from chunk to chunk, from `first` (B, N) on; a chunk that is cut forgets h.
 
-
-def _cuts(reset: Tensor | None, start: int, stop: int) -> list[Tensor | None]:
-    """For each step of a block the (B, 1) rows that are reset, None at steps where none is."""
-    if reset is None:
-        return [None] * (stop - start)
-    block = reset[start:stop]
-    return [
-        flags if any_ else None for flags, any_ in zip(block.unbind(0), block.flatten(1).any(1).tolist(), strict=True)
-    ]
+    Returns what comes into each chunk (B, chunks, N) and out of the last (B, N).
+    """
+    starts = [first]
+    for chunk, (end, product) in enumerate(zip(ends.unbind(1), products.unbind(1), strict=True)):
+        whole = torch.addcmul(end, product, starts[-1])
+        starts.append(whole if cut is None else torch.where(cut[:, chunk], end, whole))
+    return torch.stack(starts[:-1], dim=1), starts[-1]
 
 
 def _accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -302,93 +432,44 @@ def _torch_forward(
 ) -> Tensor:
     """x (B, T, 2N), h0 (B, 1, N) or None -> states (B, T, N) in `dtype`."""
     batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
-    accumulate = _accumulation_dtype(x)
-    states = x.new_empty((batch, steps, channels), dtype=dtype)
-    mask, reset = _time_first(mask), _time_first(reset)
-    h = _initial_state(x, h0)
-    length = _block_length(steps, batch * channels)
-    for start in range(0, steps, length):
-        stop = min(steps, start + length)
-        carry, drive = _Block(x, start, stop, accumulate).carry_and_drive(
-            _slice(mask, start, stop), _slice(reset, start, stop)
-        )
-        target = states[:, start:stop].transpose(0, 1)  # (K, B, N)
-        block = target if dtype == accumulate else drive
-        cuts = _cuts(reset, start, stop)
-        for carry_t, drive_t, out_t, cut in zip(carry.unbind(0), drive.unbind(0), block.unbind(0), cuts, strict=True):
-            if cut is not None:  # 0 times the past is not enough where that is NaN or infinite
-                h = torch.where(cut, 0.0, h)
-            h = torch.addcmul(drive_t, carry_t, h, out=out_t)
-        if dtype != accumulate:
-            target.copy_(block)
-            h = h.clone()  # lets go of the block
-    return states
+    h = _initial_state(x, h0)  # (B, N)
+    layouts = _layouts(batch, steps, channels)
+    # Chunks come back to their states, which must not be rounded until then.
+    states = x.new_empty((batch, steps, channels), dtype=h.dtype if layouts[0].chunks > 1 else dtype)
+    for layout in layouts:
+        inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
+        out = layout.time_first(states)
+        if layout.chunks == 1:
+            h = _forward_steps(*inputs, h.unsqueeze(1), out).squeeze(1)
+        else:
+            products = h.new_ones(out.shape[1:])
+            ends = _forward_steps(*inputs, torch.zeros_like(products), out, products)
+            starts, h = _chain(h, ends, products, None if reset is None else inputs[2].any(0))
+            _add_start(*inputs, starts, out)
+    return states.to(dtype)
 
 
 def _torch_backward(
     grad: Tensor, x: Tensor, h0: Tensor | None, states: Tensor, mask: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, T, 2N) and (B, 1, N) for the pre-activations and the initial state; z and g are recomputed.
-
-    With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}: the same scan, run backwards.
-    """
-    batch, steps, channels = states.shape
-    accumulate = _accumulation_dtype(x)
+    """Gradients (B, T, 2N) and (B, 1, N) for the pre-activations and the initial state; z and g are recomputed."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mask, reset = _time_first(mask), _time_first(reset)
-    h0 = _initial_state(x, h0)
-    states, grad = states.transpose(0, 1), grad.transpose(0, 1)  # (T, B, N) views
-    carry_next, r_next, cut_next = torch.zeros_like(h0), torch.zeros_like(h0), None
-    length = _block_length(steps, batch * channels)
-    for start in range((steps - 1) // length * length, -1, -length):
-        stop = min(steps, start + length)
-        mask_block, reset_block = _slice(mask, start, stop), _slice(reset, start, stop)
-        block = _Block(x, start, stop, accumulate)
-        carry = block.carry(mask_block, reset_block)
-
-        r = torch.empty_like(block.z)
-        grad_block = grad[start:stop].to(accumulate)
-        cuts = _cuts(reset, start, stop)
-        for r_t, grad_t, carry_t, cut in zip(
-            reversed(r.unbind(0)),
-            reversed(grad_block.unbind(0)),
-            reversed(carry.unbind(0)),
-            reversed(cuts),
-            strict=True,
-        ):
-            if cut_next is not None:
-                r_next = torch.where(cut_next, 0.0, r_next)
-            r_next = torch.addcmul(grad_t, carry_next, r_next, out=r_t)
-            carry_next, cut_next = carry_t, cut
-        carry_next, r_next = carry_next.clone(), r_next.clone()  # r is overwritten below
-
-        # With s = sigmoid(min(v, 0)): g = s + max(v, 0), and g' = s - s^2 + 0.75 [v >= 0], exactly 1 for v >= 0.
-        s = torch.clamp(block.candidate, max=0.0, out=torch.empty_like(r)).sigmoid_()
-        difference = torch.clamp(block.candidate, min=0.0, out=torch.empty_like(r)).add_(s)
-        slope = torch.addcmul(s, s, s, value=-1.0)
-        slope.add_(torch.ge(block.candidate, 0.0, out=s), alpha=0.75)
-
-        previous = states[start:stop].roll(1, 0) if reset_block is not None else states[start:stop]
-        if reset_block is not None:
-            previous[0] = h0 if start == 0 else states[start - 1]
-            difference.sub_(torch.where(reset_block, INITIAL_STATE, previous))
+    first = _initial_state(x, h0)  # (B, N)
+    inflow = torch.zeros_like(first)
+    for layout in reversed(_layouts(*states.shape)):
+        inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
+        grad_piece, states_piece = layout.time_first(grad), layout.time_first(states)
+        before = first if layout.start == 0 else states[:, layout.start - 1].to(first.dtype)
+        starts = torch.cat([before.unsqueeze(1), states_piece[-1, :, :-1]], dim=1)
+        if layout.chunks == 1:
+            inflows = inflow.unsqueeze(1)
         else:
-            difference[1:].sub_(previous[:-1])
-            difference[0].sub_(h0 if start == 0 else states[start - 1])
-
-        r.mul_(block.z)
-        grad_gate, grad_candidate = grad_x[:, start:stop].transpose(0, 1).chunk(2, dim=-1)
-        slope.mul_(r)
-        r.mul_(block.one_minus_z).mul_(difference)
-        if mask_block is not None:
-            r.masked_fill_(~mask_block, 0.0)
-            slope.masked_fill_(~mask_block, 0.0)
-        grad_gate.copy_(r)
-        grad_candidate.copy_(slope)
-    grad_h0 = carry_next * r_next
-    if cut_next is not None:
-        grad_h0 = torch.where(cut_next, 0.0, grad_h0)
-    return grad_x, grad_h0.unsqueeze(1)
+            cut = None if reset is None else inputs[2].any(0).flip(1)
+            ends, products = _outflows(grad_piece, *inputs, torch.zeros_like(starts))
+            inflows = _chain(inflow, ends.flip(1), products.flip(1), cut)[0].flip(1)
+        outflows = _backward_steps(grad_piece, *inputs, starts, states_piece, inflows, layout.halves_first(grad_x))
+        inflow = outflows[:, 0]
+    return grad_x, inflow.unsqueeze(1)
 
 
 _KERNELS = {

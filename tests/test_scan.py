@@ -64,7 +64,10 @@ def test_states_and_gradients_equal_the_float64_loop(backend, steps, flags):
     assert error_over_largest(grad_h0, expected[2]) <= GRADIENT_RELATIVE
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 1), (1, 70, 3), (2, 9, 257), (2, 5, 3, (4, 5))])
+# The last three are cut into chunks of time by the torch scan, two of them with a rest.
+@pytest.mark.parametrize(
+    "shape", [(1, 5, 1), (1, 70, 3), (2, 9, 257), (2, 5, 3, (4, 5)), (1, 16, 1), (2, 1003, 5, (2, 3)), (1, 4099, 130)]
+)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_odd_shapes_and_trailing_axes(backend, shape):
     x, h0, mask, reset = make_inputs(*shape, flags="mask reset")
@@ -175,6 +178,32 @@ def test_not_even_nan_crosses_a_reset(backend):
     torch.testing.assert_close([grad_x[:, :12], grad_h0], [clean[1][:, :12], clean[2]], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_bad_numbers_and_resets_in_chunks_of_time(backend, bad):
+    """225 steps are 15 chunks of 15: whatever the place, what a reset cuts off stays as it was."""
+    x, h0, mask, _ = make_inputs(1, 225, 3, flags="mask")
+    weight = torch.randn(1, 225, 3)
+    for bad_step, reset_step in [(0, 14), (0, 15), (4, 100), (14, 15), (15, 16), (29, 31), (100, 224)]:
+        reset = (torch.arange(225) == reset_step).expand(1, 225)
+        mask[0, [bad_step, reset_step]] = True
+        clean = run(x, h0, mask, reset, weight, mingru_scan, backend=backend)
+        poisoned = x.clone()
+        poisoned[0, bad_step, 4] = bad  # the candidate of channel 1
+        states, grad_x, grad_h0 = run(poisoned, h0, mask, reset, weight, mingru_scan, backend=backend)
+        assert not states[0, bad_step:reset_step, 1].isfinite().any()
+        states[0, bad_step:reset_step, 1] = clean[0][0, bad_step:reset_step, 1]
+        assert grad_x[0, reset_step:].isfinite().all()
+        grad_x[0, bad_step:reset_step, [1, 4]] = clean[1][0, bad_step:reset_step, [1, 4]]
+        torch.testing.assert_close((states, grad_x, grad_h0), clean, rtol=0, atol=0)
+        poisoned = weight.clone()  # and a bad gradient on its way back
+        poisoned[0, reset_step + 1 :, 1] = bad
+        _, grad_x, grad_h0 = run(x, h0, mask, reset, poisoned, mingru_scan, backend=backend)
+        torch.testing.assert_close(
+            (grad_x[0, :reset_step], grad_h0), (clean[1][0, :reset_step], clean[2]), rtol=0, atol=0
+        )
+
+
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_a_masked_reset_step_leaves_the_initial_state(backend):
     x, h0, _, _ = make_inputs(1, 3, 2)
@@ -206,22 +235,25 @@ def test_strided_and_expanded_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
-@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4)])
+@pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0), (0, 5, 4, 3)])
 def test_empty_batches_and_sequences(backend, shape):
     x = torch.randn(*shape, requires_grad=True)
     states = mingru_scan(x, backend=backend)
-    assert states.shape == (shape[0], shape[1], 2)
+    assert states.shape == (shape[0], shape[1], shape[2] // 2, *shape[3:])
     states.sum().backward()
     assert x.grad.shape == shape
 
 
-def test_every_element_is_written():
-    x, h0, mask, reset = make_inputs(2, 300, 5, flags="mask reset")
-    weight = torch.randn(2, 300, 5)
-    expected = run(x, h0, mask, reset, weight, mingru_scan, backend="torch")
+@pytest.mark.parametrize("shape", [(2, 300, 5), (2, 50, 700)])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_every_element_is_written(backend, shape):
+    x, h0, mask, reset = make_inputs(*shape, flags="mask reset")
+    weight = torch.randn(shape)
+    expected = run(x, h0, mask, reset, weight, mingru_scan, backend=backend)
+    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
-        actual = run(x, h0, mask, reset, weight, mingru_scan, backend="torch")
+        actual = run(x, h0, mask, reset, weight, mingru_scan, backend=backend)
     finally:
         torch.use_deterministic_algorithms(False)
     for result, reference in zip(actual, expected, strict=True):
