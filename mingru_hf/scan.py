@@ -49,7 +49,7 @@ def mingru_scan(
         reset: (B, T) boolean; where True the state is 0.5 before this step, whatever came earlier, and no gradient
             flows back across it. It is applied before the mask: a masked reset step leaves 0.5.
         backend: "auto" obeys the environment variable MINGRU_SCAN where that is set, and else takes the fastest one
-            that applies. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch"
+            that applies; under torch.export always torch's own operators, which run without this package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch"
             (blocks of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
             implementations use; both are kept for comparison.
         dtype: of the returned states; the inputs' dtype if None. float32 keeps all of the state that bfloat16
@@ -67,6 +67,8 @@ def mingru_scan(
     """
     _check_inputs(gate_and_candidate, h0, mask, reset)
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
+    if backend == "auto" and torch.compiler.is_exporting():
+        return _scan_exported(gate_and_candidate, h0, mask, reset).to(out_dtype)
     backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
@@ -130,6 +132,37 @@ def scan_reference(
     return torch.stack(states, dim=1)
 
 
+def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The recurrence in torch's own operators for any T, so that an exported program runs without this package.
+
+    One node of the graph whatever T is: torch's scan over h_t = carry_t h_{t-1} + drive_t.
+    """
+    from torch._higher_order_ops.scan import scan
+
+    if isinstance(x.shape[1], int) and x.shape[1] == 1:
+        return scan_reference(x, h0, mask, reset)
+    x = x.to(_accumulation_dtype(x))
+    gate, candidate = x.chunk(2, dim=2)
+    carry = torch.sigmoid(-gate)
+    drive = torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
+    shape = [*x.shape[:2]] + [1] * (x.dim() - 2)
+    if reset is not None:
+        cut = reset.bool().reshape(shape)
+        drive = torch.where(cut, drive + INITIAL_STATE * carry, drive)
+        carry = torch.where(cut, 0.0, carry)
+    if mask is not None:
+        keep = mask.bool().reshape(shape)
+        drive = torch.where(keep, drive, 0.0)
+        carry = torch.where(keep, carry, 1.0)
+    h0 = initial_state(x, carry[:, :1].shape) if h0 is None else h0.to(x.dtype)
+
+    def step(h, inputs):
+        h = inputs[0] * h + inputs[1]
+        return h, h.clone()  # a scan's results must not be one and the same tensor
+
+    return scan(step, h0[:, 0], (carry, drive), dim=1)[1]
+
+
 def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
     """The scan as a cumulative log-sum-exp (arXiv:2410.01201, appendix B): what the peers compute.
 
@@ -158,22 +191,24 @@ def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor |
 
 
 def _check_inputs(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> None:
-    if x.dim() < 3 or not x.is_floating_point():
+    shape = x.shape
+    if len(shape) < 3 or not x.is_floating_point():
         raise ValueError(
-            f"gate_and_candidate must be a floating-point tensor (B, T, 2D, *), got {x.dtype} {tuple(x.shape)}."
+            f"gate_and_candidate must be a floating-point tensor (B, T, 2D, *), got {x.dtype} {tuple(shape)}."
         )
-    if x.shape[2] % 2:
+    if shape[2] % 2:
         raise ValueError(
             "gate_and_candidate must hold a gate and a candidate half: the channel axis (dim 2) must be even, got "
-            f"shape {tuple(x.shape)}."
+            f"shape {tuple(shape)}."
         )
     if h0 is not None:
-        expected = (x.shape[0], 1, x.shape[2] // 2, *x.shape[3:])
+        expected = (shape[0], 1, shape[2] // 2, *shape[3:])
         if h0.shape != expected:
             raise ValueError(f"h0 must have shape {tuple(expected)} (B, 1, D, *), got {tuple(h0.shape)}.")
-    for name, flags in (("mask", mask), ("reset", reset)):
-        if flags is not None and flags.shape != x.shape[:2]:
-            raise ValueError(f"{name} must have shape {tuple(x.shape[:2])} (B, T), got {tuple(flags.shape)}.")
+    if mask is not None and mask.shape != shape[:2]:
+        raise ValueError(f"mask must have shape {tuple(shape[:2])} (B, T), got {tuple(mask.shape)}.")
+    if reset is not None and reset.shape != shape[:2]:
+        raise ValueError(f"reset must have shape {tuple(shape[:2])} (B, T), got {tuple(reset.shape)}.")
 
 
 def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
@@ -499,9 +534,9 @@ def _forward_impl(
     dtype: torch.dtype,
 ) -> Tensor:
     forward, _ = _KERNELS[backend]
-    states = forward(_flat(gate_and_candidate), _flat(h0), mask, reset, dtype)
     if gate_and_candidate.dim() == 3:
-        return states
+        return forward(gate_and_candidate, h0, mask, reset, dtype)
+    states = forward(_flat(gate_and_candidate), _flat(h0), mask, reset, dtype)
     return states.unflatten(2, (gate_and_candidate.shape[2] // 2, *gate_and_candidate.shape[3:]))
 
 

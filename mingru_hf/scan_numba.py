@@ -715,6 +715,10 @@ def _plan(batch: int, steps: int, channels: int, threads: int) -> tuple[int, int
     return -(-channels // width), width, -(-steps // length), length
 
 
+def _data_ptr(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _prepare(
     x: Tensor, h0: Tensor | None, states: Tensor, mask: Tensor | None, reset: Tensor | None
 ) -> tuple[array, Tensor, int, tuple]:
@@ -729,11 +733,10 @@ def _prepare(
     mask = None if mask is None else mask.bool().contiguous()
     reset = None if reset is None else reset.bool().contiguous()
     x_strides, states_strides = x.stride(), states.stride()
-    arguments = array("q", (0, 0, 0, batch, steps, channels, blocks, block, pieces, piece))
-    arguments.extend((x.data_ptr(), x_strides[0], x_strides[1]))
-    arguments.extend((states.data_ptr(), states_strides[0], states_strides[1]))
-    arguments.extend(0 if tensor is None else tensor.data_ptr() for tensor in (h0, mask, reset))
-    arguments.append(carry.data_ptr())
+    sizes = (0, 0, 0, batch, steps, channels, blocks, block, pieces, piece)
+    inputs = (x.data_ptr(), x_strides[0], x_strides[1], states.data_ptr(), states_strides[0], states_strides[1])
+    optional = (_data_ptr(h0), _data_ptr(mask), _data_ptr(reset), carry.data_ptr())
+    arguments = array("q", sizes + inputs + optional)  # one array at once: this is a tenth of a decoding step's call
     return arguments, carry, threads, (h0, mask, reset)
 
 

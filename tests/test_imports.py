@@ -22,6 +22,7 @@ ALLOWED = {
     "layers": {"scan"},
     "cache_mingru": {"scan"},
     "configuration_mingru": set(),
+    "exporting": set(),
     "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru"},
     "configuration_minconvgru": set(),
     "modeling_minconvgru": {"scan", "layers", "cache_mingru", "configuration_minconvgru"},

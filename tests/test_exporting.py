@@ -1,0 +1,87 @@
+"""Exported programs: the numbers of the model, in a process that has only torch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.export import Dim
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.exporting import MinGRUPrefill, cache_of, export_programs
+
+# Logits of a few units in float32; the exported scan rounds in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+KINDS = {
+    "paper": {"hidden_size": 16, "num_hidden_layers": 2},
+    "stack": {"hidden_size": 8, "hidden_sizes": [12, 16], "conv_kernel": 0, "expand": 1, "use_mlp": False},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def exported(request):
+    """A model and its two programs."""
+    torch.manual_seed(0)
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, initializer_range=0.3, **KINDS[request.param])).eval()
+    return model, *export_programs(model)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (1, 7), (3, 40), (2, 2)])
+@torch.no_grad()
+def test_programs_give_the_numbers_of_the_model_at_any_size(exported, batch, steps):
+    model, prefill, decode = exported
+    ids = torch.randint(0, 40, (batch, steps + 4))
+    logits, state = prefill.module()(ids[:, :steps])
+    parts = [logits]
+    for t in range(steps, steps + 4):
+        logits, state = decode.module()(ids[:, t : t + 1], state)
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_programs_run_in_a_process_without_the_package(exported, tmp_path):
+    model, prefill, decode = exported
+    ids = torch.randint(0, 40, (2, 11))
+    torch.export.save(prefill, tmp_path / "prefill.pt2")
+    torch.export.save(decode, tmp_path / "decode.pt2")
+    torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
+    code = """
+import sys
+sys.modules["mingru_hf"] = sys.modules["transformers"] = None  # importing them fails
+import torch
+data = torch.load("expected.pt")
+prefill, decode = (torch.export.load(f"{name}.pt2").module() for name in ("prefill", "decode"))
+logits, state = prefill(data["ids"][:, :9])
+parts = [logits]
+for t in (9, 10):
+    logits, state = decode(data["ids"][:, t : t + 1], state)
+    parts.append(logits)
+torch.testing.assert_close(torch.cat(parts, dim=1), data["logits"], rtol=1e-4, atol=1e-4)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@torch.no_grad()
+def test_prefill_with_padding(exported):
+    model = exported[0]
+    ids = torch.randint(1, 40, (3, 9))
+    mask = torch.arange(9) >= torch.tensor([0, 3, 8])[:, None]
+    shape = {0: Dim("batch", min=1), 1: Dim("steps", min=1)}
+    program = torch.export.export(
+        MinGRUPrefill(model, logits_to_keep=1),
+        (ids[:2].contiguous(), mask[:2].long()),
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+    )
+    logits, state = program.module()(ids, mask.long())
+    assert logits.shape == (3, 1, 40)
+    following = model(ids[:, :2], cache=cache_of(model, state)).logits
+    for row, start in enumerate((0, 3, 8)):
+        alone = model(torch.cat([ids[row, start:], ids[row, :2]]).unsqueeze(0)).logits[0]
+        torch.testing.assert_close(logits[row, 0], alone[-3], **CLOSE)
+        torch.testing.assert_close(following[row], alone[-2:], **CLOSE)
+
+
+def test_a_state_of_another_model_is_refused(exported):
+    with pytest.raises(ValueError, match=r"The state of this model has \d tensors, got 1"):
+        cache_of(exported[0], [torch.rand(1, 1, 4)])
