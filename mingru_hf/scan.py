@@ -49,8 +49,9 @@ def mingru_scan(
         reset: (B, T) boolean; where True the state is 0.5 before this step, whatever came earlier, and no gradient
             flows back across it. It is applied before the mask: a masked reset step leaves 0.5.
         backend: "auto" obeys the environment variable MINGRU_SCAN where that is set, and else takes the fastest one
-            that applies; under torch.export always torch's own operators, which run without this package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch"
-            (blocks of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
+            that applies; under torch.export always torch's own operators, so that the program runs without this
+            package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch" (blocks
+            of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
             implementations use; both are kept for comparison.
         dtype: of the returned states; the inputs' dtype if None. float32 keeps all of the state that bfloat16
             would round.
