@@ -1,0 +1,97 @@
+"""Upload the directory of a trained model to the Hugging Face Hub."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError, safe_open
+
+# Hidden files, and what a run needs to go on but a user of the model does not.
+IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*")
+
+
+def files_to_upload(directory: str | Path) -> list[str]:
+    """List the files that `push_directory` uploads, after a look whether they make a model.
+
+    Args:
+        directory: what a training script, `save_pretrained` or a conversion wrote.
+
+    Returns:
+        Paths relative to the directory, in order.
+
+    Raises:
+        FileNotFoundError: if there is no such directory, no config.json, or no weights, or some are missing.
+        ValueError: if a file of weights is damaged.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no such model directory: {directory}")
+    weights, index = ["model.safetensors"], directory / "model.safetensors.index.json"
+    if index.is_file():
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in ("config.json", *weights) if not (directory / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{directory} holds no whole model: {', '.join(missing)} missing")
+    for name in weights:
+        try:
+            with safe_open(directory / name, "pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{directory / name} is damaged: {error}") from None
+    files = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return list(filter_repo_objects(files, ignore_patterns=list(IGNORED)))
+
+
+def make_repository(name: str, private: bool = True) -> str:
+    """Make a model repository on the Hub if it does not exist, and give its full name.
+
+    Args:
+        name: `owner/name`, or `name` alone in the user's own namespace.
+        private: whether a new one is private; one that exists stays as it is.
+
+    Raises:
+        OSError: if nobody is logged in, or the Hub cannot be reached or refuses.
+    """
+    if get_token() is None:
+        raise OSError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
+    try:
+        return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
+    except HTTPError as error:
+        raise OSError(f"the Hub gave no repository {name}: {error}") from error
+
+
+def push_directory(
+    directory: str | Path, name: str, private: bool = True, commit_message: str = "Trained with mingru-hf"
+) -> str:
+    """Upload a model directory as one commit: all of it arrives, or nothing.
+
+    Args:
+        directory: the model's directory.
+        name, private: as in `make_repository`.
+        commit_message: the commit's title.
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        FileNotFoundError, ValueError: as `files_to_upload`.
+        OSError: as `make_repository`, or if the upload was interrupted.
+    """
+    files_to_upload(directory)
+    repository = make_repository(name, private)
+    api = HfApi()
+    try:
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=directory,
+            commit_message=commit_message,
+            ignore_patterns=list(IGNORED),
+        )
+    except HTTPError as error:
+        raise OSError(
+            f"the upload to {repository} was interrupted, which leaves the files there as they were: run it again. "
+            f"The cause: {error}"
+        ) from error
+    return f"{api.endpoint}/{repository}"
