@@ -5,6 +5,7 @@ in a file is executed: state dicts go through `torch.load(weights_only=True)`, a
 read.
 """
 
+import math
 import pickle
 import re
 import zipfile
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TimmBackboneConfig
 
+from .configuration_minconvgru import MinConvGRUConfig
 from .configuration_mingru import MinGRUConfig
+from .modeling_minconvgru import MinConvGRUForVideoClassification
 from .modeling_mingru import MinGRUForCausalLM
 
 
@@ -172,21 +175,78 @@ def convert_text(state: dict[str, Tensor], residual: bool = True) -> MinGRUForCa
     return _fill(MinGRUForCausalLM, config, state, names)
 
 
-def convert(state: dict[str, Tensor], **options) -> PreTrainedModel:
-    """Make the model that the names of the tensors tell of.
+# In its video example VGG16 is cut behind each pooling; timm counts on, as torchvision does.
+_VGG16_STARTS = (0, 5, 10, 17, 24)
+_VIDEO_NAMES = (
+    *(
+        (
+            rf"feature_parts\.{depth}\.{i}\.(weight|bias)",
+            rf"model.backbone._backbone.features_{start + i}.\1",
+        )
+        for depth, start in enumerate(_VGG16_STARTS)
+        for i in range(0, 7, 2)
+    ),
+    (
+        r"heads\.(\d)\.rnn\.layers\.(\d+)\.(gate_hidden|norm|res_align)\.(weight|bias)",
+        r"model.stacks.\1.layers.\2.\3.\4",
+    ),
+    (r"heads\.(\d)\.fc\.(weight|bias)", r"classifiers.\1.\2"),
+)
+
+
+def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
+    """Make a video classifier of the tensors of torch-mingru's video example; needs timm for its VGG16.
+
+    Args:
+        state: the tensors under torch-mingru's names: `feature_parts` (VGG16 cut behind its poolings) and `heads`.
+
+    Returns:
+        The model, in evaluation mode, in the tensors' dtype. What a state dict does not say is taken from the
+        example: stride 2, padding 1, residual sums. Labels have no names.
+
+    Raises:
+        ValueError: if a tensor is missing, is left over, or has a shape that does not fit; its name is given.
+        ImportError: if timm is not installed.
+    """
+    names = _rename(state, _VIDEO_NAMES)
+    depths = sorted({int(name.split(".")[1]) for name in state if name.startswith("heads.")})
+    first = [f"heads.{depth}.rnn.layers.0.gate_hidden.weight" for depth in depths or [0]]
+    needed = [*first, *(f"heads.{depth}.fc.weight" for depth in depths)]
+    _refuse({"are missing": [name for name in needed if name not in state]})
+
+    hidden_sizes = [state[name].shape[0] // 2 for name in first]
+    num_labels, features = state["heads.0.fc.weight"].shape
+    config = MinConvGRUConfig(
+        backbone_config=TimmBackboneConfig(backbone="vgg16", out_indices=depths),
+        feature_pooling=True,
+        hidden_sizes=hidden_sizes,
+        num_hidden_layers=len({name.split(".")[4] for name in state if name.startswith("heads.0.rnn.layers.")}),
+        kernel_size=state[first[0]].shape[-1],
+        norm="heads.0.rnn.layers.0.norm.weight" in state,
+        residual="heads.0.rnn.layers.0.res_align.weight" in state,
+        pooled_size=max(1, math.isqrt(features // hidden_sizes[0])),
+        num_labels=num_labels,
+    )
+    return _fill(MinConvGRUForVideoClassification, config, state, names)
+
+
+def convert(state: dict[str, Tensor], residual: bool = True) -> PreTrainedModel:
+    """Make the model that the names of the tensors tell of, by `convert_text` or `convert_video`.
 
     Args:
         state: the tensors under torch-mingru's names, as `read_checkpoint` gives them.
-        options: of the function that converts the kind: `convert_text`.
+        residual: as in `convert_text`; a video model's names tell.
 
     Raises:
         ValueError: if the names belong to none of torch-mingru's examples, or as the function's.
     """
     if "emb.weight" in state:
-        return convert_text(state, **options)
+        return convert_text(state, residual)
+    if any(name.startswith("feature_parts.") for name in state):
+        return convert_video(state)
     raise ValueError(
-        f"These tensors belong to none of torch-mingru's examples, whose names begin with emb, rnn, ln and fc (text): "
-        f"{_some(state)}."
+        "These tensors belong to none of torch-mingru's examples, whose names begin with emb, rnn, ln and fc (text), "
+        f"or feature_parts and heads (video): {_some(state)}."
     )
 
 
@@ -235,4 +295,4 @@ def _some(names: Iterable[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-__all__ = ["convert", "convert_text", "read_checkpoint"]
+__all__ = ["convert", "convert_text", "convert_video", "read_checkpoint"]

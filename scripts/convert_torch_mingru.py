@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         check_output_dir(args.output_dir, args.overwrite_output_dir)
         state = read_checkpoint(args.checkpoint_path)
-        model = convert(state, **({"residual": False} if args.no_residual else {}))
+        model = convert(state, residual=not args.no_residual)
         tokenizer = None
         if args.tokenizer_name is not None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)

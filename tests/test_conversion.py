@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_modeling_minconvgru import ReferenceClassifier
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,6 +101,63 @@ def test_text_and_copying_models_keep_their_logits(name, kind, tmp_path):
         print(f"{name}, {kind}: largest difference {(logits - expected).abs().max():.1e}")  # shown by pytest -rP
         torch.testing.assert_close(logits, expected, **TOLERANCE)
         torch.testing.assert_close(logits, example(ids), **TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def video_example():
+    """torch-mingru's video example with weights that keep the signal alive down to the last depth."""
+    pytest.importorskip("timm", reason="VGG16, its backbone, comes from timm")
+    torch.manual_seed(0)
+    example = ReferenceClassifier(7).eval()
+    for parameter in example.feature_parts.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    return example
+
+
+class Holder(nn.Module):
+    """The parts of the video example in a form that TorchScript takes."""
+
+    def __init__(self, example):
+        super().__init__()
+        self.feature_parts, self.heads = example.feature_parts, example.heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize("kind", ["state dict", pytest.param("TorchScript", marks=scripted)])
+def test_video_models_keep_their_logits(video_example, kind, tmp_path):
+    frames = torch.randn(2, 3, 3, 64, 48)
+    path = tmp_path / "model.pt"
+    with torch.no_grad():
+        if kind == "state dict":
+            torch.save(video_example.state_dict(), path)
+        else:
+            torch.jit.save(torch.jit.script(Holder(video_example)), path)
+        model = convert(read_checkpoint(path))
+        logits, expected = model(frames).logits, video_example(frames)
+    print(f"video, {kind}: largest difference {(logits - expected).abs().max():.1e}")
+    torch.testing.assert_close(logits, expected, **TOLERANCE)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # the logits depend on the frames
+    assert model.config.num_labels == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("feature_parts.3.2.bias"), "missing.*features_19.bias"),
+        (lambda state: state.update({"feature_parts.0.1.weight": torch.ones(1)}), r"no place.*feature_parts\.0\.1"),
+        (lambda state: state.update({"heads.0.fc.scale": torch.ones(1)}), r"no place.*heads\.0\.fc\.scale"),
+        (lambda state: state.pop("heads.2.fc.weight"), r"missing: heads\.2\.fc\.weight"),
+        (lambda state: state.update({"feature_parts.0.0.weight": torch.ones(8, 3, 3, 3)}), "shape.*expected"),
+    ],
+)
+def test_what_does_not_fit_a_video_model_is_named(video_example, change, message):
+    state = dict(video_example.state_dict())
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        convert(state)
 
 
 def test_script_writes_a_directory_that_loads(tmp_path, capsys):
