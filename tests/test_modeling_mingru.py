@@ -308,7 +308,7 @@ def test_decoding_step_with_a_static_cache_compiles_once(model, input_ids):
 
 
 def test_quantized_cache_is_refused(model, input_ids):
-    with pytest.raises((ValueError, ImportError), match=r"mingru|quanto"):
+    with pytest.raises(ValueError, match=r"only full attention layers.*mingru"):
         model.generate(input_ids, max_new_tokens=2, cache_implementation="quantized")
 
 
