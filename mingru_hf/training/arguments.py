@@ -53,6 +53,17 @@ class TrainArguments:
         False,
         "write into a directory that holds another run: files of the same name are replaced, none is deleted",
     )
+    checkpointing_steps: str | None = option(
+        None,
+        "save all that it takes to go on after every N optimizer steps, or after every epoch, under "
+        "output_dir/checkpoint-STEP: a number, or epoch; default: never",
+    )
+    checkpoints_total_limit: int = option(2, "checkpoints to keep, the newest; 0: all")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "go on from this checkpoint, or from the latest one in output_dir (from the start if there is none yet): "
+        "a directory, or latest",
+    )
     with_tracking: bool = option(False, "log the curves to the tracker named by --report_to, under output_dir/runs")
     report_to: str = option("tensorboard", "tracker: tensorboard, trackio, wandb, ..., or all that are installed")
     push_to_hub: bool = option(False, "upload output_dir to the Hugging Face Hub at the end (`hf auth login` first)")
@@ -119,7 +130,14 @@ class TrainArguments:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, not {value}")
-        for name in ("num_warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers", "seed"):
+        for name in (
+            "checkpoints_total_limit",
+            "num_warmup_steps",
+            "weight_decay",
+            "max_grad_norm",
+            "dataloader_num_workers",
+            "seed",
+        ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in ("adam_beta1", "adam_beta2"):
@@ -131,6 +149,9 @@ class TrainArguments:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError("hub_model_id without push_to_hub does nothing: add --push_to_hub")
+        steps = self.checkpointing_steps
+        if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
+            raise ValueError(f"checkpointing_steps must be a positive number of steps, or epoch, not {steps!r}")
         self.scheduler_kwargs()
 
     def scheduler_kwargs(self) -> dict:

@@ -2,11 +2,16 @@
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 RUN_FILES = (
@@ -19,20 +24,48 @@ RUN_FILES = (
 METRICS_FILE = "metrics.json"
 STAGING = ".incomplete"
 
+# A checkpoint is a directory `checkpoint-STEP`: a model as `from_pretrained` loads it, and beside it
+STATE_FILE = "trainer_state.json"  # where the run stood, and the size and checksum of every file
+TENSORS_FILE = "training_state.pt"  # the optimizer's state, and each process's random numbers
+BEST_DIRECTORY = "best"  # the best weights so far, unless the checkpoint's own are
+WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
-def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> None:
+
+def check_output_dir(output_dir: str | Path, overwrite: bool = False, resume: str | Path | None = None) -> None:
     """Refuse a directory in which a run would overwrite another's files.
+
+    A run that resumes goes on in the directory of its checkpoint. With `latest` it also starts again in one where
+    it was interrupted before its first checkpoint, as metrics.json tells.
 
     Args:
         output_dir: need not exist.
         overwrite: the user allows it; files of the same name will be replaced, none deleted.
+        resume: `resume_from_checkpoint`.
 
     Raises:
-        ValueError: if it holds another run or model and `overwrite` is False, or is a file.
+        ValueError: if it holds another run or model and `overwrite` is False, or checkpoints that would be mistaken
+            for those of the new run, or is a file.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file")
+    checkpoint, there = find_checkpoint(resume, path), checkpoints_in(path)
+    if checkpoint is not None:
+        later = [other for other in there if _step(other) > _step(checkpoint) and damage(other) is None]
+        if later or (there and checkpoint.resolve().parent != path.resolve()):
+            raise ValueError(
+                f"output_dir {path} holds {(later or there)[-1].name}, which would be mistaken for one of the run "
+                f"that goes on from {checkpoint}: move it away, or choose another output_dir"
+            )
+        if checkpoint.resolve().parent == path.resolve():
+            return
+    elif there and resume is None:
+        raise ValueError(
+            f"output_dir {path} holds {there[-1].name} of another run: add --resume_from_checkpoint latest to go on "
+            "from it, choose another output_dir, or move the checkpoints away"
+        )
+    elif resume is not None and _is_unfinished(path):
+        return
     found = [name for name in RUN_FILES if (path / name).exists()]
     if found and not overwrite:
         raise ValueError(
@@ -44,9 +77,10 @@ def check_output_dir(output_dir: str | Path, overwrite: bool = False) -> None:
 def write_json(path: str | Path, content: object) -> None:
     """Write JSON under a temporary name, then rename it to `path`."""
     temporary = Path(path).with_name(f"{STAGING}-{Path(path).name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+    with writing(path):
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, path)
 
 
 def save_pretrained(output_dir: str | Path, *parts: object) -> None:
@@ -62,18 +96,160 @@ def save_pretrained(output_dir: str | Path, *parts: object) -> None:
     staging = output_dir / STAGING
     shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed; no user's file bears this name
     staging.mkdir(parents=True)
-    with no_progress_bars():
-        for part in parts:
-            if part is not None:
-                part.save_pretrained(staging)
-    files = sorted(path for path in staging.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
-    for path in files:
-        target = output_dir / path.relative_to(staging)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, target)
+    with writing(output_dir, staging):
+        _save_parts(staging, parts)
+        for path in _files(staging):
+            _sync(path)
+        for path in _files(staging):
+            target = output_dir / path.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
     shutil.rmtree(staging)
+
+
+def write_checkpoint(
+    output_dir: str | Path, step: int, parts: Sequence[object], tensors: dict, state: dict, limit: int | None = None
+) -> Path:
+    """Write `checkpoint-STEP`, and then remove the oldest ones beyond `limit`.
+
+    It gets its name in one rename, when all of it is on the disk: a directory of that name is whole, whenever the
+    process or the machine dies. Where the file system does not keep that promise, `damage` finds out.
+
+    Args:
+        output_dir: made if missing; if its weights are the best ones so far they go into the checkpoint too.
+        step: updates behind the weights.
+        parts: model, tokenizer: whatever has `save_pretrained`; None is skipped.
+        tensors: what `torch.load(weights_only=True)` can read again.
+        state: what JSON can hold; `best` is the record of the best evaluation, with its `step`, or None.
+        limit: checkpoints to keep; None: all.
+
+    Raises:
+        OSError: if it cannot be written (a full disk); the checkpoints before it stay as they are.
+    """
+    output_dir = Path(output_dir)
+    target = output_dir / f"checkpoint-{step}"
+    staging = output_dir / f"{STAGING}-{target.name}"
+    for left in output_dir.glob(f"{STAGING}-checkpoint-*"):  # by a run that was killed
+        shutil.rmtree(left)
+    staging.mkdir(parents=True)
+    with writing(target, staging):
+        _save_parts(staging, parts)
+        torch.save(tensors, staging / TENSORS_FILE)
+        if state["best"] is not None and state["best"]["step"] != step:
+            (staging / BEST_DIRECTORY).mkdir()
+            for pattern in WEIGHTS:
+                for path in output_dir.glob(pattern):
+                    _link(path, staging / BEST_DIRECTORY / path.name)
+        files = {str(path.relative_to(staging)): _fingerprint(path) for path in _files(staging)}
+        (staging / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
+        for path in (*staging.rglob("*"), staging):
+            _sync(path)
+        if target.exists():  # a damaged one, or it would have been gone on from
+            _remove(target)
+        staging.rename(target)
+        _sync(output_dir)
+    if limit is not None:
+        for path in checkpoints_in(output_dir)[:-limit]:
+            if path != target:
+                _remove(path)
+    return target
+
+
+def read_checkpoint(checkpoint: str | Path) -> tuple[dict, dict]:
+    """Read the `state` and the `tensors` (on the CPU) of a checkpoint."""
+    checkpoint = Path(checkpoint)
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    return state, torch.load(checkpoint / TENSORS_FILE, map_location="cpu", weights_only=True)
+
+
+def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
+    """Put the best weights that a checkpoint knows, and its tokenizer, into `output_dir`, as they lay there then."""
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    best = {path.name: path for path in _files(checkpoint) if path.name not in (STATE_FILE, TENSORS_FILE)}
+    if (checkpoint / BEST_DIRECTORY).is_dir():
+        best |= {path.name: path for path in _files(checkpoint / BEST_DIRECTORY)}
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name, path in best.items():
+        temporary = output_dir / f"{STAGING}-{name}"
+        temporary.unlink(missing_ok=True)
+        with writing(output_dir / name):
+            _link(path, temporary)
+            _sync(temporary)
+            os.replace(temporary, output_dir / name)
+
+
+def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path | None:
+    """Find the checkpoint to go on from.
+
+    Args:
+        choice: a directory; `latest` for the newest whole one in `output_dir`; None for none.
+        output_dir: of the run.
+
+    Returns:
+        Its directory; None if none was asked for, or there is none yet.
+
+    Raises:
+        ValueError: if the directory is no whole checkpoint.
+    """
+    if choice is None:
+        return None
+    if choice == "latest":
+        for path in reversed(checkpoints_in(output_dir)):
+            reason = damage(path)
+            if reason is None:
+                return path
+            warnings.warn(f"{path} is no whole checkpoint ({reason}): looking for the one before", stacklevel=2)
+        return None
+    reason = damage(Path(choice))
+    if reason is not None:
+        raise ValueError(f"resume_from_checkpoint {choice} is no whole checkpoint: {reason}")
+    return Path(choice)
+
+
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
+    """List the directories `checkpoint-STEP`, by their steps."""
+    names = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(names, key=_step)
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """Say what is wrong with a checkpoint; None if every file has the size and the checksum it was written with."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        return "no such directory"
+    try:
+        files = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except (ValueError, KeyError, TypeError):
+        return f"{STATE_FILE} is cut short"
+    for name, fingerprint in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _fingerprint(checkpoint / name) != fingerprint:
+            return f"{name} is not what was written"
+    return None
+
+
+@contextmanager
+def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
+    """Turn whatever keeps the block from writing `target` into an OSError that says what to do.
+
+    safetensors and torch report a full disk by exceptions of their own. `staging` is removed: it takes up the space
+    that is lacking.
+
+    Raises:
+        OSError: from the error met.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(
+            f"{target} could not be written: {error}. Nothing that lay on the disk before is lost: make room, then go "
+            "on with --resume_from_checkpoint latest if there is a checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -88,7 +264,63 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _save_parts(directory: Path, parts: Sequence[object]) -> None:
+    """Have every part but None write itself into the directory."""
+    with no_progress_bars():
+        for part in parts:
+            if part is not None:
+                part.save_pretrained(directory)
+
+
+def _files(directory: Path) -> list[Path]:
+    """List the files in a directory and below it, sorted."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _step(checkpoint: Path) -> int:
+    """Read the step off a checkpoint's name; -1 where a user gave it another."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _is_unfinished(output_dir: Path) -> bool:
+    """Say whether metrics.json is that of a run which never came to its end."""
+    try:
+        return "final" not in json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Give a file's size in bytes and its CRC-32."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            checksum = zlib.crc32(piece, checksum)
+    return [path.stat().st_size, checksum]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, which costs no space: nothing here is ever changed in place. Or else copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, its name first: what is half removed must not look like a whole one."""
+    doomed = checkpoint.with_name(f"{STAGING}-{checkpoint.name}-old")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def _sync(path: Path) -> None:
-    """Bring a file to the disk, so that the rename that follows never outruns its content."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    """Bring a file or directory to the disk, so that the rename that follows never outruns its content."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call for directories
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,27 +2,42 @@
 
 A step is one update of the weights. It takes the next `batch x accumulation x processes` examples of an
 endless stream, the epochs' random orders one after another. What step n sees depends on the seed and n alone:
-the same examples, whether they come as one batch, in accumulated pieces or over several processes.
+the same examples, whether they come as one batch, in accumulated pieces or over several processes. The learning
+rate, too, is a function of the step (or of the time that has passed). So a run that goes on from a checkpoint needs
+the step, the weights, the optimizer's moments and the random numbers of dropout, and then does what the run that was
+never interrupted does, bit for bit on a CPU.
 """
 
 import dataclasses
 import inspect
 import itertools
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from accelerate.utils import set_seed as set_process_seed
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, set_seed
 
 from .arguments import TrainArguments
-from .checkpoints import METRICS_FILE, check_output_dir, save_pretrained, write_json
+from .checkpoints import (
+    METRICS_FILE,
+    check_output_dir,
+    find_checkpoint,
+    read_checkpoint,
+    restore_best,
+    save_pretrained,
+    write_checkpoint,
+    write_json,
+)
 from .model_card import write_model_card
 from .models import load_pretrained
 from .optim import make_optimizer, make_schedule
@@ -31,13 +46,30 @@ from .plots import plot_loss
 Metric = Callable[[torch.Tensor, torch.Tensor], float | torch.Tensor]
 
 
+@dataclass
+class Progress:
+    """Where a run stands; a checkpoint holds it."""
+
+    patience: int | None = None  # evaluations without a better loss that may still come
+    step: int = 0
+    epoch: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0  # since the start, interruptions not counted
+    pauses: float = 0.0  # seconds of these for evaluations and checkpoints
+    evaluations: int = 0  # tenths of the run at the last one
+    logged_step: int = 0
+    best: dict | None = None
+    history: list[dict] = field(default_factory=list)
+
+
 def start(args: TrainArguments) -> Accelerator:
     """Set up device, processes, precision, trackers and seed; call it before data and model are made.
 
     Raises:
-        ValueError: if `output_dir` holds another run, or device and precision do not go together.
+        ValueError: if `output_dir` holds another run, `resume_from_checkpoint` is no whole checkpoint, or device and
+            precision do not go together.
     """
-    check_output_dir(args.output_dir, args.overwrite_output_dir)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=resolve_mixed_precision(args.mixed_precision, args.use_cpu),
@@ -103,26 +135,36 @@ def train(
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
 
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
-    examples_per_step = batch_size * args.gradient_accumulation_steps * world_size
+    batches_per_step = args.gradient_accumulation_steps * world_size
+    examples_per_step = batch_size * batches_per_step
+    steps_per_epoch = math.ceil(len(train_dataset) / examples_per_step)
     max_steps = args.max_train_steps
     if max_steps is None and args.max_train_seconds is None:
         max_steps = math.ceil(args.num_train_epochs * len(train_dataset) / examples_per_step)
-    batches = iter(
-        DataLoader(
-            train_dataset,
-            batch_sampler=BatchStream(
-                len(train_dataset), batch_size, args.seed, accelerator.process_index, world_size
-            ),
-            collate_fn=collate_fn or default_collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
-        )
-    )
     interim = eval_dataset
     if args.max_eval_samples is not None and args.max_eval_samples < len(eval_dataset):
         chosen = torch.linspace(0, len(eval_dataset) - 1, args.max_eval_samples).long().tolist()
         interim = Subset(eval_dataset, chosen)
+
+    # Where do we start?
+    now, loss_sum, saved = Progress(patience=args.early_stopping_patience), torch.zeros(()), None
+    identity = {"seed": args.seed, "examples_per_step": examples_per_step, "training_examples": len(train_dataset)}
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
+        state, saved = read_checkpoint(checkpoint)
+        _check_identity(state["run"], identity, checkpoint)
+        now = Progress(**state["progress"])
+        model.load_state_dict(load_pretrained(type(model), checkpoint).state_dict())
+        if is_main and now.best is not None:
+            restore_best(checkpoint, output_dir)
+        changed = [
+            f"{name} {state['arguments'][name]} -> {value}"
+            for name, value in dataclasses.asdict(args).items()
+            if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
+        ]
+        accelerator.print(f"going on from {checkpoint}{'; changed: ' * bool(changed)}{', '.join(changed)}")
+    elif args.resume_from_checkpoint is not None:
+        accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
     rate = make_schedule(args, max_steps)
     model.to(accelerator.device)
@@ -131,19 +173,60 @@ def train(
     set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
     if args.with_tracking:
         accelerator.init_trackers("runs", config=_tracker_config(args))
+    batches = iter(
+        DataLoader(
+            train_dataset,
+            batch_sampler=BatchStream(
+                len(train_dataset),
+                batch_size,
+                args.seed,
+                accelerator.process_index,
+                world_size,
+                first_batch=now.step * batches_per_step,
+            ),
+            collate_fn=collate_fn or default_collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
+        )
+    )
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler is not None and saved["scaler"] is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        loss_sum = torch.stack([process["loss_sum"] for process in saved["processes"]]).mean()
+        if len(saved["processes"]) == world_size:  # else their number has changed, and dropout begins anew
+            loss_sum = saved["processes"][accelerator.process_index]["loss_sum"]
+            _set_random_state(saved["processes"][accelerator.process_index])
+    loss_sum = loss_sum.to(accelerator.device)
 
-    result = {
-        "arguments": dataclasses.asdict(args),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "examples_per_step": examples_per_step,
-        "mixed_precision": accelerator.mixed_precision,
-        "history": [],
-    }
-    best, patience = None, args.early_stopping_patience
-    loss_sum, tokens, step, logged_step, evaluations, eval_seconds = 0.0, 0, 0, 0, 0, 0.0
-    began = time.perf_counter()
-    seconds = progress = 0.0
+    def report() -> dict:
+        return {
+            "arguments": dataclasses.asdict(args),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "examples_per_step": examples_per_step,
+            "mixed_precision": accelerator.mixed_precision,
+            "history": now.history,
+            "step": now.step,
+            "epoch": now.epoch,
+            "train_seconds": round(now.seconds, 2),
+            "tokens_per_second": round(now.tokens / max(now.seconds - now.pauses, 1e-9), 1),
+            "best": now.best,
+        }
+
+    def share() -> float:  # of the run that has passed
+        shares = [now.step / max_steps] if max_steps else []
+        if args.max_train_seconds is not None:
+            shares.append(now.seconds / args.max_train_seconds)
+        return max(shares)
+
+    accelerator.wait_for_everyone()  # every process has read the checkpoint before a newer one can push it out
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / METRICS_FILE, report())  # from now on the directory is this run's
+    began, progress = time.perf_counter() - now.seconds, share()
     bar = tqdm(
+        initial=now.seconds if args.max_train_seconds else now.step,
         total=args.max_train_seconds or max_steps,
         unit="s" if args.max_train_seconds else "step",
         bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]",
@@ -151,10 +234,10 @@ def train(
         mininterval=0.5,
     )
     net.train()
-    while progress < 1:
+    while progress < 1 and now.patience != 0:
         # One update.
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate = rate(step, progress)
+            group["lr"] = learning_rate = rate(now.step, progress)
         for _ in range(args.gradient_accumulation_steps):
             batch = _prepare(next(batches), accelerator.device)
             with accelerator.accumulate(net):  # divides the loss, and syncs processes in the last pass only
@@ -165,43 +248,36 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             loss_sum = loss_sum + loss.detach().float() / args.gradient_accumulation_steps
-            tokens += _num_tokens(batch) * world_size
-        step += 1
+            now.tokens += _num_tokens(batch) * world_size
+        now.step += 1
 
         # How far are we?
-        seconds = _common_seconds(began, args, accelerator)
-        shares = [step / max_steps] if max_steps else []
-        if args.max_train_seconds is not None:
-            shares.append(seconds / args.max_train_seconds)
-        progress = max(shares)
+        now.seconds = _common_seconds(began, args, accelerator)
+        now.epoch = round(now.step * examples_per_step / len(train_dataset), 4)
+        progress = share()
         done = progress >= 1
-        position = {
-            "step": step,
-            "epoch": round(step * examples_per_step / len(train_dataset), 4),
-            "seconds": round(seconds, 2),
-        }
+        position = {"step": now.step, "epoch": now.epoch, "seconds": round(now.seconds, 2)}
 
         # Log the training loss, the mean since the last point.
-        if step % args.logging_steps == 0 or done:
-            mean_loss = accelerator.reduce(loss_sum / (step - logged_step), "mean").item()
+        if now.step % args.logging_steps == 0 or done:
+            mean_loss = accelerator.reduce(loss_sum / (now.step - now.logged_step), "mean").item()
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(
-                    f"the training loss is {mean_loss} at step {step}: lower learning_rate, or set "
+                    f"the training loss is {mean_loss} at step {now.step}: lower learning_rate, or set "
                     "mixed_precision to no"
                 )
-            record = {**position, "loss": mean_loss, "learning_rate": learning_rate}
-            result["history"].append(record)
-            accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=step)
-            speed = tokens / (time.perf_counter() - began - eval_seconds)
+            now.history.append({**position, "loss": mean_loss, "learning_rate": learning_rate})
+            accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=now.step)
+            speed = now.tokens / (now.seconds - now.pauses)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            loss_sum, logged_step = 0.0, step
-        bar.update(min(seconds, bar.total) - bar.n if args.max_train_seconds else 1)
+            loss_sum, now.logged_step = torch.zeros_like(loss_sum), now.step
+        bar.update(min(now.seconds, bar.total) - bar.n if args.max_train_seconds else 1)
 
         # Evaluate, and keep the best.
-        due = step % args.eval_steps == 0 if args.eval_steps else math.floor(10 * progress) > evaluations
+        pause = time.perf_counter()
+        due = now.step % args.eval_steps == 0 if args.eval_steps else math.floor(10 * progress) > now.evaluations
         if due or done:
-            evaluations = math.floor(10 * progress)
-            eval_began = time.perf_counter()
+            now.evaluations = math.floor(10 * progress)
             scores = evaluate(
                 model,
                 interim,
@@ -213,40 +289,56 @@ def train(
             )
             net.train()
             if not math.isfinite(scores["eval_loss"]):
-                raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {step}")
-            record = {**position, **scores}
-            result["history"].append(record)
-            accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=step)
-            improved = best is None or scores["eval_loss"] < best["eval_loss"]
+                raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}")
+            now.history.append({**position, **scores})
+            accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=now.step)
+            improved = now.best is None or scores["eval_loss"] < now.best["eval_loss"]
             if improved:
-                best = record
-            patience = args.early_stopping_patience if improved or patience is None else patience - 1
-            result |= {
-                "step": step,
-                "epoch": position["epoch"],
-                "train_seconds": position["seconds"],
-                "tokens_per_second": round(tokens / (eval_began - began - eval_seconds), 1),
-                "best": best,
-            }
+                now.best, now.patience = now.history[-1], args.early_stopping_patience
+            elif now.patience is not None:
+                now.patience -= 1
             if is_main:
                 bar.write(
-                    f"step {step}, epoch {position['epoch']:.2f}, {seconds:.0f} s, "
-                    f"{result['tokens_per_second']:,.0f} tokens/s: {summary(scores)}{' (best)' * improved}"
+                    f"step {now.step}, epoch {now.epoch:.2f}, {now.seconds:.0f} s, "
+                    f"{report()['tokens_per_second']:,.0f} tokens/s: {summary(scores)}{' (best)' * improved}"
                 )
                 if improved:
                     save_pretrained(output_dir, model, processing_class)
-                write_json(output_dir / METRICS_FILE, result)
-                plot_loss(result["history"], output_dir / "loss.png")
-            eval_seconds += time.perf_counter() - eval_began
-            if patience == 0:
-                if is_main:
+                write_json(output_dir / METRICS_FILE, report())
+                plot_loss(now.history, output_dir / "loss.png")
+                if now.patience == 0:
                     bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
-                break
+
+        # Save what it takes to go on from here.
+        if args.checkpointing_steps is not None:
+            every = steps_per_epoch if args.checkpointing_steps == "epoch" else int(args.checkpointing_steps)
+            if now.step % every == 0 or done or now.patience == 0:
+                processes = gather_object([{"loss_sum": loss_sum.cpu(), **_random_state()}])
+                if is_main:
+                    write_checkpoint(
+                        output_dir,
+                        now.step,
+                        (model, processing_class),
+                        {
+                            "optimizer": optimizer.state_dict(),
+                            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+                            "processes": processes,
+                        },
+                        {
+                            "run": identity,
+                            "best": now.best,
+                            "progress": dataclasses.asdict(now),
+                            "arguments": dataclasses.asdict(args),
+                        },
+                        args.checkpoints_total_limit or None,
+                    )
+        now.pauses += time.perf_counter() - pause
     bar.close()
 
     # Evaluate what lies on the disk, over the whole validation set.
     accelerator.wait_for_everyone()
     model.load_state_dict(load_pretrained(type(model), output_dir).state_dict())
+    result = report()
     result["final"] = evaluate(
         model, eval_dataset, args, accelerator, collate_fn, metrics, characters_per_token=characters_per_token
     )
@@ -262,7 +354,7 @@ def train(
             auto_class=auto_class,
         )
     if args.with_tracking:
-        accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=step)
+        accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=now.step)
     accelerator.wait_for_everyone()
     net, optimizer = accelerator.free_memory(net, optimizer)  # a DDP wrapper that outlives its process group hangs
     accelerator.end_training()
@@ -335,15 +427,27 @@ class BatchStream:
         seed: of the orders.
         process_index: the process among `num_processes`; each takes its slice of every global batch.
         num_processes: processes in all.
+        first_batch: the batch to begin with, counted over all processes.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
+    def __init__(
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        first_batch: int = 0,
+    ):
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
-        self.process_index, self.num_processes = process_index, num_processes
+        self.process_index, self.num_processes, self.first_batch = process_index, num_processes, first_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        stream = itertools.chain.from_iterable(map(self.order, itertools.count()))
-        for number, batch in enumerate(iter(lambda: list(itertools.islice(stream, self.batch_size)), [])):
+        epoch, skipped = divmod(self.first_batch * self.batch_size, self.num_examples)
+        stream = itertools.chain.from_iterable(map(self.order, itertools.count(epoch)))
+        stream = itertools.islice(stream, skipped, None)
+        batches = iter(lambda: list(itertools.islice(stream, self.batch_size)), [])
+        for number, batch in enumerate(batches, start=self.first_batch):
             if number % self.num_processes == self.process_index:
                 yield batch
 
@@ -403,6 +507,38 @@ def push_to_hub(args: TrainArguments) -> None:
         commit_message="Trained with mingru-hf",
         ignore_patterns=[".*"],
     )
+
+
+def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:
+    """Refuse to go on with other data, in another order, than a checkpoint's run saw.
+
+    Raises:
+        ValueError: if seed, examples a step or the size of the training set differ.
+    """
+    for name, value in present.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"{checkpoint} belongs to a run with {name.replace('_', ' ')} {saved[name]}, not {value}: go on with "
+                "the same data, seed and per_device_train_batch_size x gradient_accumulation_steps x processes"
+            )
+
+
+def _random_state() -> dict:
+    """Read the states of this process's random number generators, as `torch.load(weights_only=True)` takes them."""
+    name, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_random_state(states: dict) -> None:
+    """Set this process's random number generators to what `_random_state` read."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _as_tensors(dataset: Dataset) -> Dataset:

@@ -1,0 +1,359 @@
+"""Interrupted runs: killed at any moment they go on to the same weights, and what lies on the disk is whole.
+
+The runs are processes of their own, forked from a server that has imported everything: they start in a moment, and
+SIGKILL ends them as a power cut would.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.data.text import build_tokenizer
+from mingru_hf.training import checkpoints, loop
+from mingru_hf.training.arguments import TrainArguments
+from mingru_hf.training.checkpoints import checkpoints_in, damage, find_checkpoint, write_checkpoint
+from mingru_hf.training.loop import BatchStream, start, train
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
+LETTERS = "abcdefg"
+
+
+def train_counting(output_dir, **changes):
+    """Train a tiny model with dropout on rows that count up, evaluating and saving all the time."""
+    torch.set_num_threads(1)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    values = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 8,
+        "max_train_steps": 20,
+        "num_warmup_steps": 5,
+        "learning_rate": 0.02,
+        "logging_steps": 4,
+        "eval_steps": 3,
+        "checkpointing_steps": "2",
+        "mixed_precision": "no",
+        "use_cpu": True,
+        "resume_from_checkpoint": "latest",
+    }
+    args = TrainArguments(**(values | changes))
+    accelerator = start(args)
+    torch.manual_seed(1)
+    config = MinGRUConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, residual_dropout=0.3)
+    starts = torch.arange(20).unsqueeze(1)
+    rows = Dataset.from_dict({"input_ids": ((starts + torch.arange(10)) % 7 + 2).tolist()})
+    tokenizer = build_tokenizer("char", [LETTERS])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "plot_loss", lambda *args: None)  # most of the time of such small runs
+        return train(MinGRUForCausalLM(config), rows, rows, args, accelerator, processing_class=tokenizer)
+
+
+def die_at(call, number, output_dir):
+    """Train, and be killed just before the `number`-th call of one of the system calls that write a checkpoint."""
+    module, name = (shutil, "rmtree") if call == "rmtree" else (os, call)
+    original, calls = getattr(module, name), iter(range(1, number + 1))
+
+    def count(*args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(module, name, count)
+    train_counting(output_dir)
+
+
+def train_and_tell(begun, output_dir):
+    """Train, and set the event `begun` first."""
+    begun.set()
+    train_counting(output_dir)
+
+
+def process(target, *args):
+    child = SERVER.Process(target=target, args=args)
+    child.start()
+    return child
+
+
+def finish(output_dir):
+    """Go on until the end, which must come."""
+    child = process(train_counting, output_dir)
+    child.join(120)
+    assert child.exitcode == 0
+
+
+def assert_same_run(output_dir, whole):
+    """Weights, optimizer, curve and choice of the best as in the run that nobody interrupted."""
+    torch.testing.assert_close(
+        load_file(output_dir / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0
+    )
+    names = [path.name for path in checkpoints_in(output_dir)]
+    assert names == ["checkpoint-18", "checkpoint-20"]
+    for name in names:
+        assert damage(output_dir / name) is None
+        for file in ("model.safetensors", "best/model.safetensors"):
+            assert (output_dir / name / file).exists() == (whole / name / file).exists()
+            if (whole / name / file).exists():
+                assert (output_dir / name / file).read_bytes() == (whole / name / file).read_bytes()
+        tensors, expected = (
+            torch.load(d / name / checkpoints.TENSORS_FILE, weights_only=True) for d in (output_dir, whole)
+        )
+        for mine, other in zip(tensors.pop("processes"), expected.pop("processes"), strict=True):
+            assert (mine["python"], mine["numpy"]) == (other["python"], other["numpy"])
+            assert torch.equal(mine["torch"], other["torch"])
+            assert torch.equal(mine["loss_sum"], other["loss_sum"])
+        torch.testing.assert_close(tensors["optimizer"], expected["optimizer"], rtol=0, atol=0)
+    assert curve(output_dir) == curve(whole)
+    assert not list(output_dir.glob(".*"))
+
+
+def curve(output_dir):
+    """metrics.json without the times, which differ from run to run."""
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    history = [{k: v for k, v in record.items() if k != "seconds"} for record in metrics["history"]]
+    return history, metrics["best"]["step"], metrics["final"], metrics["step"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The directory of a run that nobody interrupted."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    finish(directory)
+    return directory
+
+
+# ---- killed ----
+
+
+@pytest.mark.parametrize("moments", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(moments, tmp_path, whole):
+    seconds = json.loads((whole / "metrics.json").read_text())["train_seconds"]
+    generator, directory, killed_at = random.Random(7), tmp_path / "run-0", []
+    while len(killed_at) < moments:
+        begun = SERVER.Event()
+        child = process(train_and_tell, begun, directory)
+        assert begun.wait(60)
+        time.sleep(generator.uniform(0, seconds))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        if child.exitcode == 0:  # it was faster
+            assert_same_run(directory, whole)
+            directory = tmp_path / f"run-{len(killed_at)}"
+            continue
+        there = checkpoints_in(directory)
+        assert all(damage(path) is None for path in there)
+        killed_at.append(there[-1].name if there else "start")
+    finish(directory)
+    assert_same_run(directory, whole)
+    print("killed after", *killed_at)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("fsync", 2),  # before there is a checkpoint
+        pytest.param("fsync", 8, marks=SLOW),  # in the first one
+        pytest.param("fsync", 13, marks=SLOW),  # in an evaluation
+        ("fsync", 22),  # in the second one, which has the best weights beside its own
+        pytest.param("rename", 2, marks=SLOW),  # before it gets its name
+        pytest.param("rename", 4, marks=SLOW),  # before the third one pushes the first out
+        ("rmtree", 5),  # while it does
+    ],
+)
+def test_killed_in_the_middle_of_writing(call, number, tmp_path, whole):
+    child = process(die_at, call, number, tmp_path / "run")
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    names = [path.name for path in checkpoints_in(tmp_path / "run")]
+    before = {("fsync", 2): [], ("fsync", 8): [], ("fsync", 13): [2], ("fsync", 22): [2], ("rename", 2): [2]}
+    assert names == [f"checkpoint-{step}" for step in before.get((call, number), [2, 4, 6][call == "rmtree" :])]
+    assert all(damage(tmp_path / "run" / name) is None for name in names)
+    finish(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+# ---- damaged, and no room ----
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of the whole run, to be spoilt."""
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt", "trainer_state.json", "tokenizer.json"])
+@pytest.mark.parametrize("spoil", ["cut", "changed", "missing"])
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(name, spoil, run):
+    path = run / "checkpoint-20" / name
+    content = path.read_bytes()
+    path.unlink()
+    if spoil == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif spoil == "changed":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert name in damage(run / "checkpoint-20")
+    with pytest.warns(UserWarning, match=f"checkpoint-20 is no whole checkpoint .*{name}.*the one before"):
+        assert find_checkpoint("latest", run) == run / "checkpoint-18"
+    with pytest.raises(ValueError, match=f"checkpoint-20 is no whole checkpoint.*{name}"):
+        find_checkpoint(run / "checkpoint-20", run)
+
+
+def test_going_on_from_the_checkpoint_before_a_damaged_one(run, whole):
+    (run / "checkpoint-20" / "training_state.pt").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="no whole checkpoint"):
+        train_counting(run)
+    assert_same_run(run, whole)
+
+
+def test_a_full_disk_ends_with_a_clear_error_and_leaves_the_last_checkpoint(tmp_path, whole):
+    """A limit on the size of files stands for the full disk: the optimizer's state no longer fits."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write, sizes = checkpoints.write_checkpoint, []
+
+    def shrink(output_dir, step, *args):
+        if step == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max(sizes) // 2, before[1]))
+        target = write(output_dir, step, *args)
+        sizes.append((target / checkpoints.TENSORS_FILE).stat().st_size)
+        return target
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "write_checkpoint", shrink)
+            with pytest.raises(
+                OSError, match=r"checkpoint-6 could not be written.*make room.*--resume_from_checkpoint"
+            ):
+                train_counting(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]
+    assert not list((tmp_path / "run").glob(".*"))
+    finish(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
+# ---- what a checkpoint is ----
+
+
+def test_every_checkpoint_loads_by_its_directory_alone(whole):
+    for path in checkpoints_in(whole):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        torch.testing.assert_close(
+            model.state_dict(), load_file(path / "model.safetensors"), rtol=0, atol=0, check_stride=False
+        )
+        assert tokenizer.decode(tokenizer("cab").input_ids) == "cab"
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [30]), (2, [9, 30]), (None, [1, 2, 9, 30])])
+def test_the_newest_are_kept(limit, kept, tmp_path):
+    (tmp_path / "checkpoint-mine").mkdir()
+    for step in (1, 2, 9, 30):
+        write_checkpoint(tmp_path, step, (None,), {"a": torch.zeros(2)}, {"best": None}, limit)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+    assert (tmp_path / "checkpoint-mine").is_dir()
+
+
+def test_a_finished_run_goes_on_for_longer_and_elsewhere(run, whole, tmp_path):
+    result = train_counting(run)  # nothing left to do
+    assert curve(run) == curve(whole)
+    elsewhere = tmp_path / "elsewhere"
+    result = train_counting(elsewhere, max_train_steps=22, resume_from_checkpoint=str(run / "checkpoint-18"))
+    assert result["step"] == 22
+    assert [path.name for path in checkpoints_in(elsewhere)] == ["checkpoint-20", "checkpoint-22"]
+    assert AutoTokenizer.from_pretrained(elsewhere).decode([2, 3]) == "ab"
+
+
+def test_the_best_weights_come_along(run, whole, tmp_path):
+    """Going on with a rate that spoils the model: what is kept at the end was the best before."""
+    before = (
+        load_file(run / "checkpoint-20" / "best" / "model.safetensors")
+        if (run / "checkpoint-20" / "best").exists()
+        else load_file(run / "checkpoint-20" / "model.safetensors")
+    )
+    result = train_counting(
+        tmp_path / "spoilt",
+        max_train_steps=23,
+        learning_rate=30.0,
+        lr_scheduler_type="constant",
+        resume_from_checkpoint=str(run / "checkpoint-20"),
+    )
+    assert result["best"]["step"] <= 20
+    torch.testing.assert_close(load_file(tmp_path / "spoilt" / "model.safetensors"), before, rtol=0, atol=0)
+    assert result["final"]["eval_loss"] == pytest.approx(result["best"]["eval_loss"], rel=1e-6)
+
+
+def test_epochs_are_checkpoints_too(tmp_path):
+    train_counting(tmp_path / "run", checkpointing_steps="epoch", max_train_steps=15, checkpoints_total_limit=0)
+    assert [path.name for path in checkpoints_in(tmp_path / "run")] == [
+        "checkpoint-7",
+        "checkpoint-14",
+        "checkpoint-15",
+    ]
+
+
+def test_early_stopping_is_remembered(tmp_path):
+    stop = {
+        "learning_rate": 30.0,
+        "lr_scheduler_type": "constant",
+        "early_stopping_patience": 2,
+        "num_warmup_steps": 0,
+    }
+    first = train_counting(tmp_path / "run", **stop)
+    assert first["step"] < 20
+    assert train_counting(tmp_path / "run", **stop)["step"] == first["step"]
+
+
+# ---- mistakes ----
+
+
+def test_other_runs_and_other_data_are_refused(run, tmp_path):
+    with pytest.raises(ValueError, match=r"seed 0, not 3"):
+        train_counting(run, seed=3)
+    with pytest.raises(ValueError, match=r"examples per step 3, not 4"):
+        train_counting(run, per_device_train_batch_size=4)
+    with pytest.raises(ValueError, match=r"checkpoint-20 of another run.*--resume_from_checkpoint latest"):
+        train_counting(run, resume_from_checkpoint=None, overwrite_output_dir=True)
+    with pytest.raises(ValueError, match=r"holds checkpoint-20, which would be mistaken"):
+        train_counting(run, resume_from_checkpoint=str(run / "checkpoint-18"))
+    with pytest.raises(ValueError, match="no such directory"):
+        train_counting(tmp_path / "new", resume_from_checkpoint=str(run / "checkpoint-5"))
+    for path in checkpoints_in(run):
+        shutil.rmtree(path)
+    with pytest.raises(ValueError, match="holds another run"):  # a finished one: nothing to go on from
+        train_counting(run)
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "often", "1.5"])
+def test_impossible_intervals_are_refused(steps):
+    with pytest.raises(ValueError, match="checkpointing_steps must be"):
+        TrainArguments(output_dir="run", checkpointing_steps=steps)
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 5, 12, 31])
+def test_the_data_go_on_where_they_were_left(skipped):
+    whole = iter(BatchStream(num_examples=10, batch_size=4, seed=2))
+    for _ in range(2 * skipped):
+        next(whole)
+    parts = [iter(BatchStream(10, 4, 2, rank, num_processes=2, first_batch=2 * skipped)) for rank in range(2)]
+    for _ in range(7):
+        assert [next(part) for part in parts] == [next(whole), next(whole)]
