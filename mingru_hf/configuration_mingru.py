@@ -59,6 +59,8 @@ class MinGRUConfig(PreTrainedConfig):
         tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
         scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A
             choice for this run: it is not written to config.json.
+        skip_logits: in training with labels return the loss without logits, computed in pieces that need little
+            memory. As above a choice for this run, for `Trainer` with a large vocabulary.
 
     Raises:
         huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
@@ -99,6 +101,7 @@ class MinGRUConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     scan_backend: Literal["auto", "reference", "log", "torch", "numba", "triton"] = "auto"
+    skip_logits: bool = False
 
     def __post_init__(self, **kwargs):
         if self.num_hidden_layers is None:
@@ -132,6 +135,7 @@ class MinGRUConfig(PreTrainedConfig):
         """As in PreTrainedConfig, less the choices that hold for one run only."""
         output = super().to_dict()
         output.pop("scan_backend", None)
+        output.pop("skip_logits", None)
         return output
 
     def validate_layer_type(self):

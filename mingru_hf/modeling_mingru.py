@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mingru import MinGRUCacheLayer
 from .configuration_mingru import MinGRUConfig
+from .head_loss import head_loss, is_plain
 from .scan import mingru_scan
 
 
@@ -529,6 +530,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Predict the next token at each place.
@@ -538,14 +540,20 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             labels: (B, T) token ids, usually input_ids: the loss at place t is that of predicting labels[:, t + 1];
                 -100 leaves a place out.
             logits_to_keep: compute logits for the last so many places only, or for the places in a tensor; 0: all.
+            skip_logits: return the loss alone, computed a few rows at a time, so that the logits of all places never
+                take up memory. None: in training with labels, if config.skip_logits says so.
 
         Returns:
-            loss (mean over the places, in nats a token, if labels are given), logits (B, T, vocab_size), cache,
-            hidden_states.
+            loss (mean over the places, in nats a token, if labels are given), logits (B, T, vocab_size) unless
+            skipped, cache, hidden_states.
 
         Raises:
-            ValueError: as `MinGRUModel.forward`.
+            ValueError: as `MinGRUModel.forward`, or if logits are to be skipped and there are no labels.
         """
+        if skip_logits is None:
+            skip_logits = self.config.skip_logits and self.training and labels is not None
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits leaves nothing to return without labels: give labels, or leave it out.")
         # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.
         num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
         outputs = self.model(
@@ -559,12 +567,18 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)  # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss = logits = None
+        if skip_logits and is_plain(self.lm_head):
+            loss = head_loss(hidden_states, self.lm_head, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)  # (B, T, V)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=None if skip_logits else logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
         )
 
 

@@ -23,7 +23,8 @@ ALLOWED = {
     "cache_mingru": {"scan"},
     "configuration_mingru": set(),
     "exporting": set(),
-    "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru"},
+    "head_loss": set(),
+    "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru", "head_loss"},
     "configuration_minconvgru": set(),
     "modeling_minconvgru": {"scan", "layers", "cache_mingru", "configuration_minconvgru"},
 }

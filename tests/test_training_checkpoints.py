@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
@@ -37,6 +39,7 @@ LETTERS = "abcdefg"
 def train_counting(output_dir, **changes):
     """Train a tiny model with dropout on rows that count up, evaluating and saving all the time."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would outlive a killed process
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     values = {
@@ -80,8 +83,8 @@ def die_at(call, number, output_dir):
 
 
 def train_and_tell(begun, output_dir):
-    """Train, and set the event `begun` first."""
-    begun.set()
+    """Train, and say into the pipe `begun` first that it begins."""
+    begun.send(True)
     train_counting(output_dir)
 
 
@@ -146,11 +149,11 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(moments, tmp_
     seconds = json.loads((whole / "metrics.json").read_text())["train_seconds"]
     generator, directory, killed_at = random.Random(7), tmp_path / "run-0", []
     while len(killed_at) < moments:
-        begun = SERVER.Event()
-        child = process(train_and_tell, begun, directory)
-        assert begun.wait(60)
+        begun, its_end = SERVER.Pipe(duplex=False)
+        child = process(train_and_tell, its_end, directory)
+        assert begun.recv()
         time.sleep(generator.uniform(0, seconds))
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         if child.exitcode == 0:  # it was faster
             assert_same_run(directory, whole)

@@ -129,8 +129,7 @@ def write_checkpoint(
     output_dir = Path(output_dir)
     target = output_dir / f"checkpoint-{step}"
     staging = output_dir / f"{STAGING}-{target.name}"
-    for left in output_dir.glob(f"{STAGING}-checkpoint-*"):  # by a run that was killed
-        shutil.rmtree(left)
+    _sweep(output_dir)
     staging.mkdir(parents=True)
     with writing(target, staging):
         _save_parts(staging, parts)
@@ -169,13 +168,14 @@ def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
     if (checkpoint / BEST_DIRECTORY).is_dir():
         best |= {path.name: path for path in _files(checkpoint / BEST_DIRECTORY)}
     output_dir.mkdir(parents=True, exist_ok=True)
+    _sweep(output_dir)
     for name, path in best.items():
         temporary = output_dir / f"{STAGING}-{name}"
-        temporary.unlink(missing_ok=True)
         with writing(output_dir / name):
             _link(path, temporary)
             _sync(temporary)
             os.replace(temporary, output_dir / name)
+            temporary.unlink(missing_ok=True)  # two names of one file: the system call has done nothing
 
 
 def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path | None:
@@ -244,11 +244,12 @@ def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(Path(target).parent).free
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
-            f"{target} could not be written: {error}. Nothing that lay on the disk before is lost: make room, then go "
-            "on with --resume_from_checkpoint latest if there is a checkpoint"
+            f"{target} could not be written, {free:,} bytes were free there: {error}. Nothing that lay on the disk "
+            "before is lost: make room, then go on with --resume_from_checkpoint latest if there is a checkpoint"
         ) from error
 
 
@@ -306,6 +307,15 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _sweep(output_dir: Path) -> None:
+    """Remove what a run that was killed left half written; no user's file bears such a name."""
+    for path in output_dir.glob(f"{STAGING}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _remove(checkpoint: Path) -> None:

@@ -241,7 +241,7 @@ def train(
         for _ in range(args.gradient_accumulation_steps):
             batch = _prepare(next(batches), accelerator.device)
             with accelerator.accumulate(net):  # divides the loss, and syncs processes in the last pass only
-                loss = net(**batch, **_without_cache(model)).loss
+                loss = net(**batch, **_loss_alone(model)).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(net.parameters(), args.max_grad_norm)
@@ -398,7 +398,7 @@ def evaluate(
     totals = torch.zeros(2 + len(metrics), dtype=torch.float64)
     for batch in loader:
         batch = _prepare(batch, accelerator.device)
-        outputs = model(**batch, **_without_cache(model))
+        outputs = model(**batch, **_loss_alone(model, skip_logits=not metrics))
         labels = batch["labels"]
         targets = int(((labels[:, 1:] if labels.ndim == 2 else labels) != -100).sum())  # a language model shifts
         values = [outputs.loss, *(metric(outputs.logits, labels) for metric in metrics.values())]
@@ -558,9 +558,10 @@ def _num_tokens(batch: dict) -> int:
     return inputs.shape[0] * inputs.shape[1]
 
 
-def _without_cache(model: PreTrainedModel) -> dict:
-    """Give the argument that keeps a model from returning a cache, which nobody reads here, if it has it."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+def _loss_alone(model: PreTrainedModel, skip_logits: bool = True) -> dict:
+    """Give the arguments that spare a model the cache and the logits, which nobody reads here, if it has them."""
+    known = inspect.signature(model.forward).parameters
+    return {name: value for name, value in (("use_cache", False), ("skip_logits", skip_logits)) if name in known}
 
 
 def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator) -> float:

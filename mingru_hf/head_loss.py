@@ -1,0 +1,119 @@
+"""The language-model head and its loss in one, a few rows at a time: the logits of all tokens are never there at once.
+
+At a vocabulary of 50,257 they are by far the largest tensors of a small model's training step, several times over.
+
+Legend: N rows (tokens), E width of the head's input, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Logits at once. At a vocabulary of a few hundred characters that is the whole batch, and nothing is lost.
+PIECE_ELEMENTS = 2**23
+
+
+def head_loss(
+    hidden_states: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs,
+) -> Tensor:
+    """Mean cross-entropy of the next tokens, as transformers' `ForCausalLMLoss` on `head(hidden_states)`.
+
+    Loss and gradients are its, to rounding: the products run in autocast's type, the rest in float32. The gradients
+    are computed along with the loss, so that each piece's logits are made only once.
+
+    Args:
+        hidden_states: (B, T, E) inputs of the head.
+        head: its weight (V, E), and its bias (V,) if it has one.
+        labels: (B, T) token ids, predicted one place earlier; `ignore_index` leaves a place out.
+        num_items_in_batch: what the sum is divided by; None: the number of places that count.
+        ignore_index: the label of places that do not.
+        shift_labels: (B, T) labels of the places themselves, instead of `labels`.
+        **kwargs: of other losses.
+
+    Returns:
+        () float32, nats a token.
+
+    Raises:
+        ValueError: if the labels do not fit the hidden states.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels have the shape {tuple(shift_labels.shape)}, expected {tuple(hidden_states.shape[:-1])}: one for "
+            "each place that the head reads."
+        )
+    target = shift_labels.reshape(-1).to(hidden_states.device)
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+    loss = _HeadLoss.apply(rows, head.weight, head.bias, target, ignore_index, dtype, torch.is_grad_enabled())
+    if num_items_in_batch is None:
+        return loss / (target != ignore_index).sum()
+    return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Say whether calling a head means no more than its weight and bias: no adapter, hook or quantisation."""
+    changed = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    return type(head) is nn.Linear and not changed
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum of the cross-entropies, and its gradients with respect to rows, weight and bias."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, target, ignore_index, dtype, with_grad):
+        need_rows, need_weight, need_bias = (with_grad and need for need in ctx.needs_input_grad[:3])
+        counts = target != ignore_index
+        index = torch.where(counts, target, 0).unsqueeze(1)  # (N, 1)
+        counts = counts.unsqueeze(1)
+        x, w = rows.to(dtype), weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        exact = torch.promote_types(dtype, torch.float32)  # of sums over pieces
+        loss = rows.new_zeros((), dtype=torch.float32)
+        rows_grad = torch.empty_like(rows) if need_rows else None
+        weight_grad = torch.zeros_like(weight, dtype=exact) if need_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=exact) if need_bias else None
+        size = max(1, PIECE_ELEMENTS // weight.shape[0])
+        with torch.autocast(rows.device.type, enabled=False):
+            for start in range(0, rows.shape[0], size):
+                piece = slice(start, start + size)
+                p = F.linear(x[piece], w, b).float()  # (n, V) logits, which become probabilities in place
+                chosen = p.gather(1, index[piece])
+                top = p.amax(1, keepdim=True)
+                p.sub_(top).exp_()
+                total = p.sum(1, keepdim=True)
+                loss += ((total.log() + top - chosen) * counts[piece]).sum()
+                if not (need_rows or need_weight or need_bias):
+                    continue
+                p.div_(total).scatter_add_(1, index[piece], p.new_full((), -1.0).expand(p.shape[0], 1))
+                p.mul_(counts[piece])  # now the gradients of the logits
+                if need_bias:
+                    bias_grad += p.sum(0)
+                p = p.to(dtype)
+                if need_rows:
+                    rows_grad[piece] = p @ w
+                if need_weight and dtype == exact:
+                    weight_grad.addmm_(p.t(), x[piece])
+                elif need_weight:
+                    weight_grad += p.t() @ x[piece]
+        ctx.save_for_backward(
+            rows_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+        )
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return *grads, None, None, None, None

@@ -1,0 +1,203 @@
+"""The head's loss in pieces against transformers' loss on all logits: the same number, the same gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+import mingru_hf.head_loss
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+
+# Sums of the same float32 numbers in another order.
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Seven rows a piece at the vocabulary of 40: the last piece of 36 or 60 rows is short."""
+    monkeypatch.setattr(mingru_hf.head_loss, "PIECE_ELEMENTS", 7 * 40 + 3)
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    values = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
+    return MinGRUForCausalLM(MinGRUConfig(**(values | changes)))
+
+
+def loss_and_gradients(model, ids, labels, skip_logits, autocast=False, **kwargs):
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(ids, labels=labels, skip_logits=skip_logits, **kwargs)
+    output.loss.backward()
+    assert (output.logits is None) == skip_logits
+    return output.loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(model, tolerance=FLOAT32, ignore=0, shape=(3, 12), **kwargs):
+    ids = torch.randint(40, shape)
+    labels = ids.clone()
+    labels[:, :ignore] = -100
+    plain, in_pieces = (loss_and_gradients(model, ids, labels, skip, **kwargs) for skip in (False, True))
+    assert in_pieces[0].dtype == plain[0].dtype == torch.float32
+    torch.testing.assert_close(in_pieces, plain, **tolerance)
+    assert any(gradient.abs().max() > 1e-3 for gradient in plain[1].values())
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (1, 2), (5, 12), (1, 7), (4, 2)])
+def test_loss_and_gradients_equal_those_of_all_logits(shape):
+    assert_equal(make_model(), shape=shape)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lm_head_bias": True}, {"tie_word_embeddings": True}, {"lm_head_bias": True, "tie_word_embeddings": True}],
+    ids=["bias", "tied", "both"],
+)
+def test_bias_and_tied_embeddings(changes):
+    assert_equal(make_model(**changes), ignore=3)
+
+
+@pytest.mark.parametrize("ignore", [1, 5, 11])
+def test_places_without_a_label_do_not_count(ignore):
+    assert_equal(make_model(), ignore=ignore)
+
+
+@pytest.mark.parametrize("items", [17, torch.tensor(17)])
+def test_the_number_of_items_divides(items):
+    assert_equal(make_model(), ignore=2, num_items_in_batch=items)
+
+
+def test_labels_that_are_shifted_already():
+    assert_equal(make_model(), shift_labels=torch.randint(40, (3, 12)))
+
+
+def test_another_label_to_ignore():
+    assert_equal(make_model(), ignore_index=4)
+
+
+def assert_as_exact(model, exact, **kwargs):
+    """Ours strays from the float32 model no further than 16-bit products do anyway."""
+    ids = torch.randint(40, (6, 20))
+    runs = [loss_and_gradients(model, ids, ids, skip, **kwargs) for skip in (False, True)]
+    loss, gradients = loss_and_gradients(exact, ids, ids, skip_logits=False)
+    (plain_loss, plain), (our_loss, ours) = runs
+    assert abs(our_loss - loss) <= abs(plain_loss - loss) + 1e-3
+    for name, gradient in gradients.items():
+        error, plain_error = ((run[name].float() - gradient).norm() / gradient.norm() for run in (ours, plain))
+        assert error <= 1.2 * plain_error + 2e-3, name
+        assert error < 0.1, name
+
+
+def test_autocast_to_bfloat16():
+    assert_as_exact(make_model(lm_head_bias=True), make_model(lm_head_bias=True), autocast=True)
+
+
+def test_a_model_in_bfloat16():
+    assert_as_exact(make_model(lm_head_bias=True).bfloat16(), make_model(lm_head_bias=True).bfloat16().float())
+
+
+def test_gradient_checkpointing():
+    model = make_model(residual_dropout=0.0)
+    model.activation_checkpointing_enable()
+    assert_equal(model.train())
+
+
+@pytest.mark.parametrize("frozen", ["lm_head", "model"])
+def test_frozen_parts_need_no_gradient(frozen):
+    model = make_model(lm_head_bias=True)
+    getattr(model, frozen).requires_grad_(False)
+    assert_equal(model)
+
+
+def test_all_places_ignored_give_nan_as_they_do_elsewhere():
+    model, ids = make_model(), torch.randint(40, (2, 5))
+    losses = [model(ids, labels=torch.full_like(ids, -100), skip_logits=skip).loss for skip in (False, True)]
+    assert all(loss.isnan() for loss in losses)
+
+
+def test_without_gradients_the_loss_is_the_same():
+    model, ids = make_model().eval(), torch.randint(40, (3, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(ids, labels=ids, skip_logits=True).loss, model(ids, labels=ids).loss, **FLOAT32
+        )
+
+
+def test_two_backward_passes_add_up():
+    model, ids = make_model(), torch.randint(40, (3, 12))
+    loss = model(ids, labels=ids, skip_logits=True).loss
+    loss.backward(retain_graph=True)
+    once = model.lm_head.weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, 2 * once, **FLOAT32)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracing
+def test_compiled_in_one_graph():
+    model, ids = make_model(lm_head_bias=True), torch.randint(40, (3, 12))
+    plain = loss_and_gradients(model, ids, ids, skip_logits=False)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    loss = compiled(ids, labels=ids, skip_logits=True).loss
+    loss.backward()
+    torch.testing.assert_close(loss, plain[0], **FLOAT32)
+    torch.testing.assert_close(model.lm_head.weight.grad, plain[1]["lm_head.weight"], **FLOAT32)
+
+
+def test_the_logits_of_all_places_are_never_there(monkeypatch):
+    """The largest tensor that the head's loss makes has the size of a piece, or of the weight."""
+    largest = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            results = result if isinstance(result, (tuple, list)) else [result]
+            largest.extend(r.numel() for r in results if isinstance(r, torch.Tensor))
+            return result
+
+    head, hidden = nn.Linear(16, 40), torch.randn(10, 50, 16, requires_grad=True)
+    labels = torch.randint(40, (10, 50))
+    with Sizes():
+        mingru_hf.head_loss.head_loss(hidden, head, labels).backward()
+    assert max(largest) == 10 * 50 * 16
+    assert hidden.grad.abs().max() > 0
+
+
+# ---- when ----
+
+
+def test_the_config_skips_logits_in_training_with_labels_only(tmp_path):
+    model, ids = make_model(skip_logits=True), torch.randint(40, (2, 5))
+    assert model.train()(ids, labels=ids).logits is None
+    assert model(ids).logits is not None
+    assert model(ids, labels=ids, skip_logits=False).logits is not None
+    assert model.eval()(ids, labels=ids).logits is not None
+    model.save_pretrained(tmp_path)
+    assert not MinGRUForCausalLM.from_pretrained(tmp_path).config.skip_logits
+    assert make_model().train()(ids, labels=ids).logits is not None
+
+
+def test_a_head_that_is_more_than_its_weight_is_called():
+    """An adapter, say: its part of the logits must not be lost."""
+    model, ids = make_model(), torch.randint(40, (2, 5))
+    before = model(ids, labels=ids, skip_logits=True).loss
+
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 3
+
+    model.lm_head.__class__ = Adapted
+    output = model(ids, labels=ids, skip_logits=True)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, model(ids, labels=ids).loss, **FLOAT32)
+    assert (output.loss - before).abs() > 0.1
+    model.lm_head.__class__ = nn.Linear
+    model.lm_head.register_forward_hook(lambda module, args, result: result * 3)
+    torch.testing.assert_close(model(ids, labels=ids, skip_logits=True).loss, output.loss, **FLOAT32)
+
+
+def test_mistakes_are_named():
+    model, ids = make_model(), torch.randint(40, (2, 5))
+    with pytest.raises(ValueError, match="skip_logits leaves nothing to return without labels"):
+        model(ids, skip_logits=True)
+    with pytest.raises(ValueError, match=r"labels have the shape \(2, 4\), expected \(2, 5\)"):
+        model(ids, labels=ids[:, :4], skip_logits=True)
