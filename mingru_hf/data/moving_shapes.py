@@ -1,0 +1,237 @@
+"""Moving shapes: short videos of eight classes that only the order of the frames tells apart.
+
+A shape has four coordinates: horizontal and vertical position, angle and size. Each lives on a circle: what
+leaves the frame on one side comes in on the other, and what has grown to the largest size starts again at the
+smallest. In every video all four move; three of them go there and back, the fourth goes on and on, and the
+class says which one and which way. It is made so that less than a sequence says nothing:
+
+- A frame alone: each coordinate starts anywhere on its circle, so at every time step the four are uniform and
+  independent, whatever the class.
+- One coordinate without the order of time: both ways of moving visit the same values, equally spaced.
+- Time reversed gives the opposite class: left for right, growing for shrinking.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
+SPLITS = ("train", "validation", "test")
+# Steps a frame, lowest and highest, in turns of each circle: 1 to 2 pixels of 64 (positions), 8 to 14 degrees,
+# and 3 to 5 % of the way from the smallest to the largest size.
+STEPS = ((1 / 64, 1 / 32), (1 / 64, 1 / 32), (8 / 360, 14 / 360), (0.03, 0.05))
+RADII = (0.12, 0.30)  # smallest and largest, in widths of the frame
+SUPERSAMPLING = 4
+MIN_CONTRAST = 80  # of luma, 0 to 255
+
+# Outlines around (0, 0), x to the right and y down. None looks the same after less than half a turn.
+SHAPES = (
+    ((-0.8, -0.6), (1.0, 0.0), (-0.8, 0.6)),  # wedge
+    ((-1.0, -0.35), (1.0, -0.35), (1.0, 0.35), (-1.0, 0.35)),  # bar
+    ((-0.9, -0.9), (-0.3, -0.9), (-0.3, 0.3), (0.9, 0.3), (0.9, 0.9), (-0.9, 0.9)),  # L
+    ((-1.0, -0.25), (0.2, -0.25), (0.2, -0.8), (1.0, 0.0), (0.2, 0.8), (0.2, 0.25), (-1.0, 0.25)),  # arrow
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, -0.3), (0.3, -0.3), (0.3, 0.9), (-0.3, 0.9), (-0.3, -0.3), (-0.9, -0.3)),  # T
+    tuple((math.cos(a), math.sin(a) - 0.4) for a in np.linspace(0, math.pi, 12)),  # half disc
+)
+
+
+def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw the course of a shape's four coordinates.
+
+    Args:
+        label: index into `CLASSES`.
+        num_frames: frames T.
+        generator: of the randomness.
+
+    Returns:
+        (T, 4) horizontal position, vertical position (down), angle (clockwise) and size, in turns: [0, 1).
+    """
+    axis, backwards = divmod(label, 2)
+    backwards ^= axis in (0, 1)  # the classes of the positions are listed backwards first: left, right, up, down
+    onward = np.arange(num_frames)
+    there_and_back = np.concatenate([onward[::2], onward[1::2][::-1]])
+    course = np.empty((num_frames, 4))
+    for i, (lowest, highest) in enumerate(STEPS):
+        order = onward if i == axis else np.roll(there_and_back, generator.integers(num_frames))
+        flipped = backwards if i == axis else generator.integers(2)
+        course[:, i] = (-order if flipped else order) * generator.uniform(lowest, highest)
+    return (generator.random(4) + course) % 1.0
+
+
+def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw a shape of random outline and colours along its course.
+
+    Args:
+        course: (T, 4) from `trajectory`.
+        size: width and height of a frame, pixels.
+        generator: of outline and colours.
+
+    Returns:
+        (T, size, size, 3) uint8 RGB.
+    """
+    outline = np.array(SHAPES[generator.integers(len(SHAPES))])
+    background, color = _colors(generator)
+    width = size * SUPERSAMPLING
+    frames = np.empty((len(course), size, size, 3), np.uint8)
+    for frame, (x, y, angle, scale) in zip(frames, course, strict=True):
+        radius = width * RADII[0] * (RADII[1] / RADII[0]) ** scale
+        sine, cosine = math.sin(2 * math.pi * angle), math.cos(2 * math.pi * angle)
+        points = radius * outline @ np.array([[cosine, sine], [-sine, cosine]]) + np.array([x, y]) * width
+        image = Image.new("RGB", (width, width), background)
+        draw = ImageDraw.Draw(image)
+        for shift_x in (-width, 0, width):  # what leaves on one side comes in on the other
+            for shift_y in (-width, 0, width):
+                draw.polygon([(px + shift_x, py + shift_y) for px, py in points], fill=color)
+        frame[:] = np.asarray(image.reduce(SUPERSAMPLING))
+    return frames
+
+
+def make_moving_shape(
+    label: int, num_frames: int = 16, size: int = 64, seed: int | tuple[int, ...] = 0
+) -> np.ndarray:
+    """Make the frames of one video: the same numbers give the same video.
+
+    Args:
+        label: index into `CLASSES`.
+        num_frames: frames T, 2 or more.
+        size: width and height, pixels; even, as the codec wants it.
+        seed: of everything but the class.
+
+    Returns:
+        (T, size, size, 3) uint8 RGB.
+
+    Raises:
+        ValueError: if the label is none, or a number is too small or odd.
+    """
+    if not 0 <= label < len(CLASSES):
+        raise ValueError(f"label {label} is no class: expected 0 to {len(CLASSES) - 1}")
+    if num_frames < 2:
+        raise ValueError(f"num_frames is {num_frames}, expected at least 2: one frame tells no class")
+    if size < 16 or size % 2:
+        raise ValueError(f"size is {size} pixels, expected an even number of at least 16")
+    generator = np.random.default_rng(seed)
+    return render(trajectory(label, num_frames, generator), size, generator)
+
+
+def write_video(path: str | Path, frames: np.ndarray | Iterator[np.ndarray], fps: int = 8) -> None:
+    """Write RGB frames as an H.264 file.
+
+    Args:
+        path: the file to write, for example *.mp4.
+        frames: (T, H, W, 3) uint8, or (H, W, 3) ones after another; H and W even.
+        fps: frames a second.
+
+    Raises:
+        ImportError: if PyAV is missing.
+    """
+    av = import_av()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "veryfast", "threads": "1"})
+        stream.pix_fmt = "yuv420p"
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = frame.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def import_av():
+    """Give PyAV.
+
+    Raises:
+        ImportError: if it is missing, saying how to install it.
+    """
+    try:
+        import av
+    except ImportError:
+        raise ImportError('reading and writing videos needs PyAV: pip install "mingru-hf[video]"') from None
+    return av
+
+
+def write_moving_shapes(
+    output_dir: str | Path,
+    num_train: int = 4000,
+    num_validation: int = 400,
+    num_test: int = 800,
+    num_frames: int = 16,
+    size: int = 64,
+    fps: int = 8,
+    seed: int = 0,
+    num_proc: int = 1,
+) -> Path:
+    """Write the set as `datasets`' videofolder reads it: SPLIT/CLASS/NUMBER.mp4.
+
+    The classes are equally frequent in each split. The same arguments give the same videos; a larger split
+    begins with the videos of a smaller one.
+
+    Args:
+        output_dir: made under a temporary name beside it and renamed once complete.
+        num_train, num_validation, num_test: videos of each split.
+        num_frames, size, fps: of each video: frames, pixels, frames a second.
+        seed: of all videos.
+        num_proc: processes that draw and encode.
+
+    Returns:
+        `output_dir` as a path.
+
+    Raises:
+        ValueError: if `output_dir` exists, or a number is too small.
+        ImportError: if PyAV is missing.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise ValueError(f"{output_dir} exists: choose another output_dir, or remove it first")
+    counts = dict(zip(SPLITS, (num_train, num_validation, num_test), strict=True))
+    for split, count in counts.items():
+        if count < len(CLASSES):
+            raise ValueError(f"num_{split} is {count}, expected at least one video a class: {len(CLASSES)}")
+    if seed < 0 or num_proc < 1 or fps < 1:
+        raise ValueError(f"seed {seed}, num_proc {num_proc}, fps {fps}: expected at least 0, 1 and 1")
+    import_av()
+    make_moving_shape(0, num_frames, size)  # refuses bad sizes before anything is written
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=output_dir.parent))
+    try:
+        jobs = []
+        for split_number, (split, count) in enumerate(counts.items()):
+            for name in CLASSES:
+                (staging / split / name).mkdir(parents=True)
+            for number in range(count):
+                label = number % len(CLASSES)
+                path = staging / split / CLASSES[label] / f"{number:06d}.mp4"
+                jobs.append((path, label, (seed, split_number, number)))
+        with ProcessPoolExecutor(num_proc) if num_proc > 1 else nullcontext() as pool:
+            mapped = pool.map if pool else map
+            columns = zip(*jobs, strict=True)
+            chunks = {"chunksize": 32} if pool else {}
+            for _ in mapped(_write_one, *columns, repeat(num_frames), repeat(size), repeat(fps), **chunks):
+                pass
+        staging.chmod(0o755)  # mkdtemp's is private
+        os.rename(staging, output_dir)
+    except BaseException:
+        shutil.rmtree(staging)
+        raise
+    return output_dir
+
+
+def _write_one(path: Path, label: int, seed: tuple[int, ...], num_frames: int, size: int, fps: int) -> None:
+    write_video(path, make_moving_shape(label, num_frames, size, seed), fps)
+
+
+def _colors(generator: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Draw a background and a colour whose luma differs enough to be seen."""
+    luma = np.array([0.299, 0.587, 0.114])
+    while True:
+        background, color = generator.integers(0, 256, (2, 3))
+        if abs(luma @ (background - color)) >= MIN_CONTRAST:
+            return tuple(background.tolist()), tuple(color.tolist())
