@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoModelForVideoClassification,
+    AutoVideoProcessor,
 )
 
 from .cache_mingru import MinGRUCacheLayer
@@ -32,6 +33,7 @@ from .modeling_mingru import (
     MinGRUPreTrainedModel,
 )
 from .scan import mingru_scan
+from .video_processing_minconvgru import MinConvGRUVideoProcessor
 
 AutoConfig.register("mingru", MinGRUConfig, exist_ok=True)
 AutoModel.register(MinGRUConfig, MinGRUModel, exist_ok=True)
@@ -42,6 +44,7 @@ AutoModelForTokenClassification.register(MinGRUConfig, MinGRUForTokenClassificat
 AutoConfig.register("minconvgru", MinConvGRUConfig, exist_ok=True)
 AutoModel.register(MinConvGRUConfig, MinConvGRUModel, exist_ok=True)
 AutoModelForVideoClassification.register(MinConvGRUConfig, MinConvGRUForVideoClassification, exist_ok=True)
+AutoVideoProcessor.register(MinConvGRUConfig, MinConvGRUVideoProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
 
@@ -54,6 +57,7 @@ __all__ = [
     "MinConvGRUForVideoClassification",
     "MinConvGRUModel",
     "MinConvGRUPreTrainedModel",
+    "MinConvGRUVideoProcessor",
     "MinGRU",
     "MinGRUCacheLayer",
     "MinGRUCell",

@@ -27,6 +27,7 @@ ALLOWED = {
     "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru", "head_loss"},
     "configuration_minconvgru": set(),
     "modeling_minconvgru": {"scan", "layers", "cache_mingru", "configuration_minconvgru"},
+    "video_processing_minconvgru": set(),
 }
 
 

@@ -28,8 +28,8 @@ CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "gro
 SPLITS = ("train", "validation", "test")
 # Steps a frame, lowest and highest, in turns of each circle: 1 to 2 pixels of 64 (positions), 8 to 14 degrees,
 # and 3 to 5 % of the way from the smallest to the largest size.
-STEPS = ((1 / 64, 1 / 32), (1 / 64, 1 / 32), (8 / 360, 14 / 360), (0.03, 0.05))
-RADII = (0.12, 0.30)  # smallest and largest, in widths of the frame
+STEPS = ((1 / 32, 1 / 16), (1 / 32, 1 / 16), (14 / 360, 22 / 360), (0.04, 0.06))
+RADII = (0.10, 0.36)  # smallest and largest, in widths of the frame
 SUPERSAMPLING = 4
 MIN_CONTRAST = 80  # of luma, 0 to 255
 
@@ -95,9 +95,7 @@ def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.
     return frames
 
 
-def make_moving_shape(
-    label: int, num_frames: int = 16, size: int = 64, seed: int | tuple[int, ...] = 0
-) -> np.ndarray:
+def make_moving_shape(label: int, num_frames: int = 16, size: int = 64, seed: int | tuple[int, ...] = 0) -> np.ndarray:
     """Make the frames of one video: the same numbers give the same video.
 
     Args:
@@ -229,9 +227,9 @@ def _write_one(path: Path, label: int, seed: tuple[int, ...], num_frames: int, s
 
 
 def _colors(generator: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Draw a background and a colour whose luma differs enough to be seen."""
+    """Draw a background and a colour that is brighter by enough to be seen."""
     luma = np.array([0.299, 0.587, 0.114])
     while True:
         background, color = generator.integers(0, 256, (2, 3))
-        if abs(luma @ (background - color)) >= MIN_CONTRAST:
+        if luma @ (color - background) >= MIN_CONTRAST:
             return tuple(background.tolist()), tuple(color.tolist())

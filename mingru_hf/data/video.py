@@ -1,0 +1,389 @@
+"""Videos to train on: datasets with a Video column, folders of files and UCF101, as clips decoded when asked for.
+
+A dataset here has a row a video: `video` (a file's path, or its bytes; never decoded by `datasets` itself, which
+needs torchcodec for it) and `label` (a class). `VideoClips` cuts clips out of them in the DataLoader's workers.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Video, load_dataset
+from torchvision.transforms import v2
+
+from ..video_processing_minconvgru import MinConvGRUVideoProcessor, VideoReadError, read_video
+
+logger = logging.getLogger(__name__)
+
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".mpeg")  # those `datasets` takes
+FRAME_ORDERS = ("forward", "shuffled")
+
+
+def load_video_datasets(
+    dataset_name: str,
+    dataset_config_name: str | None = None,
+    *,
+    video_column_name: str | None = None,
+    label_column_name: str | None = None,
+    validation_split_percentage: int = 10,
+    fold: int = 1,
+    ucf101_path: str | Path | None = None,
+    ucf101_annpath: str | Path | None = None,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> DatasetDict:
+    """Load labelled videos, with a validation set split off by video where there is none.
+
+    Args:
+        dataset_name: `ucf101`, a directory (CLASS/*.mp4, or SPLIT/CLASS/*.mp4 with train, validation, test), or a
+            dataset on the Hub.
+        dataset_config_name: configuration of a dataset on the Hub.
+        video_column_name, label_column_name: the columns; None: the one of type Video, and `label` or the one of
+            type ClassLabel.
+        validation_split_percentage: percent of the training videos to validate on where none are given.
+        fold, ucf101_path, ucf101_annpath: as for `load_ucf101`.
+        seed: of the split.
+        cache_dir: where `datasets` keeps what it downloads and prepares.
+
+    Returns:
+        Datasets `train`, `validation` and perhaps `test`, with columns `video` and `label`.
+
+    Raises:
+        ValueError: if there is no such dataset, column, video, or second class.
+    """
+    if not 0 < validation_split_percentage < 100:
+        raise ValueError(f"validation_split_percentage must lie between 0 and 100, not {validation_split_percentage}")
+    if dataset_name == "ucf101":
+        return load_ucf101(ucf101_path, ucf101_annpath, fold, validation_split_percentage, seed)
+    directory = Path(dataset_name)
+    if directory.is_dir():
+        if not any(path.suffix.lower() in VIDEO_EXTENSIONS for path in directory.rglob("*")):
+            raise ValueError(f"{directory} holds no videos: expected CLASS/*.mp4 or train/CLASS/*.mp4 in it")
+        splits = load_dataset("videofolder", data_dir=str(directory.resolve()), cache_dir=cache_dir)
+    elif directory.exists() or dataset_name.startswith((".", "/", "~")):
+        raise ValueError(f"dataset_name: no such directory: {directory}")
+    else:
+        splits = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+    splits = DatasetDict({{"valid": "validation", "val": "validation"}.get(k, k): v for k, v in splits.items()})
+    if "train" not in splits:
+        raise ValueError(f"{dataset_name} has the splits {', '.join(splits)}, but no train")
+    splits = _normalize_columns(splits, dataset_name, video_column_name, label_column_name)
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(validation_split_percentage / 100, seed=seed)
+        splits |= {"train": parts["train"], "validation": parts["test"]}
+    if splits["train"].features["label"].num_classes < 2:
+        raise ValueError(f"{dataset_name} has one class alone: expected a folder for each of two or more")
+    return splits
+
+
+def load_ucf101(
+    video_dir: str | Path | None = None,
+    annotation_dir: str | Path | None = None,
+    fold: int = 1,
+    validation_split_percentage: int = 10,
+    seed: int = 0,
+) -> DatasetDict:
+    """Load UCF101 (arXiv 1212.0402) from its two archives, UCF101.rar and UCF101TrainTestSplits, unpacked.
+
+    Clips with the same number g01..g25 are cut out of one source video. The validation set takes whole source
+    videos of the training list, the same share of every class: clips of one in both sets would flatter it.
+
+    Args:
+        video_dir: CLASS/v_CLASS_gXX_cYY.avi; None: the environment variable UCF101_PATH.
+        annotation_dir: classInd.txt, trainlist0N.txt and testlist0N.txt; None: UCF101_ANNPATH.
+        fold: 1, 2 or 3.
+        validation_split_percentage: percent of each class's source videos (at least one) to validate on.
+        seed: of the choice of these.
+
+    Returns:
+        `train`, `validation` and `test` with `video`, `label` and `group` (the source video's number). Files that
+        the lists name and the disk lacks are left out, with a warning that counts them.
+
+    Raises:
+        ValueError: if a directory or an annotation file is missing or not as expected, or no video is there.
+    """
+    if fold not in (1, 2, 3):
+        raise ValueError(f"UCF101 has the folds 1, 2 and 3, not {fold}")
+    video_dir = _ucf101_directory(video_dir, "ucf101_path", "UCF101_PATH", "the folders of the classes")
+    annotation_dir = _ucf101_directory(annotation_dir, "ucf101_annpath", "UCF101_ANNPATH", "classInd.txt")
+    names = [line.split()[1] for line in _ucf101_lines(annotation_dir / "classInd.txt", r"\d+ \w+")]
+    rows, missing = {}, []
+    for split in ("train", "test"):
+        found = []
+        pattern = r"\w+/v_\w+_g\d+_c\d+\.avi( \d+)?"
+        for line in _ucf101_lines(annotation_dir / f"{split}list0{fold}.txt", pattern):
+            file = line.split()[0]
+            name, group = file.split("/")[0], int(re.search(r"_g(\d+)_", file)[1])
+            if name not in names:
+                raise ValueError(f"{annotation_dir / 'classInd.txt'} has no class {name}, which {file} belongs to")
+            if (video_dir / file).is_file():
+                found.append({"video": str(video_dir / file), "label": names.index(name), "group": group})
+            else:
+                missing.append(file)
+        if not found:
+            raise ValueError(f"{video_dir} holds none of the videos of {split}list0{fold}.txt, such as {missing[-1]}")
+        rows[split] = found
+    if missing:
+        logger.warning("UCF101: %d listed videos are missing, among them %s", len(missing), ", ".join(missing[:3]))
+
+    generator = np.random.default_rng(seed)
+    chosen = set()
+    for label in range(len(names)):
+        groups = sorted({row["group"] for row in rows["train"] if row["label"] == label})
+        count = max(1, round(len(groups) * validation_split_percentage / 100))
+        chosen |= {(label, int(group)) for group in generator.permutation(groups)[: min(count, len(groups) - 1)]}
+    parts = {
+        "train": [row for row in rows["train"] if (row["label"], row["group"]) not in chosen],
+        "validation": [row for row in rows["train"] if (row["label"], row["group"]) in chosen],
+        "test": rows["test"],
+    }
+    if not parts["validation"]:
+        raise ValueError(
+            f"no class of trainlist0{fold}.txt has two source videos on disk: none is left to validate on"
+        )
+    return DatasetDict({name: _dataset(part, names) for name, part in parts.items()})
+
+
+class VideoClips(torch.utils.data.Dataset):
+    """Clips of videos as `{"pixel_values_videos": (N, C, H, W) float32, "labels": int}`, decoded when asked for.
+
+    Item i is clip `i % clips_per_video` of video `i // clips_per_video`. In training its place in the video and
+    its augmentation are random, and a function of the seed and i alone: item `i + e * len(self)` is the same clip
+    drawn anew for epoch e, whichever worker makes it. Otherwise the clips lie evenly from beginning to end, one
+    alone in the middle.
+
+    A file that cannot be decoded or is too short is named in a warning once, counted in `unreadable`, and the
+    next readable video takes its place.
+
+    Args:
+        videos: with columns `video` and `label`.
+        processor: says which frames make a clip, and what becomes of their pixels.
+        clips_per_video: clips of each video.
+        augment: from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8, random by torch's generator; in
+            place of the processor's resizing and cropping, and what makes the clips random; None: neither.
+        training: draw the clips' places at random.
+        frame_order: forward, or shuffled (a control: what can be told without the order of time?).
+        seed: of all randomness.
+    """
+
+    def __init__(
+        self,
+        videos: Dataset,
+        processor: MinConvGRUVideoProcessor,
+        clips_per_video: int = 1,
+        *,
+        augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        training: bool = False,
+        frame_order: str = "forward",
+        seed: int = 0,
+    ):
+        if clips_per_video < 1:
+            raise ValueError(f"clips_per_video must be positive, not {clips_per_video}")
+        if frame_order not in FRAME_ORDERS:
+            raise ValueError(f"frame_order must be one of {', '.join(FRAME_ORDERS)}, not {frame_order!r}")
+        self.videos, self.processor, self.clips_per_video = videos, processor, clips_per_video
+        self.augment, self.training, self.frame_order, self.seed = augment, training, frame_order, seed
+        self._unreadable = torch.zeros(len(videos), dtype=torch.bool).share_memory_()  # workers write here too
+
+    def __len__(self) -> int:
+        return len(self.videos) * self.clips_per_video
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        epoch, clip = divmod(index, len(self))
+        with torch.random.fork_rng(devices=[]):
+            state = np.random.SeedSequence((self.seed, epoch, clip)).generate_state(1, np.uint64)
+            torch.default_generator.manual_seed(int(state[0]) >> 1)
+            first, number = divmod(clip, self.clips_per_video)
+            if self.training:
+                position = (number + torch.rand(()).item()) / self.clips_per_video
+            else:
+                position = clip_positions(self.clips_per_video)[number]
+            for step in range(len(self.videos)):
+                video = (first + step) % len(self.videos)
+                if not self._unreadable[video]:
+                    try:
+                        frames = self.read(video, [position])[0]
+                    except VideoReadError as error:
+                        self.report(video, error)
+                    else:
+                        return {"pixel_values_videos": self.prepare(frames), "labels": self.videos[video]["label"]}
+        raise ValueError(f"none of the {len(self.videos)} videos can be read and is long enough: see the warnings")
+
+    def read(self, video: int, positions: list[float]) -> np.ndarray:
+        """Decode clips of one video.
+
+        Args:
+            video: its row.
+            positions: places of the clips, each from 0 (the beginning) to 1 (the end).
+
+        Returns:
+            (clips, N, H, W, 3) uint8.
+
+        Raises:
+            VideoReadError: if it cannot be decoded, or is too short.
+        """
+
+        def choose(metadata):
+            return np.concatenate([self.processor.sample_frames(metadata, position=p) for p in positions])
+
+        source = self.videos[video]["video"]
+        frames, _ = read_video(source["bytes"] if source["bytes"] is not None else source["path"], choose)
+        return frames.reshape(len(positions), -1, *frames.shape[1:])
+
+    def prepare(self, frames: np.ndarray) -> torch.Tensor:
+        """Make the model's input of one clip: (N, H, W, 3) uint8 to (N, C, crop height, crop width) float32."""
+        frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        if self.frame_order == "shuffled":
+            frames = frames[torch.randperm(len(frames))]
+        sizing = {}
+        if self.augment is not None:
+            frames, sizing = self.augment(frames), {"do_resize": False, "do_center_crop": False}
+        inputs = self.processor(frames, do_sample_frames=False, return_tensors="pt", **sizing)
+        return inputs["pixel_values_videos"][0]
+
+    def report(self, video: int, error: Exception) -> None:
+        """Name an unreadable video in a warning, and count it."""
+        self._unreadable[video] = True
+        logger.warning("skipped %s: %s", self.name(video), error)
+
+    def name(self, video: int) -> str:
+        """Name a video by its path, or by its row where it has none."""
+        return self.videos[video]["video"]["path"] or f"video {video}"
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Names of the videos found unreadable so far, by any worker."""
+        return [self.name(video) for video in self._unreadable.nonzero().flatten().tolist()]
+
+
+def clip_positions(clips_per_video: int) -> list[float]:
+    """Spread clips evenly over a video: 0 is its beginning, 1 its end; one clip alone lies in the middle."""
+    return [0.5] if clips_per_video == 1 else np.linspace(0, 1, clips_per_video).tolist()
+
+
+def make_augmentation(
+    processor: MinConvGRUVideoProcessor, min_crop_scale: float = 0.4, flip: bool = True, color_jitter: float = 0.0
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Make the random crops of training, the same for all frames of a clip.
+
+    Args:
+        processor: its `crop_size` is the size of the result.
+        min_crop_scale: smallest share of the frame's area that a crop takes, its sides 3:4 to 4:3; 1: the
+            processor's own resizing and crop.
+        flip: mirror half of the clips; not where left and right differ in meaning.
+        color_jitter: largest relative change of brightness, contrast and saturation; 0: none.
+
+    Returns:
+        A function from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8.
+
+    Raises:
+        ValueError: if a number lies outside its range.
+    """
+    if not 0 < min_crop_scale <= 1:
+        raise ValueError(f"min_crop_scale must lie in (0, 1], not {min_crop_scale}")
+    if not 0 <= color_jitter < 1:
+        raise ValueError(f"color_jitter must lie in [0, 1), not {color_jitter}")
+    height, width = processor.crop_size["height"], processor.crop_size["width"]
+    if min_crop_scale < 1:
+        steps = [v2.RandomResizedCrop((height, width), scale=(min_crop_scale, 1.0), antialias=True)]
+    else:
+        steps = [FitAndCrop(processor)]
+    if flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return v2.Compose(steps)
+
+
+class FitAndCrop(torch.nn.Module):
+    """Resize and crop as the processor does at inference, pixels still 0 to 255.
+
+    Args:
+        processor: says how.
+        views: one crop (`center`), `five_crops` (the corners and the middle) or `ten_crops` (and their mirrors).
+    """
+
+    def __init__(self, processor: MinConvGRUVideoProcessor, views: str = "center"):
+        super().__init__()
+        if views not in VIEWS:
+            raise ValueError(f"views must be one of {', '.join(VIEWS)}, not {views!r}")
+        self.processor, self.views = processor, views
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Give (N, C, crop height, crop width) uint8, or a list of them if there are several views."""
+        inputs = self.processor(
+            frames,
+            do_sample_frames=False,
+            do_rescale=False,
+            do_normalize=False,
+            do_center_crop=self.views == "center" and self.processor.do_center_crop,
+            return_tensors="pt",
+        )
+        frames = inputs["pixel_values_videos"][0]
+        if self.views == "center":
+            return frames
+        size = (self.processor.crop_size["height"], self.processor.crop_size["width"])
+        return list((v2.FiveCrop if self.views == "five_crops" else v2.TenCrop)(size)(frames))
+
+
+VIEWS = ("center", "five_crops", "ten_crops")
+
+
+def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None, label: str | None) -> DatasetDict:
+    """Bring each split to the columns `video`, undecoded, and `label`, the same ClassLabel in all."""
+    features = splits["train"].features
+    if video is None:
+        video = next((name for name, feature in features.items() if isinstance(feature, Video)), None)
+    if label is None:
+        classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        label = "label" if "label" in features else classes[0] if classes else None
+    for kind, name in (("video", video), ("label", label)):
+        if name is None or name not in features:
+            raise ValueError(
+                f"{dataset_name} has no column {name or f'that looks like the {kind}'}: name one of "
+                f"{', '.join(features)} with {kind}_column_name (a folder needs a subfolder a class)"
+            )
+    for split, dataset in splits.items():
+        dataset = dataset.select_columns([video, label]).rename_columns({video: "video", label: "label"})
+        splits[split] = dataset.cast_column("video", Video(decode=False))
+    if not isinstance(features[label], ClassLabel):
+        names = sorted({value for dataset in splits.values() for value in dataset.unique("label")})
+        numbers = {name: number for number, name in enumerate(names)}
+        feature = ClassLabel(names=[str(name) for name in names])
+        for split, dataset in splits.items():
+            labels = [numbers[value] for value in dataset["label"]]
+            splits[split] = dataset.remove_columns("label").add_column("label", labels).cast_column("label", feature)
+    return splits
+
+
+def _dataset(rows: list[dict], names: list[str]) -> Dataset:
+    """Make a dataset of rows of `video` (path), `label` and `group`."""
+    dataset = Dataset.from_list(rows).cast_column("video", Video(decode=False))
+    return dataset.cast_column("label", ClassLabel(names=names))
+
+
+def _ucf101_directory(given: str | Path | None, argument: str, variable: str, content: str) -> Path:
+    """Find a directory of UCF101 by argument or environment."""
+    path = given or os.environ.get(variable)
+    if not path:
+        raise ValueError(f"where is UCF101? Give {argument}, or set {variable} to the directory with {content}")
+    if not Path(path).is_dir():
+        raise ValueError(f"{argument}: no such directory: {path} (expected {content} in it)")
+    return Path(path)
+
+
+def _ucf101_lines(path: Path, pattern: str) -> list[str]:
+    """Read the lines of an annotation file, each of which must match."""
+    if not path.is_file():
+        raise ValueError(f"no annotation file {path}: unpack UCF101TrainTestSplits-RecognitionTask.zip there")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, line in enumerate(lines, start=1):
+        if not re.fullmatch(pattern, line):
+            raise ValueError(f"{path}, line {number}, is not as expected: {line!r}")
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    return lines

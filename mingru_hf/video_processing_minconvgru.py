@@ -1,0 +1,214 @@
+"""MinConvGRUVideoProcessor: from a video to the clip of frames the model takes, as in training.
+
+`read_video` and `clip_indices` are the two halves of it that training uses by itself: which frames, and how
+they are decoded. Decoding needs PyAV or, for the processor alone, torchcodec; frames that are decoded already
+need neither.
+
+T frames of the video; N frames of a clip; H x W pixels.
+"""
+
+from collections.abc import Callable
+from io import BytesIO
+
+import numpy as np
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.processing_utils import Unpack, VideosKwargs
+from transformers.utils import requires_backends
+from transformers.utils.import_utils import is_torchcodec_usable
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata, load_video
+
+try:
+    import av
+except ImportError:
+    av = None
+
+
+class VideoReadError(ValueError):
+    """A video that cannot be read, or that is too short for a clip."""
+
+
+def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1, position: float = 0.5) -> np.ndarray:
+    """Give the frames of one clip: N of them, every `frame_stride`-th.
+
+    Args:
+        total_num_frames: frames T of the video.
+        num_frames: frames N of the clip.
+        frame_stride: frames from one to the next; fractions are rounded down frame by frame.
+        position: where the clip lies, from 0 (at the beginning) to 1 (at the end).
+
+    Returns:
+        (N,) ascending indices.
+
+    Raises:
+        VideoReadError: if the video is shorter than the clip.
+    """
+    offsets = np.floor(np.arange(num_frames) * frame_stride + 1e-6).astype(int)
+    room = total_num_frames - 1 - offsets[-1]
+    if room < 0:
+        raise VideoReadError(
+            f"the video has {total_num_frames} frames, too few for a clip of {num_frames} frames every "
+            f"{frame_stride:g}: that takes {offsets[-1] + 1}. Lower num_frames or frame_stride"
+        )
+    return offsets + round(position * room)
+
+
+def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
+    """Decode the frames of a video that `choose` names, with PyAV.
+
+    Frames are counted as they are decoded, from the first to the last that is wanted: exact for any file, at the
+    cost of decoding what lies before. Where the file holds fewer frames than it says, `choose` is asked again.
+
+    Args:
+        video: a path, or the bytes of a file.
+        choose: from the metadata (`total_num_frames`, `fps`, `height`, `width`) to indices, in any order.
+
+    Returns:
+        (N, H, W, 3) uint8 RGB frames in the order of the indices, and the metadata with `frames_indices`.
+
+    Raises:
+        VideoReadError: if the file cannot be decoded, or holds no frame.
+        ImportError: if PyAV is missing.
+    """
+    if av is None:
+        raise ImportError('reading videos needs PyAV: pip install "mingru-hf[video]"')
+    try:
+        total, known = _count_frames(video), None
+        while True:
+            with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
+                stream = container.streams.video[0]
+                stream.codec_context.thread_count = 1  # DataLoader workers are the parallel part
+                reformatter = av.video.reformatter.VideoReformatter()
+                metadata = VideoMetadata(
+                    total_num_frames=total,
+                    fps=float(stream.average_rate) if stream.average_rate else None,
+                    width=stream.width,
+                    height=stream.height,
+                    video_backend="pyav",
+                )
+                if metadata.fps:
+                    metadata.duration = total / metadata.fps
+                indices = np.asarray(choose(metadata))
+                wanted, frames, count = set(indices.tolist()), {}, 0
+                for frame in container.decode(stream):
+                    if count in wanted:
+                        rgb = reformatter.reformat(frame, stream.width, stream.height, "rgb24", threads=1)
+                        frames[count] = rgb.to_ndarray()
+                    count += 1
+                    if len(frames) == len(wanted):
+                        metadata.frames_indices = indices.tolist()
+                        return np.stack([frames[i] for i in indices.tolist()]), metadata
+            if known is not None or count == 0:
+                raise VideoReadError(f"{count} frames of {total} can be decoded")
+            total = known = count
+    except (av.FFmpegError, IndexError, OSError) as error:
+        raise VideoReadError(f"it cannot be decoded: {error or type(error).__name__}") from None
+
+
+def _count_frames(video: str | bytes) -> int:
+    """Give the number of frames from the file's header or, where it says none, by counting its packets."""
+    with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
+        stream = container.streams.video[0]
+        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+
+
+class MinConvGRUVideoProcessorKwargs(VideosKwargs, total=False):
+    """Adds `frame_stride` to what video processors take: frames from one frame of the clip to the next."""
+
+    frame_stride: int | float | None
+
+
+class MinConvGRUVideoProcessor(BaseVideoProcessor):
+    """Turn videos into clips for MinConvGRU: sample, resize, crop, rescale, normalise.
+
+    A clip is `num_frames` frames, every `frame_stride`-th or `fps` a second, from the middle of the video. The
+    shorter edge is resized to `size`, the middle `crop_size` cut out, and pixels brought from 0..255 to
+    (x / 255 - `image_mean`) / `image_std`. `do_sample_frames=False` keeps all frames: pass that with a single
+    frame of a stream.
+
+    Args:
+        num_frames: frames of a clip.
+        frame_stride: frames of the video from one frame of the clip to the next, 1 or more; without effect
+            beside `fps`.
+        fps: frames of the clip a second instead; then `video_metadata` must hold the video's `fps`, as it does
+            for files.
+        kwargs: all that transformers' video processors take.
+
+    Raises:
+        VideoReadError: if a video is too short for the clip, or cannot be decoded (a ValueError).
+    """
+
+    resample = 2  # PIL.Image.Resampling.BILINEAR, without importing PIL
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"shortest_edge": 256}
+    crop_size = {"height": 224, "width": 224}
+    default_to_square = False
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = True
+    num_frames = 10
+    frame_stride = 1
+    valid_kwargs = MinConvGRUVideoProcessorKwargs
+    model_input_names = ["pixel_values_videos"]
+
+    def __init__(self, **kwargs: Unpack[MinConvGRUVideoProcessorKwargs]):
+        requires_backends(self, ("torchvision", "vision"))
+        super().__init__(**kwargs)
+        for name, least in (("num_frames", 1), ("frame_stride", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        frame_stride: float | None = None,
+        fps: float | None = None,
+        position: float = 0.5,
+        **kwargs,
+    ) -> np.ndarray:
+        """Give the indices of a clip's frames.
+
+        Args:
+            metadata: of the video; `total_num_frames`, and `fps` where frames a second are asked for.
+            num_frames, frame_stride, fps: as for the class; None: the processor's own.
+            position: where the clip lies, from 0 (at the beginning) to 1 (at the end).
+
+        Raises:
+            VideoReadError: if the video is too short.
+            ValueError: if frames a second are asked for and the video's are not known.
+        """
+        num_frames = self.num_frames if num_frames is None else num_frames
+        frame_stride = self.frame_stride if frame_stride is None else frame_stride
+        fps = self.fps if fps is None else fps
+        if fps is not None:
+            if not metadata.fps:
+                raise ValueError(
+                    f"a clip of {fps} frames a second was asked for, but the video's own rate is not known: pass "
+                    "video_metadata with its fps, or use frame_stride"
+                )
+            frame_stride = max(1.0, metadata.fps / fps)
+        return clip_indices(metadata.total_num_frames, num_frames, frame_stride, position)
+
+    def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
+        """Decode files or URLs: by torchcodec where it works, as the base class does, else by PyAV."""
+        if is_torchcodec_usable(decode="video"):
+            return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)
+        if isinstance(video_url_or_urls, list):
+            return list(zip(*[self.fetch_videos(x, sample_indices_fn) for x in video_url_or_urls], strict=True))
+        choose = sample_indices_fn or (lambda metadata: np.arange(metadata.total_num_frames))
+        if video_url_or_urls.startswith(("http://", "https://")):
+            return load_video(video_url_or_urls, backend="pyav", sample_indices_fn=choose)
+        try:
+            return read_video(video_url_or_urls, choose)
+        except VideoReadError as error:
+            raise VideoReadError(f"{video_url_or_urls}: {error}") from None
+
+
+MinConvGRUVideoProcessor.register_for_auto_class("AutoVideoProcessor")  # its code is saved beside a checkpoint
+
+__all__ = ["MinConvGRUVideoProcessor"]

@@ -1,0 +1,123 @@
+"""Moving shapes: what the classes share, what tells them apart, and the files."""
+
+import numpy as np
+import pytest
+
+from mingru_hf.data.moving_shapes import CLASSES, STEPS, make_moving_shape, trajectory, write_moving_shapes
+
+AXES = {
+    "left": 0,
+    "right": 0,
+    "up": 1,
+    "down": 1,
+    "clockwise": 2,
+    "counter-clockwise": 2,
+    "growing": 3,
+    "shrinking": 3,
+}
+FORWARD = ("right", "down", "clockwise", "growing")
+
+
+def around(turns):
+    """Differences on a circle: -0.5 to 0.5 turns."""
+    return (turns + 0.5) % 1 - 0.5
+
+
+@pytest.mark.parametrize("label", range(8), ids=CLASSES)
+def test_one_coordinate_goes_on_and_the_others_come_back(label):
+    name = CLASSES[label]
+    for seed in range(20):
+        course = trajectory(label, 16, np.random.default_rng(seed))
+        steps = around(np.diff(course, axis=0, append=course[:1]))  # the last one: from the end to the beginning
+        axis = AXES[name]
+        ahead = steps[:-1, axis] if name in FORWARD else -steps[:-1, axis]
+        low, high = STEPS[axis]
+        np.testing.assert_allclose(ahead, ahead[0])
+        assert low <= ahead[0] <= high
+        for other in {0, 1, 2, 3} - {axis}:
+            assert abs(steps[:, other].sum()) < 1e-9  # a closed way
+            assert {1, -1} <= set(np.sign(steps[:, other]))
+
+
+def test_both_ways_of_moving_visit_the_same_values():
+    for seed in range(20):
+        course = trajectory(seed % 8, 15, np.random.default_rng(seed))
+        for values, (low, high) in zip(course.T, STEPS, strict=True):
+            # Equally spaced on an arc: walk along the circle from the end of its largest gap.
+            values = np.sort(values)
+            gaps = np.diff(values, append=values[0] + 1)
+            spaces = np.sort(gaps)[:-1]
+            np.testing.assert_allclose(spaces, spaces[0])
+            assert low <= spaces[0] <= high
+
+
+def test_a_frame_alone_has_one_distribution_in_all_classes():
+    """Each coordinate at each time is uniform: the mean of exp(2 pi i q) over N videos lies near 0, as 1/sqrt(N)."""
+    for label in range(8):
+        courses = np.stack([trajectory(label, 4, np.random.default_rng((1, label, n))) for n in range(2000)])
+        for harmonic in (1, 2):
+            assert np.abs(np.exp(2j * np.pi * harmonic * courses).mean(0)).max() < 4 / 2000**0.5
+        # and no two coordinates of a frame know of each other
+        for i, j in ((0, 1), (0, 3), (1, 2), (2, 3)):
+            for sign in (1, -1):
+                both = courses[..., i] + sign * courses[..., j]
+                assert np.abs(np.exp(2j * np.pi * both).mean(0)).max() < 4 / 2000**0.5
+
+
+def test_frames_show_the_course():
+    for label, name in enumerate(CLASSES):
+        frames = make_moving_shape(label, 8, 64, seed=(3, label))
+        assert frames.shape == (8, 64, 64, 3)
+        assert frames.dtype == np.uint8
+        assert len({frame.tobytes() for frame in frames}) == 8, name
+        colors = frames.reshape(-1, 3)
+        assert len(np.unique(colors[:: 64 * 64], axis=0)) <= 2 + 6  # one background, a few edge pixels
+
+
+def test_the_seed_alone_decides():
+    one, same, other = (make_moving_shape(3, 6, 32, seed) for seed in ((0, 1), (0, 1), (0, 2)))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((8, 4, 32), "label 8"), ((0, 1, 32), "num_frames is 1"), ((0, 4, 33), "even"), ((0, 4, 8), "at least 16")],
+)
+def test_bad_sizes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_moving_shape(*arguments)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    first = write_moving_shapes(tmp_path / "a" / "set", 16, 8, 8, num_frames=5, size=32, fps=4)
+    files = sorted(path.relative_to(first).as_posix() for path in first.rglob("*.mp4"))
+    assert len(files) == 32
+    assert files[0] == "test/clockwise/000004.mp4"
+    assert {name.split("/")[1] for name in files} == set(CLASSES)
+    with av.open(str(first / files[0])) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, stream.width, stream.height) == (4, 32, 32)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    original = make_moving_shape(4, 5, 32, seed=(0, 2, 4))
+    assert np.abs(np.stack(frames).astype(int) - original).mean() < 6  # H.264 and its halved colour resolution
+
+    again = write_moving_shapes(tmp_path / "again", 24, 8, 8, num_frames=5, size=32, fps=4, num_proc=2)
+    for name in files:  # the same videos, and more
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+
+    with pytest.raises(ValueError, match="exists"):
+        write_moving_shapes(first, 16, 8, 8)
+    monkeypatch.setattr("mingru_hf.data.moving_shapes.write_video", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_moving_shapes(tmp_path / "broken", 16, 8, 8, num_frames=5, size=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "again"]
+
+
+def test_too_few_videos_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_test is 7, expected at least one video a class"):
+        write_moving_shapes(tmp_path / "set", 16, 8, 7)
+    with pytest.raises(ValueError, match="num_proc 0"):
+        write_moving_shapes(tmp_path / "set", 16, 8, 8, num_proc=0)
+    assert not (tmp_path / "set").exists()

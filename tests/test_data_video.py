@@ -1,0 +1,359 @@
+"""Videos as clips: where they come from, how they are split, which frames a clip holds, what is left out."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Video
+
+pytest.importorskip("av", reason="videos are read and written by PyAV")
+pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
+
+from mingru_hf.data.moving_shapes import write_video
+from mingru_hf.data.video import (
+    FitAndCrop,
+    VideoClips,
+    clip_positions,
+    load_ucf101,
+    load_video_datasets,
+    make_augmentation,
+)
+from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor, VideoReadError
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """datasets' progress bars say nothing here."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def processor():
+    """Pixels stay in 0..255, so that a frame's number can be read off."""
+    return MinConvGRUVideoProcessor(
+        num_frames=3, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
+    )
+
+
+def write(path, num_frames=12, base=0):
+    """Write a video whose frame t has the grey level base + 20 t."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, np.stack([np.full((16, 16, 3), base + 20 * t, np.uint8) for t in range(num_frames)]))
+
+
+def numbers(item):
+    """Frame numbers of an item of VideoClips."""
+    return item["pixel_values_videos"][:, 0].float().mean((1, 2)).div(20).round().int().tolist()
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Four readable videos of 12 frames; their labels are 0 to 3."""
+    for i in range(4):
+        write(tmp_path / f"{i}.mp4")
+    return rows([tmp_path / f"{i}.mp4" for i in range(4)])
+
+
+def rows(paths):
+    dataset = Dataset.from_dict({"video": [str(path) for path in paths], "label": list(range(len(paths)))})
+    return dataset.cast_column("video", Video(decode=False))
+
+
+# ---- clips ----
+
+
+def test_clips_lie_evenly_over_a_video(videos, processor):
+    assert clip_positions(1) == [0.5]
+    clips = VideoClips(videos, processor, clips_per_video=4)
+    assert len(clips) == 16
+    assert [numbers(clips[i]) for i in range(4, 8)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert [clips[i]["labels"] for i in (0, 3, 4, 15)] == [0, 0, 1, 3]
+    assert numbers(VideoClips(videos, processor)[2]) == [4, 5, 6]
+    pixels = VideoClips(videos, MinConvGRUVideoProcessor(num_frames=3, crop_size=8))[0]["pixel_values_videos"]
+    assert (pixels.shape, pixels.dtype) == ((3, 3, 8, 8), torch.float32)
+
+
+def test_training_clips_are_random_but_a_function_of_seed_and_index(videos, processor):
+    clips = VideoClips(videos, processor, 2, training=True)
+    first = [numbers(clips[i]) for i in range(8)]
+    assert first == [numbers(clips[i]) for i in range(8)]
+    assert all(start[0] <= 5 for start in first[::2])
+    assert all(start[0] >= 4 for start in first[1::2])
+    epochs = {tuple(map(tuple, (numbers(clips[i + 8 * e]) for i in range(8)))) for e in range(3)}
+    assert len(epochs) == 3
+    other = VideoClips(videos, processor, 2, training=True, seed=1)
+    assert first != [numbers(other[i]) for i in range(8)]
+
+
+def test_the_draws_of_a_clip_leave_the_global_generator_alone(videos, processor):
+    clips = VideoClips(videos, processor, training=True, frame_order="shuffled")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    clips[0]
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_workers_make_the_same_clips(videos, processor):
+    clips = VideoClips(videos, processor, 2, training=True)
+    batches = [
+        torch.cat([b["pixel_values_videos"] for b in torch.utils.data.DataLoader(clips, batch_size=3, num_workers=n)])
+        for n in (0, 2)
+    ]
+    torch.testing.assert_close(*batches, rtol=0, atol=0)
+
+
+def test_shuffled_frames_are_the_same_frames(videos):
+    processor = MinConvGRUVideoProcessor(
+        num_frames=12, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
+    )
+    orders = [numbers(VideoClips(videos, processor, frame_order="shuffled", seed=seed)[0]) for seed in range(3)]
+    assert all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+    assert list(range(12)) not in orders
+
+
+def test_unreadable_and_short_videos_are_named_counted_and_replaced(videos, processor, tmp_path, caplog):
+    (tmp_path / "1.mp4").write_bytes(b"nothing")
+    write(tmp_path / "2.mp4", num_frames=2)
+    clips = VideoClips(videos, processor, clips_per_video=2)
+    with caplog.at_level(logging.WARNING):
+        labels = [clips[i]["labels"] for i in range(8)]
+    assert labels == [0, 0, 3, 3, 3, 3, 3, 3]
+    assert clips.unreadable == [str(tmp_path / "1.mp4"), str(tmp_path / "2.mp4")]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith(f"skipped {tmp_path / '1.mp4'}: it cannot be decoded")
+    assert messages[1].startswith(f"skipped {tmp_path / '2.mp4'}: the video has 2 frames, too few")
+
+
+def test_what_workers_find_unreadable_is_counted(videos, processor, tmp_path):
+    (tmp_path / "3.mp4").unlink()
+    clips = VideoClips(videos, processor)
+    labels = [
+        label
+        for b in torch.utils.data.DataLoader(clips, batch_size=2, num_workers=2)
+        for label in b["labels"].tolist()
+    ]
+    assert labels == [0, 1, 2, 0]
+    assert clips.unreadable == [str(tmp_path / "3.mp4")]
+
+
+def test_nothing_readable_is_an_error(videos, processor, tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 4 videos can be read"):
+        VideoClips(videos, processor)[0]
+
+
+def test_bytes_in_the_dataset_are_read_too(tmp_path, processor):
+    write(tmp_path / "a.mp4")
+    dataset = Dataset.from_dict({"video": [{"bytes": (tmp_path / "a.mp4").read_bytes(), "path": None}], "label": [0]})
+    clips = VideoClips(dataset.cast_column("video", Video(decode=False)), processor)
+    assert numbers(clips[0]) == [4, 5, 6]
+    assert clips.name(0) == "video 0"
+    with pytest.raises(VideoReadError):
+        VideoClips(rows([tmp_path / "none.mp4"]), processor).read(0, [0.5])
+
+
+def test_impossible_clips_are_refused(videos, processor):
+    with pytest.raises(ValueError, match="clips_per_video"):
+        VideoClips(videos, processor, 0)
+    with pytest.raises(ValueError, match="frame_order must be one of forward, shuffled"):
+        VideoClips(videos, processor, frame_order="backward")
+
+
+# ---- augmentation and views ----
+
+
+@pytest.fixture
+def gradient():
+    """(2, 3, 20, 30) frames that rise from left to right, both the same."""
+    return torch.arange(30).mul(8).to(torch.uint8).expand(2, 3, 20, 30).contiguous()
+
+
+def test_all_frames_of_a_clip_are_augmented_alike(gradient):
+    processor = MinConvGRUVideoProcessor(crop_size=8)
+    augment = make_augmentation(processor, min_crop_scale=0.3, flip=True, color_jitter=0.3)
+    crops = [augment(gradient) for _ in range(20)]
+    assert all(crop.shape == (2, 3, 8, 8) and crop.dtype == torch.uint8 for crop in crops)
+    assert all(torch.equal(crop[0], crop[1]) for crop in crops)
+    assert len({tuple(crop.flatten().tolist()) for crop in crops}) == 20
+    rising = [bool(crop[0, 0, 4, -1] > crop[0, 0, 4, 0]) for crop in crops]
+    assert 2 < sum(rising) < 18
+
+
+def test_without_augmentation_training_sees_what_inference_sees(gradient, tmp_path):
+    processor = MinConvGRUVideoProcessor(num_frames=2, size={"shortest_edge": 10}, crop_size=8)
+    augment = make_augmentation(processor, min_crop_scale=1, flip=False)
+    sizing = {"do_resize": False, "do_center_crop": False, "do_sample_frames": False, "return_tensors": "pt"}
+    torch.testing.assert_close(
+        processor(augment(gradient), **sizing).pixel_values_videos,
+        processor(gradient, return_tensors="pt").pixel_values_videos,
+        atol=0.01,  # the first is rounded to bytes between
+        rtol=0,
+    )
+
+
+def test_views_are_the_corners_the_middle_and_their_mirrors(gradient):
+    processor = MinConvGRUVideoProcessor(size={"shortest_edge": 20}, crop_size=10)
+    center = FitAndCrop(processor)(gradient)
+    views = FitAndCrop(processor, "ten_crops")(gradient)
+    torch.testing.assert_close(views[4], center)
+    assert [view[0, 0, 0, 0].item() for view in views[:5]] == [0, 160, 0, 160, 80]  # left, right, left, right, middle
+    for view, mirror in zip(views[:5], views[5:], strict=True):
+        assert view.shape == (2, 3, 10, 10)
+        expected = {v[0, 0, 0].tolist().__repr__() for v in (x.flip(-1) for x in views[:5])}
+        assert repr(mirror[0, 0, 0].tolist()) in expected
+    assert len(FitAndCrop(processor, "five_crops")(gradient)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"min_crop_scale": 0}, "min_crop_scale"),
+        ({"min_crop_scale": 2}, "min_crop_scale"),
+        ({"color_jitter": 1}, "color"),
+    ],
+)
+def test_impossible_augmentations_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_augmentation(MinConvGRUVideoProcessor(), **arguments)
+    with pytest.raises(ValueError, match="views must be one of center, five_crops, ten_crops"):
+        FitAndCrop(MinConvGRUVideoProcessor(), "all")
+
+
+# ---- folders and other datasets ----
+
+
+def test_a_folder_of_classes_is_split_by_video(tmp_path):
+    for name in "ab":
+        for i in range(10):
+            write(tmp_path / "set" / name / f"{i}.mp4", 3)
+    splits = load_video_datasets(str(tmp_path / "set"), validation_split_percentage=20, cache_dir=str(tmp_path / "c"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 16, "validation": 4}
+    paths = [{row["video"]["path"] for row in split} for split in splits.values()]
+    assert not paths[0] & paths[1]
+    for split in splits.values():
+        assert split.features["label"].names == ["a", "b"]
+        assert all(row["video"]["path"].split("/")[-2] == "ab"[row["label"]] for row in split)
+
+
+def test_a_folder_of_splits_is_taken_as_it_is(tmp_path):
+    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
+        for name in ("left", "right"):
+            for i in range(count):
+                write(tmp_path / "set" / split / name / f"{i}.mp4", 3)
+    splits = load_video_datasets(str(tmp_path / "set"), cache_dir=str(tmp_path / "c"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 4, "test": 2}
+
+
+def test_other_columns_and_labels_as_words(tmp_path, monkeypatch):
+    for i in range(10):
+        write(tmp_path / f"{i}.mp4", 3)
+    table = Dataset.from_dict(
+        {"clip": [str(tmp_path / f"{i}.mp4") for i in range(10)], "action": ["run", "jump"] * 5, "id": list(range(10))}
+    ).cast_column("clip", Video(decode=False))
+    monkeypatch.setattr("mingru_hf.data.video.load_dataset", lambda *_, **__: {"train": table, "val": table})
+    splits = load_video_datasets("owner/name", label_column_name="action")
+    assert set(splits) == {"train", "validation"}
+    assert splits["train"].column_names == ["video", "label"]
+    assert splits["train"].features["label"] == ClassLabel(names=["jump", "run"])
+    assert splits["train"]["label"][:3] == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"no column that looks like the label: name one of clip, action, id"):
+        load_video_datasets("owner/name")
+    with pytest.raises(ValueError, match="no column film"):
+        load_video_datasets("owner/name", video_column_name="film", label_column_name="action")
+
+
+def test_folders_without_videos_or_classes_are_refused(tmp_path):
+    (tmp_path / "empty" / "a").mkdir(parents=True)
+    (tmp_path / "empty" / "a" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"empty holds no videos: expected CLASS/\*.mp4"):
+        load_video_datasets(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="no such directory"):
+        load_video_datasets(str(tmp_path / "missing"))
+    write(tmp_path / "one" / "a" / "0.mp4", 3)
+    write(tmp_path / "one" / "a" / "1.mp4", 3)
+    with pytest.raises(ValueError, match="class"):
+        load_video_datasets(str(tmp_path / "one"), validation_split_percentage=50, cache_dir=str(tmp_path / "c"))
+    with pytest.raises(ValueError, match="validation_split_percentage"):
+        load_video_datasets(str(tmp_path / "one"), validation_split_percentage=100)
+
+
+# ---- UCF101 ----
+
+
+@pytest.fixture
+def ucf101(tmp_path):
+    """Two classes, five source videos of two clips each, one source video of them to test on; the files are empty."""
+    videos, annotations = tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist"
+    annotations.mkdir()
+    names = ("Archery", "YoYo")
+    (annotations / "classInd.txt").write_text("1 Archery\r\n2 YoYo\r\n")
+    train, test = [], []
+    for number, name in enumerate(names, start=1):
+        (videos / name).mkdir(parents=True)
+        for group in range(1, 6):
+            for clip in (1, 2):
+                file = f"{name}/v_{name}_g{group:02}_c{clip:02}.avi"
+                (videos / file).touch()
+                (test if group == 1 else train).append(file + (f" {number}" if group > 1 else ""))
+    (annotations / "trainlist01.txt").write_text("\n".join(train) + "\n")
+    (annotations / "testlist01.txt").write_text("\n".join(test) + "\n")
+    return videos, annotations
+
+
+def test_ucf101_is_split_by_source_video(ucf101, monkeypatch):
+    monkeypatch.setenv("UCF101_PATH", str(ucf101[0]))
+    monkeypatch.setenv("UCF101_ANNPATH", str(ucf101[1]))
+    splits = load_video_datasets("ucf101", validation_split_percentage=25)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 12, "validation": 4, "test": 4}
+    sources = {name: {(row["label"], row["group"]) for row in split} for name, split in splits.items()}
+    assert sources["test"] == {(0, 1), (1, 1)}
+    assert len(sources["validation"]) == 2
+    assert not sources["train"] & sources["validation"]
+    assert {label for label, _ in sources["validation"]} == {0, 1}
+    for row in splits["train"]:
+        assert f"v_{('Archery', 'YoYo')[row['label']]}_g{row['group']:02}" in row["video"]["path"]
+    again, other = (load_ucf101(*ucf101, validation_split_percentage=25, seed=seed) for seed in (0, 3))
+    assert again["validation"]["video"] == splits["validation"]["video"]
+    assert other["validation"]["video"] != splits["validation"]["video"]
+
+
+def test_missing_videos_of_ucf101_are_counted(ucf101, caplog):
+    (ucf101[0] / "YoYo" / "v_YoYo_g02_c01.avi").unlink()
+    splits = load_ucf101(*ucf101)
+    assert sum(map(len, splits.values())) == 19
+    assert "1 listed videos are missing, among them YoYo/v_YoYo_g02_c01.avi" in caplog.text
+
+
+def test_what_is_missing_of_ucf101_is_named(ucf101, tmp_path, monkeypatch):
+    videos, annotations = ucf101
+    monkeypatch.delenv("UCF101_PATH", raising=False)
+    with pytest.raises(ValueError, match="set UCF101_PATH to the directory with the folders of the classes"):
+        load_ucf101()
+    with pytest.raises(ValueError, match="no such directory"):
+        load_ucf101(tmp_path / "nowhere", annotations)
+    with pytest.raises(ValueError, match=r"no annotation file .*trainlist02.txt"):
+        load_ucf101(videos, annotations, fold=2)
+    with pytest.raises(ValueError, match="folds 1, 2 and 3, not 4"):
+        load_ucf101(videos, annotations, fold=4)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"holds none of the videos of trainlist01.txt, such as YoYo"):
+        load_ucf101(tmp_path / "bare", annotations)
+    (annotations / "trainlist01.txt").write_text("Archery/v_Archery_g02_c01.avi 1\nsomething else\n")
+    with pytest.raises(ValueError, match="line 2, is not as expected: 'something else'"):
+        load_ucf101(videos, annotations)
+    (annotations / "classInd.txt").write_text("1 Archery\n")
+    (annotations / "trainlist01.txt").write_text("YoYo/v_YoYo_g02_c01.avi 2\n")
+    with pytest.raises(ValueError, match="has no class YoYo"):
+        load_ucf101(videos, annotations)
+    (annotations / "classInd.txt").unlink()
+    with pytest.raises(ValueError, match=r"no annotation file .*classInd.txt"):
+        load_ucf101(videos, annotations)

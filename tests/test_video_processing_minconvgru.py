@@ -1,0 +1,156 @@
+"""The video processor: which frames, which pixels, from arrays and from files."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
+
+from mingru_hf.data.moving_shapes import write_video
+from mingru_hf.video_processing_minconvgru import (
+    MinConvGRUVideoProcessor,
+    VideoReadError,
+    clip_indices,
+    read_video,
+)
+
+
+@pytest.fixture
+def frames():
+    """(12, 24, 32, 3) bytes; frame t is 20 t everywhere but for one white corner."""
+    video = np.full((12, 24, 32, 3), 20, np.uint8) * np.arange(12, dtype=np.uint8)[:, None, None, None]
+    video[:, :8, :8] = 255
+    return video
+
+
+@pytest.fixture
+def file(frames, tmp_path):
+    pytest.importorskip("av", reason="videos are written by PyAV")
+    write_video(tmp_path / "video.mp4", frames, fps=6)
+    return tmp_path / "video.mp4"
+
+
+def levels(pixels):
+    """Frame numbers of (T, C, H, W) pixels in 0..255, read off below the corner."""
+    return torch.as_tensor(pixels)[:, 0, -1, -1].float().div(20).round().int().tolist()
+
+
+# ---- which frames ----
+
+
+def test_clips_lie_where_they_are_asked_for():
+    assert clip_indices(10, 4).tolist() == [3, 4, 5, 6]
+    assert clip_indices(10, 4, position=0).tolist() == [0, 1, 2, 3]
+    assert clip_indices(10, 4, position=1).tolist() == [6, 7, 8, 9]
+    assert clip_indices(10, 4, frame_stride=3).tolist() == [0, 3, 6, 9]
+    assert clip_indices(10, 3, frame_stride=2.5, position=0).tolist() == [0, 2, 5]
+    assert clip_indices(10, 1).tolist() == [4]
+    assert clip_indices(1, 1, frame_stride=7).tolist() == [0]
+
+
+def test_a_short_video_is_refused():
+    with pytest.raises(VideoReadError, match=r"9 frames, too few for a clip of 4 frames every 3: that takes 10"):
+        clip_indices(9, 4, frame_stride=3)
+
+
+def test_frames_are_sampled_by_stride_and_by_rate(frames):
+    plain = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+
+    def sampled(**kwargs):
+        return levels(MinConvGRUVideoProcessor(**plain)(frames, return_tensors="pt", **kwargs).pixel_values_videos[0])
+
+    assert sampled(num_frames=4) == [4, 5, 6, 7]
+    assert sampled(num_frames=4, frame_stride=3) == [1, 4, 7, 10]
+    assert sampled(do_sample_frames=False) == list(range(12))
+    metadata = {"total_num_frames": 12, "fps": 30}
+    assert sampled(num_frames=3, fps=10, video_metadata=metadata) == [2, 5, 8]
+    assert sampled(num_frames=3, fps=60, video_metadata=metadata) == [4, 5, 6]  # no frame twice
+    with pytest.raises(ValueError, match="rate is not known"):
+        sampled(num_frames=3, fps=10)
+
+
+@pytest.mark.parametrize("name", ["num_frames", "frame_stride"])
+def test_impossible_clips_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        MinConvGRUVideoProcessor(**{name: 0})
+
+
+# ---- which pixels ----
+
+
+def test_pixels_are_resized_cropped_scaled_and_normalised(frames):
+    processor = MinConvGRUVideoProcessor(
+        num_frames=2, size={"shortest_edge": 12}, crop_size=8, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.4, 0.3]
+    )
+    pixels = processor([frames, frames[4:]], return_tensors="pt").pixel_values_videos
+    assert pixels.shape == (2, 2, 3, 8, 8)
+    assert pixels.dtype == torch.float32
+    # 24 x 32 -> 12 x 16 -> its middle 8 x 8: the corner of 4 x 4 just misses it, but for its blurred edge.
+    for clip, first in zip(pixels, (5, 7), strict=True):
+        for frame, number in zip(clip, (first, first + 1), strict=True):
+            expected = (torch.tensor([number * 20 / 255] * 3) - torch.tensor([0.1, 0.2, 0.3])) / torch.tensor(
+                [0.5, 0.4, 0.3]
+            )
+            torch.testing.assert_close(frame[:, 4, 4], expected)
+
+
+def test_the_saved_processor_does_the_same(frames, tmp_path):
+    processor = MinConvGRUVideoProcessor(num_frames=3, frame_stride=2, size={"shortest_edge": 10}, crop_size=8)
+    processor.save_pretrained(tmp_path)
+    loaded = MinConvGRUVideoProcessor.from_pretrained(tmp_path)
+    assert (loaded.num_frames, loaded.frame_stride, loaded.size, loaded.crop_size) == (
+        3,
+        2,
+        processor.size,
+        processor.crop_size,
+    )
+    torch.testing.assert_close(*(p(frames, return_tensors="pt").pixel_values_videos for p in (processor, loaded)))
+
+
+# ---- files ----
+
+
+def test_a_file_gives_what_its_frames_give(file, frames):
+    processor = MinConvGRUVideoProcessor(num_frames=4, frame_stride=2, size={"shortest_edge": 24}, crop_size=24)
+    from_file = processor(str(file), return_tensors="pt").pixel_values_videos
+    from_array = processor(frames, return_tensors="pt").pixel_values_videos
+    torch.testing.assert_close(from_file, from_array, atol=0.15, rtol=0)  # H.264: a few grey levels of 0.017
+
+
+def test_any_frames_are_decoded_in_any_order(file):
+    for source in (str(file), file.read_bytes()):
+        video, metadata = read_video(source, lambda metadata: np.array([7, 2, 2, 11]))
+        assert levels(video.transpose(0, 3, 1, 2)) == [7, 2, 2, 11]
+        assert (metadata.total_num_frames, metadata.fps, metadata.height, metadata.width) == (12, 6.0, 24, 32)
+        assert metadata.duration == 2.0
+        assert metadata.frames_indices == [7, 2, 2, 11]
+
+
+def test_frames_are_counted_where_the_header_does_not_say(frames, tmp_path):
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    write_video(tmp_path / "video.mkv", frames, fps=6)
+    with av.open(str(tmp_path / "video.mkv")) as container:
+        assert container.streams.video[0].frames == 0
+    video, metadata = read_video(str(tmp_path / "video.mkv"), lambda m: np.arange(m.total_num_frames)[-2:])
+    assert metadata.total_num_frames == 12
+    assert levels(video.transpose(0, 3, 1, 2)) == [10, 11]
+
+
+def test_a_file_that_says_too_much_is_asked_again(file, monkeypatch):
+    monkeypatch.setattr("mingru_hf.video_processing_minconvgru._count_frames", lambda video: 20)
+    video, metadata = read_video(str(file), lambda metadata: clip_indices(metadata.total_num_frames, 3, position=1))
+    assert levels(video.transpose(0, 3, 1, 2)) == [9, 10, 11]
+    assert metadata.total_num_frames == 12
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video at all" * 100, None], ids=["empty", "text", "cut off"])
+def test_a_broken_file_is_named(file, content, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    with pytest.raises(VideoReadError, match=r"broken.mp4: it cannot be decoded"):
+        MinConvGRUVideoProcessor(num_frames=2)(str(broken))
+
+
+def test_a_short_file_is_named(file):
+    with pytest.raises(VideoReadError, match=r"video.mp4: the video has 12 frames, too few"):
+        MinConvGRUVideoProcessor(num_frames=13)(str(file))
