@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForVideoClassification,
     AutoVideoProcessor,
 )
+from transformers.utils import is_torchvision_available
 
 from .cache_mingru import MinGRUCacheLayer
 from .configuration_minconvgru import MinConvGRUConfig
@@ -44,7 +45,8 @@ AutoModelForTokenClassification.register(MinGRUConfig, MinGRUForTokenClassificat
 AutoConfig.register("minconvgru", MinConvGRUConfig, exist_ok=True)
 AutoModel.register(MinConvGRUConfig, MinConvGRUModel, exist_ok=True)
 AutoModelForVideoClassification.register(MinConvGRUConfig, MinConvGRUForVideoClassification, exist_ok=True)
-AutoVideoProcessor.register(MinConvGRUConfig, MinConvGRUVideoProcessor, exist_ok=True)
+if is_torchvision_available():  # without it transformers has a placeholder that registers nothing
+    AutoVideoProcessor.register(MinConvGRUConfig, MinConvGRUVideoProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
 

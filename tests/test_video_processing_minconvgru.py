@@ -1,8 +1,15 @@
 """The video processor: which frames, which pixels, from arrays and from files."""
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoVideoProcessor, ResNetConfig, pipeline
+
+from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification
 
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
 
@@ -154,3 +161,64 @@ def test_a_broken_file_is_named(file, content, tmp_path):
 def test_a_short_file_is_named(file):
     with pytest.raises(VideoReadError, match=r"video.mp4: the video has 12 frames, too few"):
         MinConvGRUVideoProcessor(num_frames=13)(str(file))
+
+
+# ---- beside a model ----
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """A tiny classifier saved with its processor."""
+    backbone = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", out_features=["stage1"]
+    )
+    config = MinConvGRUConfig(
+        backbone_config=backbone,
+        num_frames=5,
+        id2label=dict(enumerate("abc")),
+        initializer_range=1.0,
+    )
+    MinConvGRUForVideoClassification(config).eval().save_pretrained(tmp_path / "model")
+    processor = MinConvGRUVideoProcessor(num_frames=5, frame_stride=2, size={"shortest_edge": 24}, crop_size=16)
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_auto_class_knows_it(model_dir):
+    assert type(AutoVideoProcessor.from_pretrained(model_dir)) is MinConvGRUVideoProcessor
+
+
+def test_the_pipeline_takes_arrays_and_files(model_dir, file, frames):
+    model = MinConvGRUForVideoClassification.from_pretrained(model_dir).eval()
+    processor = AutoVideoProcessor.from_pretrained(model_dir)
+    classify = pipeline("video-classification", model=str(model_dir), device="cpu")
+    for video, given in ((frames, frames), (str(file), read_video(str(file), lambda m: np.arange(12))[0])):
+        with torch.no_grad():
+            probabilities = model(**processor(given, return_tensors="pt")).logits[0].softmax(-1)
+        answers = classify(video, top_k=3)
+        assert {answer["label"] for answer in answers} == set("abc")
+        for answer in answers:
+            assert answer["score"] == pytest.approx(probabilities["abc".index(answer["label"])].item(), abs=1e-5)
+
+
+def test_it_loads_where_the_package_is_not_installed(model_dir, frames, tmp_path):
+    np.save(tmp_path / "frames.npy", frames)
+    expected = MinConvGRUVideoProcessor.from_pretrained(model_dir)(frames, return_tensors="pt").pixel_values_videos
+    code = f"""
+import sys
+sys.modules["mingru_hf"] = None
+import json, numpy, transformers
+processor = transformers.AutoVideoProcessor.from_pretrained({str(model_dir)!r}, trust_remote_code=True)
+assert "transformers_modules" in type(processor).__module__
+model = transformers.AutoModelForVideoClassification.from_pretrained({str(model_dir)!r}, trust_remote_code=True)
+inputs = processor(numpy.load("frames.npy"), return_tensors="pt")
+assert model(**inputs).logits.shape == (1, 3)
+processor.save_pretrained("again")
+print(json.dumps(inputs["pixel_values_videos"].double().sum((2, 3, 4)).tolist()))
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    sums = torch.tensor(json.loads(ran.stdout.splitlines()[-1]), dtype=torch.float64)
+    torch.testing.assert_close(sums, expected.double().sum((2, 3, 4)))
+    assert (tmp_path / "again" / "video_processing_minconvgru.py").is_file()
