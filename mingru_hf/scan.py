@@ -63,7 +63,9 @@ def mingru_scan(
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
 
     Precision: state and accumulation are float32 for 16-bit inputs, else the inputs' dtype. The state is a convex
-    combination of positive numbers, so the error does not grow with T; that of "log" does.
+    combination of positive numbers, so it forgets errors as it forgets the past: after a million steps the relative
+    error is about 1e-6 for gates around 0 (that of "log" grows with T). Where z stays tiny it is up to 6e-8 / z in
+    float32, but in "numba", which adds up what rounding leaves out, still about 1e-6.
     Cost: O(T) time; memory of the states alone, since the backward pass recomputes z and g.
     """
     _check_inputs(gate_and_candidate, h0, mask, reset)

@@ -115,7 +115,7 @@ def _pointer(builder, base, index, tag):
 
 
 # What the arrays of a kernel are to one another: disjoint. LLVM is told so, and vectorises the loops without checks.
-_SCOPES = ("read", "state", "write", "write2")
+_SCOPES = ("read", "state", "low", "write", "write2")
 
 
 def _declare_disjoint(builder, instruction, scope):
@@ -311,8 +311,11 @@ _COUNTER, _PHASE, _NUM_TASKS = 0, 1, 2
 _BATCH, _STEPS, _CHANNELS, _BLOCKS, _BLOCK, _PIECES, _PIECE = 3, 4, 5, 6, 7, 8, 9
 _X, _X_BATCH, _X_STEP = 10, 11, 12
 _STATES, _STATES_BATCH, _STATES_STEP = 13, 14, 15
-_H0, _MASK, _RESET, _CARRY = 16, 17, 18, 19  # carry: (pieces + 1, B, N), what one step hands to the next
-_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 20, 21, 22, 23, 24  # half: a row of N times 0.5
+_H0, _MASK, _RESET = 16, 17, 18
+# carry: (pieces + 1, B, N), what one step hands to the next; low: elements from there to as many numbers again, what
+# rounding has left out of each.
+_CARRY, _LOW = 19, 20
+_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 21, 22, 23, 24, 25  # half: a row of N times 0.5
 
 # Rows are worked through in chunks of this many channels, each after a request for its like of _AHEAD steps on: the
 # processor's own prefetching starts anew with every row, and does not see the next one coming.
@@ -324,31 +327,36 @@ _INITIAL_STATE = 0.5
 
 
 @_compiled
-def _fill(row, count, number, A):
+def _fill(row, low_row, count, number, A):
+    """The number, to which rounding left nothing to add."""
     for c in range(count):
         _store(row, c, _as(number, A), A, "state")
+        _store(low_row, c, _as(0.0, A), A, "low")
 
 
 @_compiled
 def _copy(source, target, count, A):
     for c in range(count):
-        _store(target, c, _load(source, c, A, "read"), A, "state")
+        _store(target, c, _load(source, c, A, "state"), A, "state")
 
 
 @_compiled
-def _same(first, second, count, A):
-    """Whether two rows are equal to the last bit."""
+def _same(first, second, low, count, A):
+    """Whether two rows of carry are equal to the last bit, and what rounding left out of them is."""
+    first_low, second_low = _address(first, low, A), _address(second, low, A)
     difference = _bits(A) ^ _bits(A)
     for c in range(count):
-        difference |= _bits(_load(first, c, A, "read")) ^ _bits(_load(second, c, A, "read"))
+        difference |= _bits(_load(first, c, A, "state")) ^ _bits(_load(second, c, A, "state"))
+        difference |= _bits(_load(first_low, c, A, "low")) ^ _bits(_load(second_low, c, A, "low"))
     return difference == 0
 
 
 @_compiled
-def _forward_row(gate_row, candidate_row, h_row, out_row, first, last, X, Y, A):
+def _forward_row(gate_row, candidate_row, h_row, low_row, out_row, first, last, X, Y, A):
     """One step of the equation. With e = exp(-|gate|) the sigmoids of gate and -gate are 1 and e over 1 + e.
 
-    g as a fraction, too, leaves one division: h = (e h + g) / (1 + e) for a positive gate, (h + e g) / (1 + e) else.
+    g as a fraction, too, leaves one division. For a negative gate h + z (g - h) is computed, and what rounding leaves
+    out of the sum is added to the next one (Kahan): a state that changes by one part in 10^8 a step does change.
     """
     for c in range(first, last):
         gate, candidate = _load(gate_row, c, X, "read"), _load(candidate_row, c, X, "read")
@@ -357,11 +365,15 @@ def _forward_row(gate_row, candidate_row, h_row, out_row, first, last, X, Y, A):
         s = _exp_minus(abs(candidate), Y)
         g_numerator = s if candidate < 0 else candidate + _as(0.5, A)  # NaN for NaN
         g_denominator = one + s if candidate < 0 else one
-        h = _load(h_row, c, A, "state") * g_denominator
-        major = g_numerator if gate >= 0 else h
-        minor = h if gate >= 0 else g_numerator
-        h = (major + e * minor) / ((one + e) * g_denominator)
+        inverse = one / ((one + e) * g_denominator)
+        h, low = _load(h_row, c, A, "state"), _load(low_row, c, A, "low")
+        h_numerator = h * g_denominator
+        change = e * inverse * (h_numerator if gate >= 0 else g_numerator - h_numerator)
+        change = change if gate >= 0 else change + low
+        large = g_numerator * inverse if gate >= 0 else h
+        h = large + change
         _store(h_row, c, h, A, "state")
+        _store(low_row, c, change - (h - large), A, "low")
         _store(out_row, c, h, Y, "write")
 
 
@@ -372,8 +384,9 @@ def _forward_step(a, b, t, first, count, h_row, X, Y, A):
     reset, mask = _argument(a, _RESET), _argument(a, _MASK)
     states = b * _argument(a, _STATES_BATCH) + t * _argument(a, _STATES_STEP) + first
     out_row = _address(_argument(a, _STATES), states, Y)
+    low_row = _address(h_row, _argument(a, _LOW), A)
     if reset != 0 and _flag(reset, flag):
-        _fill(h_row, count, _INITIAL_STATE, A)
+        _fill(h_row, low_row, count, _INITIAL_STATE, A)
     if mask != 0 and not _flag(mask, flag):
         for c in range(count):
             _store(out_row, c, _load(h_row, c, A, "state"), Y, "write")
@@ -387,8 +400,8 @@ def _forward_step(a, b, t, first, count, h_row, X, Y, A):
             _prefetch(gate_row, c + x_ahead, X)
             _prefetch(candidate_row, c + x_ahead, X)
             _prefetch(out_row, c + out_ahead, Y)
-            _forward_row(gate_row, candidate_row, h_row, out_row, c, c + _CHUNK, X, Y, A)
-        _forward_row(gate_row, candidate_row, h_row, out_row, whole, count, X, Y, A)
+            _forward_row(gate_row, candidate_row, h_row, low_row, out_row, c, c + _CHUNK, X, Y, A)
+        _forward_row(gate_row, candidate_row, h_row, low_row, out_row, whole, count, X, Y, A)
 
 
 @_compiled
@@ -396,10 +409,9 @@ def _forward_piece(a, b, piece, first, count, X, Y, A):
     """A piece of time from the true state if it is the first one, from a guess if not."""
     batch, channels, h0 = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _H0)
     h_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
+    _fill(h_row, _address(h_row, _argument(a, _LOW), A), count, _INITIAL_STATE, A)
     if piece == 0 and h0 != 0:
         _copy(_address(h0, b * channels + first, A), h_row, count, A)
-    else:
-        _fill(h_row, count, _INITIAL_STATE, A)
     start = piece * _argument(a, _PIECE)
     for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
         _forward_step(a, b, t, first, count, h_row, X, Y, A)
@@ -417,13 +429,13 @@ def _repair_forward(a, b, first, count, X, Y, A):
     h_row = _address(carry, b * channels + first, A)  # the true state; that of piece 0 is
     guess_row = _address(carry, (_argument(a, _PIECES) * batch + b) * channels + first, A)
     for piece in range(1, _argument(a, _PIECES)):
-        _fill(guess_row, count, _INITIAL_STATE, A)
+        _fill(guess_row, _address(guess_row, _argument(a, _LOW), A), count, _INITIAL_STATE, A)
         start = piece * _argument(a, _PIECE)
         met = False
         for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
             _forward_step(a, b, t, first, count, guess_row, X, Y, A)
             _forward_step(a, b, t, first, count, h_row, X, Y, A)
-            if _same(guess_row, h_row, count, A):
+            if _same(guess_row, h_row, _argument(a, _LOW), count, A):
                 met = True
                 break
         if met:
@@ -456,7 +468,20 @@ def _forward(a, X, Y, A):
 
 @_compiled
 def _backward_row(
-    gate_row, candidate_row, grad_row, previous_row, r_row, grad_gate_row, grad_candidate_row, first, last, X, Y, P, A
+    gate_row,
+    candidate_row,
+    grad_row,
+    previous_row,
+    r_row,
+    low_row,
+    grad_gate_row,
+    grad_candidate_row,
+    first,
+    last,
+    X,
+    Y,
+    P,
+    A,
 ):
     """The gradients of one step, r from dL/dh_t to dL/dh_{t-1}, with dh the sum of r and the output's own gradient.
 
@@ -475,11 +500,17 @@ def _backward_row(
         s = s * (inverse * gate_denominator)  # sigmoid(candidate) where that is negative, NaN for NaN
         g = candidate + _as(0.5, A) if candidate >= 0 else s
         slope = one if candidate >= 0 else s - s * s
-        dh = _load(r_row, c, A, "state") + _load(grad_row, c, Y, "read")
+        r, more = _load(r_row, c, A, "state"), _load(grad_row, c, Y, "read") + _load(low_row, c, A, "low")
+        dh = r + more
+        low = more - (dh - r)
         dh_large = dh * large
         dh_small = dh_large * e
         dh_z = dh_large if gate >= 0 else dh_small
-        _store(r_row, c, dh_small if gate >= 0 else dh_large, A, "state")
+        # As in the forward pass: dh - z dh where z is small, with what rounding leaves out of it.
+        less = dh_small - low
+        r = dh - less
+        _store(low_row, c, _as(0.0, A) if gate >= 0 else (dh - r) - less, A, "low")
+        _store(r_row, c, dh_small if gate >= 0 else r, A, "state")
         _store(grad_candidate_row, c, dh_z * slope, X, "write2")
         difference = g - _load(previous_row, c, P, "read")
         _store(grad_gate_row, c, dh_small * large * difference, X, "write")
@@ -496,9 +527,12 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A):
     grad_row = _address(_argument(a, _GRAD), grad, Y)
     grad_gate_row = _address(_argument(a, _GRAD_X), flag * 2 * channels + first, X)
     grad_candidate_row = _address(grad_gate_row, channels, X)
+    low_row = _address(r_row, _argument(a, _LOW), A)
     if mask != 0 and not _flag(mask, flag):
         for c in range(count):
-            dh = _load(r_row, c, A, "state") + _load(grad_row, c, Y, "read")
+            r, more = _load(r_row, c, A, "state"), _load(grad_row, c, Y, "read") + _load(low_row, c, A, "low")
+            dh = r + more
+            _store(low_row, c, more - (dh - r), A, "low")
             _store(r_row, c, dh, A, "state")
             _store(grad_gate_row, c, _as(0.0, A), X, "write")
             _store(grad_candidate_row, c, _as(0.0, A), X, "write2")
@@ -507,7 +541,7 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A):
         gate_row = _address(_argument(a, _X), x, X)
         candidate_row = _address(gate_row, channels, X)
         rows = (gate_row, candidate_row, grad_row)
-        grad_rows = (r_row, grad_gate_row, grad_candidate_row)
+        grad_rows = (r_row, low_row, grad_gate_row, grad_candidate_row)
         if reset or t == 0:
             initial_row = _address(_argument(a, _HALF), first, A)
             if not reset and _argument(a, _H0) != 0:
@@ -529,7 +563,7 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A):
                 _backward_row(*rows, previous_row, *grad_rows, c, c + _CHUNK, X, Y, Y, A)
             _backward_row(*rows, previous_row, *grad_rows, whole, count, X, Y, Y, A)
     if reset:
-        _fill(r_row, count, 0.0, A)
+        _fill(r_row, low_row, count, 0.0, A)
 
 
 @_compiled
@@ -537,7 +571,7 @@ def _backward_piece(a, b, piece, first, count, X, Y, A):
     """A piece of time, backwards; all but the last one begin with a guess, a gradient of 0 from later steps."""
     batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
     r_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
-    _fill(r_row, count, 0.0, A)
+    _fill(r_row, _address(r_row, _argument(a, _LOW), A), count, 0.0, A)
     start = piece * _argument(a, _PIECE)
     for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
         _backward_step(a, b, t, first, count, r_row, X, Y, A)
@@ -551,13 +585,13 @@ def _repair_backward(a, b, first, count, X, Y, A):
     r_row = _address(carry, ((pieces - 1) * batch + b) * channels + first, A)
     guess_row = _address(carry, (pieces * batch + b) * channels + first, A)
     for piece in range(pieces - 2, -1, -1):
-        _fill(guess_row, count, 0.0, A)
+        _fill(guess_row, _address(guess_row, _argument(a, _LOW), A), count, 0.0, A)
         start = piece * _argument(a, _PIECE)
         met = False
         for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
             _backward_step(a, b, t, first, count, guess_row, X, Y, A)
             _backward_step(a, b, t, first, count, r_row, X, Y, A)
-            if _same(guess_row, r_row, count, A):
+            if _same(guess_row, r_row, _argument(a, _LOW), count, A):
                 met = True
                 break
         piece_row = _address(carry, (piece * batch + b) * channels + first, A)
@@ -727,7 +761,8 @@ def _prepare(
     threads = torch.get_num_threads() if states.numel() >= _SERIAL_ELEMENTS else 1
     blocks, block, pieces, piece = (1, channels, 1, steps) if threads == 1 else _plan(batch, steps, channels, threads)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-    carry = x.new_empty(pieces if pieces == 1 else pieces + 1, batch, channels, dtype=accumulate)
+    rows = 1 if pieces == 1 else pieces + 1
+    carry = x.new_empty(2 * rows, batch, channels, dtype=accumulate)
     if h0 is not None:
         h0 = (h0 if h0.dtype == accumulate else h0.to(accumulate)).contiguous()
     mask = None if mask is None else mask.bool().contiguous()
@@ -735,8 +770,9 @@ def _prepare(
     x_strides, states_strides = x.stride(), states.stride()
     sizes = (0, 0, 0, batch, steps, channels, blocks, block, pieces, piece)
     inputs = (x.data_ptr(), x_strides[0], x_strides[1], states.data_ptr(), states_strides[0], states_strides[1])
-    optional = (_data_ptr(h0), _data_ptr(mask), _data_ptr(reset), carry.data_ptr())
-    arguments = array("q", sizes + inputs + optional)  # one array at once: this is a tenth of a decoding step's call
+    optional = (_data_ptr(h0), _data_ptr(mask), _data_ptr(reset))
+    # One array at once: this is a tenth of a decoding step's call.
+    arguments = array("q", (*sizes, *inputs, *optional, carry.data_ptr(), rows * batch * channels))
     return arguments, carry, threads, (h0, mask, reset)
 
 
@@ -778,7 +814,8 @@ def numba_forward(
     Raises:
         ValueError: if numba is missing or the dtypes have no kernel.
 
-    Precision: state and accumulation float32 (float64 for float64).
+    Precision: state and accumulation float32 (float64 for float64), with compensated sums: the relative error is
+    about 1e-6 after a million steps, also where the state hardly changes from one to the next.
     Cost: O(B T N), one pass over memory.
     """
     forward, _ = _require_variant(gate_and_candidate, dtype)
