@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.training.arguments import ArgumentParser
-from mingru_hf.training.models import load_pretrained
+from mingru_hf.training.models import load_pretrained, prompt_ids
 
 
 def parse_args(argv: list[str] | None):
@@ -57,22 +57,6 @@ def parse_args(argv: list[str] | None):
     return parser, args
 
 
-def encode(tokenizer, prompt: str) -> torch.Tensor:
-    """Turn a prompt into token ids (1, T); an empty one into the beginning-of-text token, or else a newline.
-
-    Raises:
-        ValueError: if the tokenizer has no token for it.
-    """
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.long() if prompt else torch.empty(1, 0)
-    if ids.shape[1] == 0 and tokenizer.bos_token_id is not None:
-        ids = torch.tensor([[tokenizer.bos_token_id]])
-    elif ids.shape[1] == 0:
-        ids = tokenizer("\n", return_tensors="pt").input_ids.long()
-    if ids.shape[1] == 0:
-        raise ValueError("the prompt gives no token: give another --prompt")
-    return ids
-
-
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     if args.seed is not None:
@@ -80,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).eval()
-        prompt = encode(tokenizer, args.prompt)
+        prompt = prompt_ids(tokenizer, args.prompt)
     if not args.use_cpu and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     prompt = prompt.to(model.device)

@@ -12,10 +12,18 @@ with scripts/generate_text.py.
 from dataclasses import dataclass
 from pathlib import Path
 
+from datasets import DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
-from mingru_hf.data.text import build_tokenizer, characters_per_token, group_texts, load_text_datasets
+from mingru_hf.data.text import (
+    DocumentPositions,
+    build_tokenizer,
+    characters_per_token,
+    evaluation_blocks,
+    group_texts,
+    load_text_datasets,
+)
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
@@ -61,6 +69,12 @@ class DataArguments:
     )
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
     block_size: int = option(256, "tokens a training example")
+    packing: str = option(
+        "concatenate",
+        "how documents share an example (concatenate: the state goes on into the next one, as in run_clm; reset: it "
+        "starts anew there)",
+        ("concatenate", "reset"),
+    )
     preprocessing_num_workers: int | None = option(None, "processes that tokenize")
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
 
@@ -72,7 +86,7 @@ def parse_args(
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser, ModelArguments)
     add_arguments(parser, DataArguments)
-    add_arguments(parser, TrainArguments)
+    add_arguments(parser, TrainArguments, sample_tokens=100)
     namespace = parser.parse_args(argv)
     with parser.user_errors():
         return parser, *(from_namespace(c, namespace) for c in (ModelArguments, DataArguments, TrainArguments))
@@ -82,8 +96,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     """Load the text, load or make the tokenizer, and cut the tokens into blocks.
 
     Returns:
-        Datasets with `train` and `validation` (column `input_ids`), the tokenizer, and the characters of the
-        validation text to a token.
+        The training blocks (column `input_ids`), the validation blocks (`labels` too), the tokenizer, and the
+        characters of the validation text to a token.
     """
     text = load_text_datasets(
         dataset_name=data_args.dataset_name,
@@ -99,8 +113,14 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     else:
         name = model_args.tokenizer_name or "char"
         tokenizer = build_tokenizer(name, text["train"]["text"], vocab_size=model_args.vocab_size)
-    blocks = group_texts(text, tokenizer, data_args.block_size, num_proc=data_args.preprocessing_num_workers)
-    return blocks, tokenizer, characters_per_token(text["validation"], tokenizer)
+    several = any(len(split) > 1 for split in text.values())
+    if data_args.packing == "reset" and not (several and tokenizer.eos_token_id is not None):
+        raise ValueError("packing reset needs several documents, and a tokenizer with an eos token between them")
+    options = (tokenizer, data_args.block_size, data_args.preprocessing_num_workers)
+    add_eos = several and tokenizer.eos_token_id is not None
+    training = group_texts(DatasetDict(train=text["train"]), *options, add_eos)["train"]
+    validation = evaluation_blocks(DatasetDict(validation=text["validation"]), *options, add_eos)["validation"]
+    return training, validation, tokenizer, characters_per_token(text["validation"], tokenizer, add_eos)
 
 
 def load_model(model_args: ModelArguments, tokenizer):
@@ -128,23 +148,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("config_name and config_overrides do not go with model_name_or_path")
         accelerator = start(args)
         with accelerator.main_process_first():  # the others read what the first one has cached
-            blocks, tokenizer, characters = load_data(model_args, data_args)
+            training, validation, tokenizer, characters = load_data(model_args, data_args)
         model = load_model(model_args, tokenizer)
 
     dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, "
-        f"{len(blocks['train']) * data_args.block_size:,} tokens to train on, "
-        f"{len(blocks['validation']) * data_args.block_size:,} to validate; "
+        f"{len(training) * data_args.block_size:,} tokens to train on, "
+        f"{(validation.with_format('numpy')['labels'][:][:, 1:] != -100).sum():,} to predict in validation; "
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}"
     )
     result = train(
         model,
-        blocks["train"],
-        blocks["validation"],
+        training,
+        validation,
         args,
         accelerator,
+        collate_fn=DocumentPositions(tokenizer.eos_token_id) if data_args.packing == "reset" else None,
         processing_class=tokenizer,
         characters_per_token=characters,
         dataset_name=dataset_name,

@@ -8,11 +8,15 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset, DatasetDict
 
 from mingru_hf.data import text as text_module
 from mingru_hf.data.text import (
+    DocumentPositions,
     build_tokenizer,
     characters_per_token,
+    evaluation_blocks,
     group_texts,
     load_shakespeare,
     load_text_datasets,
@@ -350,3 +354,34 @@ def test_impossible_blocks(arguments, message):
         tokenizer.eos_token = None
     with pytest.raises(ValueError, match=message):
         group_texts(one_text(TEXT), tokenizer, **arguments)
+
+
+# ---- evaluation blocks, and documents apart ----
+
+
+@pytest.mark.parametrize("length", [2, 5, 8, 9, 15, 16, 40])
+@pytest.mark.parametrize("block_size", [2, 5, 8])
+def test_evaluation_blocks_ask_for_every_token_once(length, block_size):
+    text = "".join(chr(ord("a") + i % 26) for i in range(length))
+    tokenizer = build_tokenizer("char", [text])
+    blocks = evaluation_blocks(DatasetDict(validation=Dataset.from_dict({"text": [text]})), tokenizer, block_size)
+    rows = blocks["validation"]
+    asked = [label for row in rows for label in row["labels"][1:] if label != -100]  # a model shifts them
+    assert tokenizer.decode(asked) == text[1:]
+    for row in rows:
+        assert len(row["input_ids"]) == len(row["labels"]) == block_size
+        assert all(label in (token, -100) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    assert any(label != -100 for label in rows[-1]["labels"][1:])
+
+
+def test_evaluation_blocks_need_two_tokens():
+    texts = DatasetDict(validation=Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match="has 1 tokens, expected at least two"):
+        evaluation_blocks(texts, build_tokenizer("char", ["a"]), 4)
+
+
+def test_positions_restart_where_a_document_begins():
+    rows = [{"input_ids": torch.tensor(ids)} for ids in ([5, 0, 7, 8, 0], [0, 6, 6, 6, 6])]
+    batch = DocumentPositions(eos_token_id=0)(rows)
+    assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0], [0, 1, 2, 3, 4]]
+    assert batch["input_ids"].tolist() == [[5, 0, 7, 8, 0], [0, 6, 6, 6, 6]]

@@ -128,6 +128,28 @@ def test_training_with_bpe_on_json_reports_both_losses(tmp_path, capsys):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "bpe")) == 300
 
 
+def test_documents_apart_a_sample_and_a_way_back(tmp_path, capsys):
+    file, directory = tmp_path / "text.jsonl", tmp_path / "run"
+    file.write_text("\n".join(json.dumps({"text": line}) for line in TEXT.split("\n\n") if line))
+    command = (
+        *("train_causal_lm", "--train_file", file, "--cache_dir", tmp_path / "cache", "--packing", "reset"),
+        *("--max_train_steps", 20, "--checkpointing_steps", 10, "--sample_tokens", 8, "--gradient_checkpointing"),
+        *("--output_dir", directory, *TINY, *FAST),
+    )
+    call(*command)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert all("sample" in record for record in metrics["history"] if "eval_loss" in record)
+    assert "holds checkpoint-20 of another run" in error_of(capsys, *command)
+    call(*command, "--resume_from_checkpoint", "latest")
+    out = capsys.readouterr().out
+    assert f"going on from {directory / 'checkpoint-20'}" in out
+    assert json.loads((directory / "metrics.json").read_text())["final"] == metrics["final"]
+    one_document = tmp_path / "one.txt"
+    one_document.write_text(TEXT)
+    reset = ("train_causal_lm", "--train_file", one_document, "--packing", "reset", "--use_cpu")
+    assert "several documents" in error_of(capsys, *reset, "--output_dir", tmp_path / "other")
+
+
 def test_any_other_causal_model_trains_too(text_file, tmp_path):
     config = tmp_path / "gpt2.json"
     config.write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}')
@@ -273,21 +295,43 @@ def test_as_a_user_runs_them(text_file, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(text_file, tmp_path):
-    """torchrun with batch 8 each, against one process with batch 16, without dropout: the same losses."""
+    """The launchers with batch 8 each, against one process with batch 16, without dropout: the same losses."""
+    launchers = {
+        "one": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1),
+        "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+        "accelerate": (
+            *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0),
+        ),
+    }
     metrics = {}
-    for processes, batch in ((1, 16), (2, 8)):
-        directory = tmp_path / f"by-{processes}"
+    for name, launcher in launchers.items():
+        directory, processes = tmp_path / name, 1 if name == "one" else 2
         result = run(
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes),
-            *(SCRIPTS / "train_causal_lm.py", "--train_file", text_file, "--output_dir", directory, *TINY, *FAST),
-            *("--max_train_steps", 20, "--per_device_train_batch_size", batch, "--logging_steps", 1),
+            *(sys.executable, *launcher, SCRIPTS / "train_causal_lm.py", "--train_file", text_file),
+            *("--output_dir", directory, *TINY, *FAST),
+            *("--max_train_steps", 20, "--per_device_train_batch_size", 16 // processes, "--logging_steps", 1),
         )
         assert result.returncode == 0, result.stderr
         assert f"{processes} x cpu" in result.stdout
-        metrics[processes] = json.loads((directory / "metrics.json").read_text())
-    one, two = metrics[1], metrics[2]
-    assert one["examples_per_step"] == two["examples_per_step"] == 16
-    for a, b in zip(one["history"], two["history"], strict=True):
-        name = "loss" if "loss" in a else "eval_loss"
-        assert a[name] == pytest.approx(b[name], rel=1e-3)  # sums in another order, through 20 steps of Adam
-    assert one["final"]["eval_loss"] == pytest.approx(two["final"]["eval_loss"], rel=1e-3)
+        assert "started one" not in result.stderr
+        metrics[name] = json.loads((directory / "metrics.json").read_text())
+    one = metrics.pop("one")
+    for two in metrics.values():
+        assert one["examples_per_step"] == two["examples_per_step"] == 16
+        for a, b in zip(one["history"], two["history"], strict=True):
+            name = "loss" if "loss" in a else "eval_loss"
+            assert a[name] == pytest.approx(b[name], rel=1e-3)  # sums in another order, through 20 steps of Adam
+        assert one["final"]["eval_loss"] == pytest.approx(two["final"]["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_only_is_reported(text_file, tmp_path):
+    result = run(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2),
+        *(SCRIPTS / "train_causal_lm.py", "--train_file", text_file, "--output_dir", tmp_path / "run", *TINY, *FAST),
+        *("--max_train_steps", 1),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "1 x cpu" in result.stdout
+    assert "asked for several processes and started one" in result.stderr

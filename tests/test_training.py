@@ -2,15 +2,22 @@
 
 import json
 import math
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.data.text import build_tokenizer
 from mingru_hf.training import loop
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace
 from mingru_hf.training.checkpoints import check_output_dir, save_pretrained, write_json
@@ -207,7 +214,8 @@ def test_epochs_make_steps(args):
     assert result["epoch"] == 1.5
 
 
-def test_a_budget_of_seconds_is_kept(args):
+def test_a_budget_of_seconds_is_kept(args, monkeypatch):
+    monkeypatch.setattr(loop, "plot_loss", lambda *args: None)  # slower than all the rest
     _, result = run(args(max_train_steps=None, max_train_seconds=1.5, logging_steps=1000, eval_steps=None))
     assert 1.5 <= result["train_seconds"] < 2.5
     assert result["step"] > 5
@@ -245,6 +253,118 @@ def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+# ---- several processes ----
+
+
+def train_as_one_of(rank, num_processes, port, batch_size, directory):
+    """Train a tiny model for a few steps as one of several processes, which torchrun's variables make of it."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    arguments = TrainArguments(
+        output_dir=str(directory),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=5,
+        max_train_steps=6,
+        num_warmup_steps=0,
+        learning_rate=0.01,
+        logging_steps=1,
+        eval_steps=3,
+        checkpointing_steps="3",
+        resume_from_checkpoint="latest",
+        mixed_precision="no",
+        use_cpu=True,
+    )
+    accelerator = start(arguments)
+    assert accelerator.num_processes == num_processes
+    train(make_model(), make_blocks(16), make_blocks(13, seed=1), arguments, accelerator)
+
+
+def train_in_processes(num_processes, directory):
+    """Train as so many processes on 8 examples a step, and give the curve without its times."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (num_processes, port, 8 // num_processes, directory)
+    children = [context.Process(target=train_as_one_of, args=(rank, *arguments)) for rank in range(num_processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["examples_per_step"] == 8
+    losses = [record.get("loss", record.get("eval_loss")) for record in metrics["history"]]
+    assert len(losses) == 6 + 2
+    return [*losses, metrics["final"]["eval_loss"]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_two_processes_equal_one_with_twice_the_batch_and_go_on_as_they_would_have(tmp_path):
+    one, two = (train_in_processes(number, tmp_path / str(number)) for number in (1, 2))
+    assert one == pytest.approx(two, rel=1e-4)
+    assert two[-2] < two[0] - 0.1
+    ours, theirs = (load_file(tmp_path / str(number) / "model.safetensors") for number in (1, 2))
+    torch.testing.assert_close(ours, theirs, **ORDER_OF_SUMS)
+    shutil.rmtree(tmp_path / "2" / "checkpoint-6")
+    assert train_in_processes(2, tmp_path / "2") == two
+    torch.testing.assert_close(load_file(tmp_path / "2" / "model.safetensors"), theirs, rtol=0, atol=0)
+
+
+def test_a_launcher_that_started_one_process_for_two_is_found_out(args, monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` sets the address of a group and starts one process."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.warns(UserWarning, match=r"started one.*torchrun --nproc_per_node N"):
+        start(args())
+
+
+def test_sharded_models_are_refused(args, monkeypatch):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
+    with pytest.raises(ValueError, match=r"FSDP does not run here.*Trainer"):
+        start(args())
+
+
+# ---- less memory, and a look at the text ----
+
+
+def test_gradient_checkpointing_changes_no_weight(args, tmp_path):
+    plain, _ = run(args(output_dir=str(tmp_path / "plain")))
+    AcceleratorState._reset_state()
+    forwards, model = [], make_model()
+    model.model.layers[0].mixer.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    run(args(output_dir=str(tmp_path / "saving"), gradient_checkpointing=True, max_train_steps=4), model)
+    assert sum(forwards) == 2 * 4  # with gradients once more in every backward pass
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), **ORDER_OF_SUMS)
+
+
+def test_training_asks_for_no_logits(args):
+    model, kinds = make_model(), []
+    model.register_forward_hook(lambda module, args, output: kinds.append((module.training, output.logits is None)))
+    run(args(), model, metrics={"zero": lambda logits, labels: logits.sum() * 0})
+    assert set(kinds) == {(True, True), (False, False)}
+
+
+def test_a_sample_at_every_evaluation_and_the_same_weights(args, tmp_path, capsys):
+    tokenizer = build_tokenizer("char", ["abcde"])
+    plain, _ = run(args(output_dir=str(tmp_path / "plain"), eval_steps=2), processing_class=tokenizer)
+    AcceleratorState._reset_state()
+    capsys.readouterr()
+    model, result = run(
+        args(output_dir=str(tmp_path / "talking"), eval_steps=2, sample_tokens=9), processing_class=tokenizer
+    )
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    samples = [record["sample"] for record in result["history"] if "eval_loss" in record]
+    assert len(samples) == 2
+    assert all(set(sample) <= set("abcde<unk>") for sample in samples)
+    assert any(samples)
+    out = capsys.readouterr().out
+    assert all(f"    {sample}" in out for sample in samples if sample)
+
+
 # ---- evaluation ----
 
 
@@ -271,6 +391,7 @@ def test_evaluation_is_the_mean_over_all_targets(args):
     assert scores["eval_loss"] == pytest.approx(expected, rel=1e-6)
     assert scores["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert scores["eval_loss_per_character"] == pytest.approx(expected / 2, rel=1e-6)
+    assert 2 ** scores["eval_bits_per_character"] == pytest.approx(math.exp(expected / 2), rel=1e-6)
     assert scores["eval_constant"] == pytest.approx(0.25)
 
 

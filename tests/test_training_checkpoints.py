@@ -4,6 +4,7 @@ The runs are processes of their own, forked from a server that has imported ever
 SIGKILL ends them as a power cut would.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -68,17 +69,23 @@ def train_counting(output_dir, **changes):
         return train(MinGRUForCausalLM(config), rows, rows, args, accelerator, processing_class=tokenizer)
 
 
-def die_at(call, number, output_dir):
-    """Train, and be killed just before the `number`-th call of one of the system calls that write a checkpoint."""
-    module, name = (shutil, "rmtree") if call == "rmtree" else (os, call)
-    original, calls = getattr(module, name), iter(range(1, number + 1))
+def die_in(writer, time, call, number, output_dir):
+    """Train, and be killed in the `time`-th run of a function, just before the `number`-th system call of a kind."""
+    module = shutil if call == "rmtree" else os
+    write, original = getattr(loop, writer), getattr(module, call)
+    runs, calls = itertools.count(1), itertools.count(1)
 
     def count(*args, **kwargs):
         if next(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
-    setattr(module, name, count)
+    def watch(*args, **kwargs):
+        if next(runs) == time:
+            setattr(module, call, count)
+        return write(*args, **kwargs)
+
+    setattr(loop, writer, watch)
     train_counting(output_dir)
 
 
@@ -171,25 +178,24 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("call", "number"),
+    ("writer", "time", "call", "number", "left"),
     [
-        ("fsync", 2),  # before there is a checkpoint
-        pytest.param("fsync", 8, marks=SLOW),  # in the first one
-        pytest.param("fsync", 13, marks=SLOW),  # in an evaluation
-        ("fsync", 22),  # in the second one, which has the best weights beside its own
-        pytest.param("rename", 2, marks=SLOW),  # before it gets its name
-        pytest.param("rename", 4, marks=SLOW),  # before the third one pushes the first out
-        ("rmtree", 5),  # while it does
+        ("write_json", 1, "fsync", 1, []),  # before there is a checkpoint
+        pytest.param("write_checkpoint", 1, "fsync", 3, [], marks=SLOW),
+        pytest.param("save_pretrained", 1, "fsync", 2, [2], marks=SLOW),  # in an evaluation
+        ("write_checkpoint", 2, "fsync", 5, [2]),  # the second one has the best weights beside its own
+        pytest.param("write_checkpoint", 2, "rename", 1, [2], marks=SLOW),  # before it gets its name
+        pytest.param("write_checkpoint", 3, "rename", 2, [2, 4, 6], marks=SLOW),  # before the first is pushed out
+        ("write_checkpoint", 3, "rmtree", 1, [4, 6]),  # while it is
     ],
 )
-def test_killed_in_the_middle_of_writing(call, number, tmp_path, whole):
-    child = process(die_at, call, number, tmp_path / "run")
+def test_killed_in_the_middle_of_writing(writer, time, call, number, left, tmp_path, whole):
+    child = process(die_in, writer, time, call, number, tmp_path / "run")
     child.join(120)
     assert child.exitcode == -signal.SIGKILL
-    names = [path.name for path in checkpoints_in(tmp_path / "run")]
-    before = {("fsync", 2): [], ("fsync", 8): [], ("fsync", 13): [2], ("fsync", 22): [2], ("rename", 2): [2]}
-    assert names == [f"checkpoint-{step}" for step in before.get((call, number), [2, 4, 6][call == "rmtree" :])]
-    assert all(damage(tmp_path / "run" / name) is None for name in names)
+    there = checkpoints_in(tmp_path / "run")
+    assert [path.name for path in there] == [f"checkpoint-{step}" for step in left]
+    assert all(damage(path) is None for path in there)
     finish(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
 

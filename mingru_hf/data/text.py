@@ -3,6 +3,7 @@
     datasets = load_text_datasets("shakespeare")  # splits "train" and "validation", column "text"
     tokenizer = build_tokenizer("char", datasets["train"]["text"])
     blocks = group_texts(datasets, tokenizer, block_size=256)  # column "input_ids", 256 tokens a row
+    evaluation = evaluation_blocks(datasets, tokenizer, block_size=256)  # and "labels": every token once
 
 Nothing is shuffled, and nothing is written but the caches of `datasets` (`cache_dir`).
 """
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import default_collate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 SHAKESPEARE = "shakespeare"
@@ -442,18 +445,7 @@ def group_texts(
         ValueError: if block_size or num_proc is too small, add_eos is True and the tokenizer has no eos
             token, or a split yields no whole block.
     """
-    if block_size < 2:
-        raise ValueError(
-            f"block_size is {block_size}, expected at least 2 tokens: one to read, one to predict. Give a larger one."
-        )
-    if num_proc is not None and num_proc < 1:
-        raise ValueError(f"num_proc is {num_proc}, expected at least 1 process. Give 1 or more, or None.")
-    if add_eos is None:
-        add_eos = tokenizer.eos_token_id is not None and any(len(split) > 1 for split in datasets.values())
-    if add_eos and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "add_eos is True, but the tokenizer has no eos token. Set tokenizer.eos_token, or leave add_eos out."
-        )
+    add_eos = _check_blocks(datasets, tokenizer, block_size, num_proc, add_eos)
     blocks = DatasetDict()
     for name, split in datasets.items():
         ids = _token_ids(split, tokenizer, tokenizer.eos_token_id if add_eos else None, num_proc)
@@ -465,6 +457,64 @@ def group_texts(
             )
         blocks[name] = dataset_of_rows({"input_ids": ids[: count * block_size].reshape(count, block_size)})
     return blocks
+
+
+def evaluation_blocks(
+    datasets: DatasetDict,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    num_proc: int | None = None,
+    add_eos: bool | None = None,
+) -> DatasetDict:
+    """Tokenise every split and cut it so that each token but the first is predicted exactly once.
+
+    A block begins with the last token of the one before, which it reads and does not predict; the last block is
+    filled up with places that have no label. So the loss is that of the whole text, whatever the batch size, with at
+    most block_size - 1 tokens of context.
+
+    Args:
+        datasets, tokenizer, block_size, num_proc, add_eos: as for `group_texts`.
+
+    Returns:
+        The same splits with `input_ids` and `labels`: (blocks, block_size) int32, -100 where nothing is asked.
+
+    Raises:
+        ValueError: as `group_texts`, or if a split has fewer than two tokens.
+    """
+    add_eos = _check_blocks(datasets, tokenizer, block_size, num_proc, add_eos)
+    blocks = DatasetDict()
+    for name, split in datasets.items():
+        ids = _token_ids(split, tokenizer, tokenizer.eos_token_id if add_eos else None, num_proc)
+        if len(ids) < 2:
+            raise ValueError(f"The split {name!r} has {len(ids)} tokens, expected at least two. Give more text.")
+        stride = block_size - 1
+        count = -(-(len(ids) - 1) // stride)
+        places = np.arange(count)[:, None] * stride + np.arange(block_size)  # (blocks, block_size)
+        inputs = ids[np.minimum(places, len(ids) - 1)]
+        labels = np.where(places < len(ids), inputs, np.int32(-100))
+        blocks[name] = dataset_of_rows({"input_ids": inputs, "labels": labels})
+    return blocks
+
+
+class DocumentPositions:
+    """A collate function that keeps the documents packed into a row apart, by position_ids that restart.
+
+    A document begins with the eos token that ends the one before: there the state starts anew, as it does when a text
+    is generated from nothing.
+
+    Args:
+        eos_token_id: what `group_texts` puts between documents.
+    """
+
+    def __init__(self, eos_token_id: int):
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, rows: list[dict]) -> dict:
+        batch = default_collate(rows)
+        ids = batch["input_ids"]  # (B, T)
+        columns = torch.arange(ids.shape[1]).expand_as(ids)
+        starts = torch.where(ids == self.eos_token_id, columns, 0).cummax(1).values
+        return {**batch, "position_ids": columns - starts}
 
 
 def characters_per_token(
@@ -492,6 +542,29 @@ def characters_per_token(
     if tokens == 0:
         raise ValueError("The dataset holds no token, expected text. Give a split that is not empty.")
     return sum(len(row["text"]) for row in text_dataset) / tokens
+
+
+def _check_blocks(
+    datasets: DatasetDict,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    num_proc: int | None,
+    add_eos: bool | None,
+) -> bool:
+    """Check the arguments of `group_texts`, and say whether the eos token follows every document."""
+    if block_size < 2:
+        raise ValueError(
+            f"block_size is {block_size}, expected at least 2 tokens: one to read, one to predict. Give a larger one."
+        )
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"num_proc is {num_proc}, expected at least 1 process. Give 1 or more, or None.")
+    if add_eos is None:
+        add_eos = tokenizer.eos_token_id is not None and any(len(split) > 1 for split in datasets.values())
+    if add_eos and tokenizer.eos_token_id is None:
+        raise ValueError(
+            "add_eos is True, but the tokenizer has no eos token. Set tokenizer.eos_token, or leave add_eos out."
+        )
+    return add_eos
 
 
 def dataset_of_rows(columns: dict[str, np.ndarray]) -> Dataset:

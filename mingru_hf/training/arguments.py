@@ -102,6 +102,7 @@ class TrainArguments:
         "examples, spread evenly over the validation set, for evaluations during training; the final one, of "
         "the best model, takes them all",
     )
+    sample_tokens: int = option(0, "tokens of a text that the model writes at every evaluation; 0: none")
     logging_steps: int = option(10, "optimizer steps between two points of the training curve")
 
     seed: int = option(0, "seed of the weights, the order of the data and dropout", group="machine")
@@ -109,6 +110,9 @@ class TrainArguments:
         "auto",
         "precision of the matrix products (auto is bf16 where CPU or GPU has it, else no)",
         ("auto", "no", "bf16", "fp16"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "keep the inputs of the blocks alone and compute the rest again in the backward pass: less memory"
     )
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     dataloader_num_workers: int = option(0, "processes that load data; 0: the main one does")
@@ -132,6 +136,7 @@ class TrainArguments:
                 raise ValueError(f"{name} must be positive, not {value}")
         for name in (
             "checkpoints_total_limit",
+            "sample_tokens",
             "num_warmup_steps",
             "weight_decay",
             "max_grad_norm",

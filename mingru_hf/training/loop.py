@@ -12,8 +12,11 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import random
+import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import DistributedType, broadcast, gather_object
 from accelerate.utils import set_seed as set_process_seed
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .arguments import TrainArguments
 from .checkpoints import (
@@ -39,7 +42,7 @@ from .checkpoints import (
     write_json,
 )
 from .model_card import write_model_card
-from .models import load_pretrained
+from .models import load_pretrained, prompt_ids
 from .optim import make_optimizer, make_schedule
 from .plots import plot_loss
 
@@ -67,7 +70,7 @@ def start(args: TrainArguments) -> Accelerator:
 
     Raises:
         ValueError: if `output_dir` holds another run, `resume_from_checkpoint` is no whole checkpoint, or device and
-            precision do not go together.
+            precision do not go together, or the launcher shards the model.
     """
     check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
     accelerator = Accelerator(
@@ -79,6 +82,17 @@ def start(args: TrainArguments) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"{accelerator.distributed_type.value} does not run here, where every process holds the whole model "
+            "(DDP): leave it out of the launcher's configuration, or train with transformers' Trainer"
+        )
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        warnings.warn(
+            "The launcher was asked for several processes and started one (`accelerate launch --cpu` does): use "
+            "torchrun --nproc_per_node N, or accelerate launch --multi_gpu --num_processes N, with --use_cpu.",
+            stacklevel=2,
+        )
     accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     if args.push_to_hub and accelerator.is_main_process:
         hub_repository(args)  # now rather than after hours of training: no login is an error here
@@ -167,6 +181,8 @@ def train(
         accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
     rate = make_schedule(args, max_steps)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
     optimizer = make_optimizer(model, args)
     net, optimizer = accelerator.prepare(model, optimizer)  # net: model, perhaps in a DDP wrapper
@@ -287,7 +303,6 @@ def train(
                 metrics,
                 characters_per_token=characters_per_token,
             )
-            net.train()
             if not math.isfinite(scores["eval_loss"]):
                 raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}")
             now.history.append({**position, **scores})
@@ -297,11 +312,19 @@ def train(
                 now.best, now.patience = now.history[-1], args.early_stopping_patience
             elif now.patience is not None:
                 now.patience -= 1
+            sample = None
+            if is_main and args.sample_tokens and isinstance(processing_class, PreTrainedTokenizerBase):
+                sample = now.history[-1]["sample"] = sample_text(
+                    model, processing_class, args.sample_tokens, args.seed
+                )
+            net.train()
             if is_main:
                 bar.write(
                     f"step {now.step}, epoch {now.epoch:.2f}, {now.seconds:.0f} s, "
                     f"{report()['tokens_per_second']:,.0f} tokens/s: {summary(scores)}{' (best)' * improved}"
                 )
+                if sample is not None:
+                    bar.write(textwrap.indent(sample, "    "))
                 if improved:
                     save_pretrained(output_dir, model, processing_class)
                 write_json(output_dir / METRICS_FILE, report())
@@ -380,8 +403,8 @@ def evaluate(
         model, dataset, args, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
 
     Returns:
-        `eval_loss` (nats a target), `eval_perplexity`, `eval_loss_per_character` (nats) if characters are
-        known, and `eval_NAME` for every metric; means over all targets.
+        `eval_loss` (nats a target), `eval_perplexity`, `eval_loss_per_character` (nats) and
+        `eval_bits_per_character` if characters are known, and `eval_NAME` for every metric; means over all targets.
 
     Raises:
         ValueError: if the dataset has no target.
@@ -413,7 +436,35 @@ def evaluate(
     scores = {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if characters_per_token is not None:
         scores["eval_loss_per_character"] = loss / characters_per_token
+        scores["eval_bits_per_character"] = loss / characters_per_token / math.log(2)
     return scores | {f"eval_{name}": total / targets for name, total in zip(metrics, others, strict=True)}
+
+
+def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int = 0) -> str:
+    """Have the model write a text from nothing, at temperature 0.8; training's random numbers stay untouched.
+
+    Args:
+        model: in eval mode.
+        tokenizer: of the model.
+        num_tokens: to write at most; no more than the model has positions for.
+        seed: of the draws.
+    """
+    prompt = prompt_ids(tokenizer, "").to(model.device)
+    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        ids = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=int(min(num_tokens, longest - prompt.shape[1])),
+            do_sample=True,
+            temperature=0.8,
+            top_k=0,
+            pad_token_id=pad,
+        )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 class BatchStream:
@@ -481,7 +532,7 @@ def summary(scores: dict[str, float]) -> str:
     if per_character not in (None, loss):
         words.append(f"{per_character:.4f} nats a character")
     words.append(f"perplexity {scores['eval_perplexity']:.3f}")
-    known = ("eval_loss", "eval_loss_per_character", "eval_perplexity")
+    known = ("eval_loss", "eval_loss_per_character", "eval_bits_per_character", "eval_perplexity")
     words += [f"{name[5:]} {value:.4f}" for name, value in scores.items() if name not in known]
     return ", ".join(words)
 

@@ -15,6 +15,7 @@ METRIC_NAMES = {
     "eval_loss": ("loss", "Validation loss (nats a token)"),
     "eval_perplexity": ("perplexity", "Perplexity"),
     "eval_loss_per_character": ("loss_per_character", "Validation loss (nats a character)"),
+    "eval_bits_per_character": ("bits_per_character", "Validation loss (bits a character)"),
     "eval_accuracy": ("accuracy", "Accuracy"),
 }
 LOADING = {

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .checkpoints import no_progress_bars
 
@@ -104,3 +105,19 @@ def load_pretrained(cls: type, name: str | Path):
         if path.is_dir():
             raise
         raise OSError(f"{name} is no directory here, and the Hub gave no model: {error}") from None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
+    """Turn a prompt into token ids (1, T); an empty one into the beginning-of-text token, or else a newline.
+
+    Raises:
+        ValueError: if the tokenizer has no token for it.
+    """
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.long() if prompt else torch.empty(1, 0)
+    if ids.shape[1] == 0 and tokenizer.bos_token_id is not None:
+        ids = torch.tensor([[tokenizer.bos_token_id]])
+    elif ids.shape[1] == 0:
+        ids = tokenizer("\n", return_tensors="pt").input_ids.long()
+    if ids.shape[1] == 0:
+        raise ValueError("the prompt gives no token: give another --prompt")
+    return ids
