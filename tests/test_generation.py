@@ -205,10 +205,11 @@ def test_speculative_sampling_of_the_best_token_is_greedy(model, input_ids, assi
     for each in (model, other):
         each.generation_config.update(eos_token_id=39, pad_token_id=0)
     ids = input_ids[:1]
-    expected = model.generate(ids, max_new_tokens=25)
+    settings = {"max_new_tokens": 25, "repetition_penalty": 1.1}
+    expected = model.generate(ids, **settings)
     calls = count_forwards(model)
-    settings = {"do_sample": True, "top_k": 1, "assistant_model": other}
-    assert torch.equal(model.generate(ids, max_new_tokens=25, **settings), expected)
+    sampling = {"do_sample": True, "top_k": 1, "assistant_model": other}
+    assert torch.equal(model.generate(ids, **settings, **sampling), expected)
     assert len(calls) < 25
 
 

@@ -326,16 +326,18 @@ def test_assisted_decoding_gives_the_greedy_tokens(model, input_ids, roles):
     for each in (main, assistant):
         each.generation_config.update(eos_token_id=39, pad_token_id=0, bos_token_id=1)
     ids = input_ids[:1]
-    expected = main.generate(ids, max_new_tokens=20)
-    assert torch.equal(main.generate(ids, max_new_tokens=20, assistant_model=assistant), expected)
+    settings = {"max_new_tokens": 20, "repetition_penalty": 1.3}
+    expected = main.generate(ids, **settings)
+    assert torch.equal(main.generate(ids, assistant_model=assistant, **settings), expected)
 
 
 def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
     model.generation_config.update(eos_token_id=39, pad_token_id=0)
     ids = input_ids[:1]
-    expected = model.generate(ids, max_new_tokens=20)
+    settings = {"max_new_tokens": 20, "repetition_penalty": 1.3}
+    expected = model.generate(ids, **settings)
     if model.config.hidden_sizes is None:
-        assert torch.equal(model.generate(ids, max_new_tokens=20, assistant_early_exit=1), expected)
+        assert torch.equal(model.generate(ids, assistant_early_exit=1, **settings), expected)
     else:
         with pytest.raises(ValueError, match="Early exit after 1 blocks needs a block as wide as the last"):
             model.generate(ids, max_new_tokens=20, assistant_early_exit=1)

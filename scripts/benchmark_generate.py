@@ -1,0 +1,453 @@
+#!/usr/bin/env python
+"""Measure what generate() can do with a model's cache, how fast it decodes, and that its memory stays flat.
+
+    python scripts/benchmark_generate.py --parts features
+    python scripts/benchmark_generate.py --parts speed --threads 2 --rounds 9
+    python scripts/benchmark_generate.py --parts memory --tokens 1000000 --threads 1
+
+features: a table of MinGRU, Mamba2, RWKV and GPT-2, tiny and random, in Markdown. Every cell is tried out and compared
+with the same model run over the whole text without a cache: "exact" (the same greedy tokens), "wrong" (others, and no
+error), "refused" (an error), "none" (nothing there to ask for). Scores are compared where no tokens are generated.
+speed: a decoding step against the model's matrix products alone, generate() against a raw loop, and the prefill of a
+long prompt, beside the log-space scan's model and transformers' Mamba and GPT-2. All take turns; medians are shown.
+memory: a model reads and writes very many tokens; the process's memory and the time a token are printed on the way.
+"""
+
+import argparse
+import copy
+import inspect
+import resource
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from benchmark_lm import LogScanLM, interleave
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+    StaticCache,
+)
+from transformers.utils import logging
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+
+VOCABULARY = 40
+NEW_TOKENS = 12
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["features", "speed", "memory"], default=["features"])
+    parser.add_argument("--models", nargs="+", help="of the features' table only these; default: all")
+    parser.add_argument("--verbose", action="store_true", help="print the error behind each 'refused'")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5, help="of the speed's measurements")
+    parser.add_argument("--decode_steps", type=int, default=100, help="tokens a round")
+    parser.add_argument("--prompt_length", type=int, default=8192, help="tokens of the prefill")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="to read, and to write, in the memory's part")
+    return parser.parse_args(argv)
+
+
+# --- Features
+
+
+def tiny_models(names: list[str] | None) -> dict[str, PreTrainedModel]:
+    """Random models with weights large enough that each writes 5 to 11 different tokens of 12."""
+    common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    makers: dict[str, Callable[[], PreTrainedModel]] = {
+        "MinGRU": lambda: MinGRUForCausalLM(
+            MinGRUConfig(**common, hidden_size=64, num_hidden_layers=3, initializer_range=1.0)
+        ),
+        "Mamba2": lambda: Mamba2ForCausalLM(
+            Mamba2Config(
+                **common,
+                hidden_size=32,
+                num_hidden_layers=3,
+                num_heads=8,
+                head_dim=8,
+                state_size=8,
+                n_groups=1,
+                chunk_size=4,
+                initializer_range=0.3,
+            )
+        ),
+        "RWKV": lambda: RwkvForCausalLM(
+            RwkvConfig(**common, hidden_size=32, attention_hidden_size=32, num_hidden_layers=3)
+        ),
+        "GPT-2": lambda: GPT2LMHeadModel(
+            GPT2Config(**common, n_embd=32, n_layer=3, n_head=4, n_positions=512, initializer_range=0.3)
+        ),
+    }
+    unknown = set(names or ()) - set(makers)
+    if unknown:
+        raise ValueError(f"--models: unknown {', '.join(sorted(unknown))}; known: {', '.join(makers)}.")
+    models = {name: make().eval() for name, make in makers.items() if names is None or name in names}
+    if "RWKV" in models:  # has no initializer_range
+        for parameter in models["RWKV"].parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.3)
+    return models
+
+
+def whole(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
+    """(B, T, V) logits of one pass without a cache."""
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, count: int = NEW_TOKENS) -> Tensor:
+    """`ids` and `count` greedy tokens, each from a pass over the whole text."""
+    for _ in range(count):
+        ids = torch.cat([ids, whole(model, ids)[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def generate(model: PreTrainedModel, ids: Tensor | None, **kwargs):
+    """generate() with a mask, since it would take padding tokens that the model wrote for padding."""
+    if ids is not None:
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, **{"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs)
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Whether logits agree up to rounding, or tokens exactly."""
+    if not actual.is_floating_point():
+        return torch.equal(actual, expected)
+    return bool((actual - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+class NothingThere(Exception):
+    """The model has nothing that could be asked for."""
+
+
+def state_arguments(output) -> dict:
+    """What a forward pass hands on to the next one, as its argument."""
+    for name in ("cache", "state"):
+        if getattr(output, name, None) is not None:
+            return {name: getattr(output, name)}
+    raise NothingThere
+
+
+def returned_cache(output):
+    if getattr(output, "cache", None) is None:
+        raise NothingThere
+    return output.cache
+
+
+def cached_tokens(model, ids):
+    return generate(model, ids), greedy(model, ids)
+
+
+def left_padding(model, ids):
+    lengths = [ids.shape[1], 5, 9]
+    mask = torch.stack([(torch.arange(ids.shape[1]) >= ids.shape[1] - n).long() for n in lengths])
+    together = generate(model, ids[:3] * mask, attention_mask=mask)[:, ids.shape[1] :]
+    alone = [greedy(model, ids[row : row + 1, -n:])[0, n:] for row, n in enumerate(lengths)]
+    return together, torch.stack(alone)
+
+
+def right_padding(model, ids):
+    lengths, new = torch.tensor([ids.shape[1], 5, 9]), ids[1:, :3]
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    output = model(ids[:3] * mask, attention_mask=mask, use_cache=True)
+    going_on = state_arguments(output) | {"attention_mask": torch.cat([mask, torch.ones_like(new)], dim=1)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        going_on["position_ids"] = lengths[:, None] + torch.arange(3)
+    alone = [whole(model, torch.cat([ids[row, :n], new[row]])[None])[0, n:] for row, n in enumerate(lengths)]
+    return model(new, use_cache=True, **going_on).logits, torch.stack(alone)
+
+
+def beams(model, ids):
+    settings = {"num_beams": 3, "num_return_sequences": 2}
+    return generate(model, ids, **settings), generate(model, ids, use_cache=False, **settings)
+
+
+def forward_in_chunks(model, ids):
+    first = model(ids[:, :5], use_cache=True)
+    second = model(ids[:, 5:], use_cache=True, **state_arguments(first))
+    return torch.cat([first.logits, second.logits], dim=1), whole(model, ids)
+
+
+def prefill_chunks(model, ids):
+    return generate(model, ids, prefill_chunk_size=5), greedy(model, ids)
+
+
+def turn_with_all_ids(model, ids):
+    first = generate(model, ids, return_dict_in_generate=True)
+    full = torch.cat([first.sequences, ids[:, :4]], dim=1)
+    return generate(model, full, cache=returned_cache(first)), greedy(model, full)
+
+
+def turn_with_new_ids(model, ids):
+    first = generate(model, ids, return_dict_in_generate=True)
+    cache = returned_cache(first)
+    full = torch.cat([first.sequences, ids[:, :4]], dim=1)
+    new = full[:, -5:]  # the last token of the first turn has not been read yet
+    output = generate(model, new, attention_mask=torch.ones_like(full), cache=cache)
+    return output[:, -NEW_TOKENS:], greedy(model, full)[:, -NEW_TOKENS:]
+
+
+def rollback(model, ids):
+    cache = returned_cache(model(ids[:, :8], use_cache=True))
+    cache.activate_past_recording()
+    model(ids[:, 8:12], use_cache=True, cache=cache)
+    cache.crop(-3)
+    return model(ids[:, 9:], use_cache=True, cache=cache).logits, whole(model, ids)[:, 9:]
+
+
+def prompt_lookup(model, ids):
+    return generate(model, ids[:1], prompt_lookup_num_tokens=3), greedy(model, ids[:1])
+
+
+def assisted(model, ids):
+    assistant = copy.deepcopy(model)
+    for parameter in assistant.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return generate(model, ids[:1], assistant_model=assistant), greedy(model, ids[:1])
+
+
+def static(model, ids):
+    return generate(model, ids, cache_implementation="static"), greedy(model, ids)
+
+
+def packed_documents(model, ids):
+    lengths = [7, 1, ids.shape[1] - 8]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(ids[:1], position_ids=positions, use_cache=False).logits
+    return packed, torch.cat([whole(model, document) for document in ids[:1].split(lengths, dim=1)], dim=1)
+
+
+def embeddings(model, ids):
+    embeds = model.get_input_embeddings()(ids)
+    return generate(model, None, inputs_embeds=embeds), greedy(model, ids)[:, ids.shape[1] :]
+
+
+def cache_bytes(value) -> int:
+    """Bytes of all tensors in a cache or a list of states."""
+    if isinstance(value, Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, (list, tuple)):
+        return sum(cache_bytes(item) for item in value)
+    if isinstance(value, dict):
+        return sum(cache_bytes(item) for item in value.values())
+    return cache_bytes(vars(value)) if hasattr(value, "__dict__") else 0
+
+
+def constant_memory(model, ids):
+    short, long = (cache_bytes(state_arguments(model(ids.repeat(1, n), use_cache=True))) for n in (1, 4))
+    return "grows" if long > short else "constant"
+
+
+FEATURES = {
+    "cached generation equals uncached": cached_tokens,
+    "left padding": left_padding,
+    "right padding, then going on": right_padding,
+    "beams, several sequences": beams,
+    "`inputs_embeds`": embeddings,
+    "packed documents (`position_ids`)": packed_documents,
+    "forward in pieces": forward_in_chunks,
+    "`prefill_chunk_size`": prefill_chunks,
+    "next turn with all ids": turn_with_all_ids,
+    "next turn with the new ids": turn_with_new_ids,
+    "rollback (`crop`)": rollback,
+    "prompt lookup": prompt_lookup,
+    "assisted decoding": assisted,
+    "static cache": static,
+    "size of the cache": constant_memory,
+}
+
+
+def try_out(feature, model: PreTrainedModel, seed: int) -> tuple[str, str]:
+    """The cell of the table and the error behind it, if there was one."""
+    torch.manual_seed(seed)
+    ids = torch.randint(2, VOCABULARY, (4, 16))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = feature(copy.deepcopy(model), ids)
+            return result if isinstance(result, str) else ("exact" if same(*result) else "wrong"), ""
+    except NothingThere:
+        return "none", ""
+    except Exception as error:  # whatever a model raises, its user cannot have the feature
+        return "refused", f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def print_features(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Try every feature on every model, and print the table."""
+    torch.manual_seed(args.seed)
+    models = tiny_models(args.models)
+    table: dict[str, dict[str, str]] = {}
+    print(f"| feature | {' | '.join(models)} |\n|---{'|---' * len(models)}|")
+    for name, feature in FEATURES.items():
+        cells = {model_name: try_out(feature, model, args.seed) for model_name, model in models.items()}
+        table[name] = {model_name: cell for model_name, (cell, _) in cells.items()}
+        print(f"| {name} | {' | '.join(table[name].values())} |", flush=True)
+        if args.verbose:
+            for model_name, (_, error) in cells.items():
+                print(f"    {model_name}: {error}" if error else "", end="\n" if error else "")
+    return table
+
+
+# --- Speed
+
+
+class Products(nn.Module):
+    """The matrix products of a step alone: the six linears of a 6-layer model, one after the other."""
+
+    def __init__(self, hidden_size: int, num_layers: int):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(hidden_size, 2 * hidden_size) for _ in range(num_layers))
+        self.hidden_size = hidden_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.linears:
+            x = linear(x)[..., : self.hidden_size]
+        return x
+
+
+def raw_loop(model: PreTrainedModel, cache_of: Callable, batch_size: int, steps: int) -> Callable[[], None]:
+    first = torch.ones(batch_size, 1, dtype=torch.long)
+
+    @torch.inference_mode()
+    def run() -> None:
+        ids, cache = first, cache_of()
+        for _ in range(steps):
+            ids = model(ids, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    return run
+
+
+def print_speed(args: argparse.Namespace) -> None:
+    """Decoding steps and prefill of models 384 wide with 6 layers, vocabulary 96."""
+    size, depth, steps = 384, 6, args.decode_steps
+    common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = MinGRUConfig(**common, hidden_size=size, num_hidden_layers=depth, expand=1, conv_kernel=0, use_mlp=False)
+    mingru = MinGRUForCausalLM(config).eval()
+    longest = max(args.prompt_length, steps + 1)
+    gpt2 = GPT2LMHeadModel(GPT2Config(**common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest)).eval()
+    mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval()
+    products = Products(size, depth)
+    compiled = torch.compile(MinGRUForCausalLM(config).eval(), fullgraph=True, dynamic=False)
+    print(f"torch {torch.__version__}, {args.threads} threads; {depth} layers, {size} wide, float32")
+
+    for batch_size in (1, 16):
+        x, prompt = torch.randn(batch_size, 1, size), torch.ones(batch_size, 1, dtype=torch.long)
+
+        @torch.inference_mode()
+        def linears(x=x) -> None:
+            for _ in range(steps):
+                products(x)
+
+        def generated(prompt=prompt) -> None:
+            mingru.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False, use_cache=True
+            )
+
+        def static_cache(batch_size=batch_size) -> StaticCache:
+            cache = StaticCache(config=config, max_cache_len=steps + 1)
+            mingru(torch.ones(batch_size, 1, dtype=torch.long), cache=cache)  # makes its tensors
+            return cache
+
+        def dynamic(model):
+            return lambda: DynamicCache(config=model.config)
+
+        runs = {
+            "linears": linears,
+            "MinGRU, raw loop": raw_loop(mingru, dynamic(mingru), batch_size, steps),
+            "MinGRU, generate()": generated,
+            "MinGRU, static + compile": raw_loop(compiled, static_cache, batch_size, steps),
+            "Mamba, raw loop": raw_loop(mamba, dynamic(mamba), batch_size, steps),
+            "GPT-2, raw loop": raw_loop(gpt2, dynamic(gpt2), batch_size, steps),
+        }
+        seconds = interleave(runs, args.rounds)
+        print(f"\ndecoding, B={batch_size}, {steps} tokens      ms a step   over the {depth} linears")
+        for name, value in seconds.items():
+            print(f"{name:30} {1e3 * value / steps:10.3f}   {value / seconds['linears']:10.2f}")
+        extra = 1e3 * (seconds["MinGRU, generate()"] - seconds["MinGRU, raw loop"]) / steps
+        print(f"generate() adds {extra:.3f} ms a step")
+
+    ids = torch.randint(2, 96, (1, args.prompt_length))
+    log_scan = LogScanLM(96, size, depth).eval()
+
+    def prefill(model):
+        @torch.inference_mode()
+        def run() -> None:
+            model(ids, use_cache=True, logits_to_keep=1) if isinstance(model, PreTrainedModel) else model(ids)
+
+        return run
+
+    runs = {name: prefill(m) for name, m in {"MinGRU": mingru, "log scan": log_scan, "GPT-2": gpt2}.items()}
+    seconds = interleave(runs, args.rounds)
+    print(f"\nprefill, B=1, T={args.prompt_length}      ms   over MinGRU's")
+    for name, value in seconds.items():
+        print(f"{name:20} {1e3 * value:10.1f}   {value / seconds['MinGRU']:10.2f}")
+
+
+# --- Memory
+
+
+def resident_megabytes() -> float:
+    """Memory of this process now, where the system tells, else its peak."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+@torch.inference_mode()
+def measure_memory(
+    tokens: int, pieces: int = 10, piece_length: int = 1000
+) -> dict[str, list[tuple[int, float, float]]]:
+    """Read `tokens` tokens in pieces of `piece_length`, then write as many; (tokens, MB, us a token) on the way."""
+    config = MinGRUConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
+    model = MinGRUForCausalLM(config).eval()
+    cache = DynamicCache(config=config)
+    ids = torch.randint(0, VOCABULARY, (1, piece_length))
+    model(ids, cache=cache, logits_to_keep=1)  # warm up
+    points: dict[str, list[tuple[int, float, float]]] = {"read": [], "written": []}
+    part = tokens // pieces
+    for number in range(1, pieces + 1):
+        began = time.perf_counter()
+        for _ in range(part // piece_length):
+            output = model(ids, cache=cache, logits_to_keep=1)
+        points["read"].append((number * part, resident_megabytes(), 1e6 * (time.perf_counter() - began) / part))
+    token = output.logits.argmax(-1)
+    for number in range(1, pieces + 1):
+        began = time.perf_counter()
+        for _ in range(part):
+            token = model(token, cache=cache).logits.argmax(-1)
+        points["written"].append((number * part, resident_megabytes(), 1e6 * (time.perf_counter() - began) / part))
+    assert cache.get_seq_length() == piece_length * (1 + pieces * (part // piece_length)) + pieces * part
+    return points
+
+
+def print_memory(args: argparse.Namespace) -> None:
+    for name, points in measure_memory(args.tokens).items():
+        print(f"\n{name:>12} tokens   process MB   us a token")
+        for count, megabytes, microseconds in points:
+            print(f"{count:19,} {megabytes:12.1f} {microseconds:12.2f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    parts = {"features": print_features, "speed": print_speed, "memory": print_memory}
+    for part in args.parts:
+        parts[part](args)
+
+
+if __name__ == "__main__":
+    main()
