@@ -34,6 +34,7 @@ def demo_directory(tmp_path, monkeypatch):
     tokenizer.save_pretrained("runs/demo")
 
 
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, where there is no GPU
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 @pytest.mark.usefixtures("demo_directory")
 def test_snippets_run_as_printed(index):
