@@ -28,14 +28,19 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def call(name, *argv):
     """Run a script's main() in this process; accelerate forgets the run before."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main([str(word) for word in argv])
+    load(name).main([str(word) for word in argv])
 
 
 def run(*words, **kwargs):
@@ -335,3 +340,27 @@ def test_a_launcher_that_starts_one_process_only_is_reported(text_file, tmp_path
     assert result.returncode == 0, result.stderr
     assert "1 x cpu" in result.stdout
     assert "asked for several processes and started one" in result.stderr
+
+
+# ---- benchmark_scan ----
+
+
+def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys):
+    report, picture = tmp_path / "scan.json", tmp_path / "scan.png"
+    words = ["--shapes", "2,20,8", "--rounds", 1, "--dtype", "float32", "bfloat16", "--json", report]
+    call("benchmark_scan", *words)
+    rows = {(row["dtype"], row["backend"]): row for row in json.loads(report.read_text())["results"]}
+    for name in ("log", "torch", "torch.nn.GRU"):
+        assert rows["float32", name]["forward_ms"] > 0
+        assert rows["float32", name]["both_over_add"] > 0
+    assert rows["float32", "torch"]["max_relative_error"] <= 1e-5
+    assert rows["bfloat16", "torch"]["max_relative_error"] <= 2.0**-8
+    assert ("bfloat16", "log") not in rows
+    out = capsys.readouterr().out
+    assert "bfloat16 without log: The 'log' scan works in float32 and float64 only" in out
+    assert "(2, 20, 8) bfloat16, 1 thread(s): add" in out
+
+    module = load("benchmark_scan")
+    module.CURVE = [(1, 16, 4), (1, 64, 4)]
+    module.main(["--shapes", "--rounds", "1", "--backends", "torch", "--peers", "--png", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
