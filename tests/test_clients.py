@@ -62,6 +62,7 @@ def mean_loss(model, tokenizer, texts=TEXTS, ends=""):
 def test_trainer_with_the_collator_for_language_modeling(model, tokenizer, tmp_path, skip_logits):
     """Padded batches and gradient accumulation: the loss is that of the texts one by one, as a mean of batches."""
     model.config.skip_logits = skip_logits
+    tokenizer.padding_side = "right"  # on the left the last padding would be asked for the first token
     rows = Dataset.from_dict({"text": TEXTS}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
     trainer = Trainer(
         model,
