@@ -515,6 +515,15 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             return None
         return attention_mask[:, -steps:]
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in GenerationMixin; an assistant keeps as many states as it may have to take drafted tokens back."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache, drafts = model_kwargs.get("cache"), generation_config.max_new_tokens
+        if cache is not None and generation_config.is_assistant and drafts is not None:
+            for layer in cache.layers:
+                # Twice: with another tokenizer than the main model's, more than the last round's may be taken back.
+                layer.min_recorded_steps = max(layer.min_recorded_steps, 2 * drafts)
+
     def _get_static_cache_init_shape(self):
         return None  # there are no heads: the layers make their tensors themselves
 

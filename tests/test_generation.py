@@ -234,6 +234,18 @@ def test_speculative_sampling_keeps_the_distribution(model, input_ids):
     assert ((drawn / runs - probabilities)[top].abs() < 4 * spread[top]).all()
 
 
+def test_an_assistant_can_take_back_all_of_a_long_draft(model, input_ids):
+    config = copy.deepcopy(model.generation_config)
+    config.update(is_assistant=True, assistant_confidence_threshold=0.0, return_dict_in_generate=True)
+    ids = input_ids[:1]
+    cache = model.generate(ids, generation_config=config, max_new_tokens=300).cache
+    assert cache.get_seq_length() == 12 + 299
+    cache.crop(-299)
+    following = torch.cat([ids, input_ids[1:2]], dim=1)
+    expected = model.generate(following, max_new_tokens=5, repetition_penalty=1.3)
+    assert torch.equal(model.generate(following, cache=cache, max_new_tokens=5, repetition_penalty=1.3), expected)
+
+
 def test_assistants_with_another_tokenizer(model):
     """Universal assisted decoding: drafts are re-tokenised, and crop goes back over what was cropped before."""
     tokenizer = tokenizer_of(LETTERS)
