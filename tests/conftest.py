@@ -1,3 +1,5 @@
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -26,3 +28,24 @@ def model(request):
 def input_ids():
     """(3, 12) token ids, none of them padding."""
     return torch.randint(1, 40, (3, 12))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if mark := item.get_closest_marker("clients"):
+            item.user_properties.append(("client", mark.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `-m clients`, a table: client, version, what was tried, outcome."""
+    if "clients" not in config.option.markexpr:
+        return
+    terminalreporter.section("clients")
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            client = dict(report.user_properties).get("client", "")
+            try:
+                version = importlib.metadata.version(client.split()[0])
+            except (importlib.metadata.PackageNotFoundError, IndexError):
+                version = "-"
+            terminalreporter.write_line(f"{client:<20} {version:<10} {outcome:<8} {report.nodeid.split('::')[-1]}")

@@ -1,119 +1,358 @@
-"""The trainers that others wrote: transformers' Trainer, TRL's SFTTrainer, on the text model as on any other."""
+"""The libraries around transformers run MinGRU models; `make test-clients` prints a table of them.
 
+Trainers stand in test_trainers.py, the pipeline of videos in test_video_processing_minconvgru.py.
+
+Not supported: GGUF (llama.cpp) and vLLM, which bring model code of their own and have none for MinGRU.
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    pipeline,
+)
 
-from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf import (
+    MinGRUConfig,
+    MinGRUForCausalLM,
+    MinGRUForSequenceClassification,
+    MinGRUForTokenClassification,
+    MinGRUModel,
+)
 from mingru_hf.data.text import build_tokenizer
 
-LETTERS = "abcdefghijklmnop"
-TEXTS = [(LETTERS * 2)[i % 16 : i % 16 + 4 + i % 7] for i in range(48)]  # the alphabet, from anywhere
+ROOT = Path(__file__).parent.parent
+TEXT = "the quick brown fox jumps over the lazy dog.\n"
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+# PEFT and TRL use names that transformers has given up.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer("char", [LETTERS])
+    return build_tokenizer("char", [TEXT])
+
+
+def config_for(tokenizer, **options):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
+    return MinGRUConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes, **options)
 
 
 @pytest.fixture
 def model(tokenizer):
-    return MinGRUForCausalLM(
-        MinGRUConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            initializer_range=0.2,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+    return MinGRUForCausalLM(config_for(tokenizer)).eval()
+
+
+@pytest.fixture
+def directory(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def inputs(tokenizer):
+    return tokenizer(["the quick brown", "fox"], return_tensors="pt", padding=True)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def greedy(model, inputs, num_tokens=12):
+    return model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+
+
+# --- Pipelines
+
+
+@pytest.mark.clients("transformers")
+def test_pipeline_text_generation(directory, model, tokenizer):
+    texts = pipeline("text-generation", str(directory), do_sample=False)(["the fox", "dog"], max_new_tokens=8)
+    for prompt, text in zip(["the fox", "dog"], texts, strict=True):
+        expected = greedy(model, tokenizer(prompt, return_tensors="pt"), 8)
+        assert text[0]["generated_text"] == tokenizer.decode(expected[0], skip_special_tokens=True)
+
+
+@pytest.mark.clients("transformers")
+def test_pipeline_text_classification(tokenizer):
+    model = MinGRUForSequenceClassification(config_for(tokenizer, id2label={0: "sly", 1: "lazy"})).eval()
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    texts = ["the quick brown fox", "dog"]
+    single = [classify(text)[0] for text in texts]
+    for one, batched in zip(single, classify(texts, batch_size=2), strict=True):
+        assert one["label"] == batched["label"]
+        assert one["score"] == pytest.approx(batched["score"], abs=1e-5)
+    logits = model(**tokenizer("dog", return_tensors="pt")).logits[0]
+    assert single[1]["score"] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-5)
+
+
+@pytest.mark.clients("transformers")
+def test_pipeline_token_classification(tokenizer):
+    model = MinGRUForTokenClassification(config_for(tokenizer, num_labels=3)).eval()
+    entities = pipeline("token-classification", model=model, tokenizer=tokenizer, ignore_labels=[])("the fox")
+    logits = model(**tokenizer("the fox", return_tensors="pt")).logits[0]
+    assert [int(entity["entity"].removeprefix("LABEL_")) for entity in entities] == logits.argmax(-1).tolist()
+
+
+@pytest.mark.clients("transformers")
+def test_pipeline_feature_extraction(tokenizer):
+    model = MinGRUModel(config_for(tokenizer)).eval()
+    features = pipeline("feature-extraction", model=model, tokenizer=tokenizer)("the fox")
+    with torch.no_grad():
+        expected = model(**tokenizer("the fox", return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(torch.tensor(features), expected, **CLOSE)
+
+
+# --- Training
+
+
+@pytest.mark.clients("peft")
+@pytest.mark.parametrize("targets", [["gate_hidden", "out_proj"], "all-linear"])
+def test_peft_lora_reaches_the_recurrence_and_merges(model, inputs, targets, tmp_path):
+    peft = pytest.importorskip("peft", reason="LoRA comes from peft")
+    with torch.no_grad():
+        base = model(**inputs).logits
+    lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    names = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    for target in ("gate_hidden", "out_proj"):
+        assert sum(f".mixer.{target}.lora_" in name for name in names) == 4  # A and B in each of two blocks
+    adapted(**inputs, labels=inputs.input_ids).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        assert (expected - base).abs().max() > 0.01
+        tokens = greedy(adapted, inputs)
+
+        adapted.save_pretrained(tmp_path)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs).logits, expected, **CLOSE)
+        torch.testing.assert_close(greedy(merged, inputs), tokens)
+    assert not list(tmp_path.glob("*.py"))  # an adapter's directory needs no code
+
+
+@pytest.mark.clients("trl")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_trl_packed_training_sees_the_borders_of_the_documents(model, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl", reason="SFTTrainer comes from trl")
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        packing=True,
+        packing_strategy="bfd",
+        padding_free=True,
+        max_length=64,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
     )
+    data = Dataset.from_list([{"text": text} for text in (TEXT, "the fox.\n", "dog\n", "lazy dog.\n")] * 4)
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    starts = (batch["position_ids"] == 0).sum().item()
+    assert starts > len(batch["input_ids"])  # several documents in a row
+    with torch.no_grad():
+        packed = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
+        begins = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+        for first, last in zip(begins, [*begins[1:], None], strict=True):
+            alone = trainer.model(input_ids=batch["input_ids"][:1, first:last]).logits[0]
+            torch.testing.assert_close(packed[first:last], alone, **CLOSE)
+    losses = [entry["loss"] for entry in trainer.train() and trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
-def arguments(cls, directory, **changes):
-    values = {
-        "output_dir": str(directory),
-        "max_steps": 40,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.02,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    return cls(**(values | changes))
+# --- Placement and precision
 
 
-def mean_loss(model, tokenizer, texts=TEXTS, ends=""):
-    """Nats a token over all texts, one after the other."""
-    losses = []
-    for text in texts:
-        ids = tokenizer(text + ends, return_tensors="pt").input_ids
+@pytest.mark.clients("accelerate")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"low_cpu_mem_usage": True},
+        {"device_map": {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "disk", "lm_head": "cpu"}},
+    ],
+    ids=["auto", "cpu", "low memory", "disk"],
+)
+def test_accelerate_places_and_offloads(directory, model, inputs, options, tmp_path):
+    placed = AutoModelForCausalLM.from_pretrained(directory, offload_folder=tmp_path / "offload", **options)
+    with torch.no_grad():
+        torch.testing.assert_close(placed(**inputs).logits, model(**inputs).logits, **CLOSE)
+        torch.testing.assert_close(greedy(placed, inputs), greedy(model, inputs))
+
+
+@pytest.mark.clients("accelerate")
+def test_accelerate_offloads_to_the_cpu(model, inputs):
+    from accelerate import cpu_offload
+
+    with torch.no_grad():
+        expected, tokens = model(**inputs).logits, greedy(model, inputs)
+        cpu_offload(model, execution_device="cpu")
+        assert all(parameter.device.type == "meta" for parameter in model.parameters())
+        torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+        torch.testing.assert_close(greedy(model, inputs), tokens)
+
+
+@pytest.mark.clients("torchao")
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_int8_weights_stay_close(directory, model, inputs):
+    """Weights rounded to 8 bits move the probabilities of the next token by less than 2 % of a unit."""
+    quantization = pytest.importorskip("torchao.quantization", reason="int8 weights come from torchao")
+    from transformers import TorchAoConfig
+
+    int8 = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    small = AutoModelForCausalLM.from_pretrained(directory, quantization_config=int8)
+    assert type(small.model.layers[0].mixer.gate_hidden.weight) is not torch.nn.Parameter
+    with torch.no_grad():
+        probabilities, expected = small(**inputs).logits.softmax(-1), model(**inputs).logits.softmax(-1)
+    difference = (probabilities - expected).abs().max()
+    assert 0 < difference < 0.02
+    assert greedy(small, inputs).shape == greedy(model, inputs).shape
+
+
+# --- Servers, evaluation, other runtimes
+
+
+@pytest.mark.clients("transformers serve")
+def test_server_completes_and_chats(directory, model, tokenizer, tmp_path):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="`transformers serve` needs transformers[serving]")
+    tokenizer = type(tokenizer).from_pretrained(directory)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(directory)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "serve.py"),
+        str(directory),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    log = (tmp_path / "log").open("w+")
+    server = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
+
+    def ask(route, **request):
+        data = json.dumps({"model": str(directory), **request}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{route}", data, headers)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())["choices"][0]
+
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                log.seek(0)
+                assert server.poll() is None, log.read()
+                assert time.monotonic() < deadline, log.read()
+                time.sleep(0.2)
+        completion = ask("completions", prompt="the fox", max_tokens=8, temperature=0)
+        messages = [{"role": "user", "content": "the fox"}]
+        chat = ask("chat/completions", messages=messages, max_tokens=8, temperature=0)
+    finally:
+        server.terminate()
+        server.wait(30)
+        log.close()
+    prompt = tokenizer("the fox", return_tensors="pt")
+    expected = tokenizer.decode(greedy(model, prompt, 8)[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+    assert completion["text"] == expected
+    assert chat["message"]["content"] == expected
+
+
+@pytest.mark.clients("lm_eval")
+@pytest.mark.filterwarnings("ignore")
+def test_lm_evaluation_harness_scores_a_local_task(directory, model, tokenizer, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="the harness is lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    questions = [{"question": "the quick brown", "choices": ["fox", "dog"], "answer": i} for i in (0, 1)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps(question) for question in questions))
+    (tmp_path / "fox.yaml").write_text(f"""
+task: fox
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "questions.jsonl"}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+""")
+    results = lm_eval.simple_evaluate(
+        HFLM(pretrained=str(directory), device="cpu", dtype="float32", batch_size=2),
+        tasks=["fox"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    scores = []
+    for choice in ("fox", "dog"):
+        ids = tokenizer(f"the quick brown {choice}", return_tensors="pt").input_ids
         with torch.no_grad():
-            losses.append(F.cross_entropy(model.eval()(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
-    return torch.cat(losses).mean().item()
+            scores.append(model(ids).logits[0, -5:-1].log_softmax(-1).gather(1, ids[0, -4:, None]).sum().item())
+    samples = results["samples"]["fox"]
+    logliks = [response[0] for response in samples[0]["filtered_resps"]]
+    assert logliks == pytest.approx(scores, abs=1e-3)
+    assert results["results"]["fox"]["acc,none"] == 0.5  # both questions have the same answer, one of them wrong
 
 
-@pytest.mark.parametrize("skip_logits", [False, True])
-def test_trainer_with_the_collator_for_language_modeling(model, tokenizer, tmp_path, skip_logits):
-    """Padded batches and gradient accumulation: the loss is that of the texts one by one, as a mean of batches."""
-    model.config.skip_logits = skip_logits
-    tokenizer.padding_side = "right"  # on the left the last padding would be asked for the first token
-    rows = Dataset.from_dict({"text": TEXTS}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
-    trainer = Trainer(
-        model,
-        arguments(TrainingArguments, tmp_path, gradient_accumulation_steps=2, per_device_eval_batch_size=16),
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
-    )
-    before = mean_loss(model, tokenizer)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=0.03)
-    trainer.train()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    assert losses[0] == pytest.approx(before, rel=0.2)
-    after = trainer.evaluate()["eval_loss"]
-    assert after == pytest.approx(mean_loss(model, tokenizer), rel=0.03)
-    assert after < before - 1
-    shapes = {tuple(logits.shape[1:]) for logits in [trainer.predict(rows.select(range(3))).predictions]}
-    assert shapes == {(max(map(len, TEXTS[:3])), len(tokenizer))}
+@pytest.mark.clients("onnxruntime")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("kind", ["paper", "stack"])
+def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+    import onnx
 
-
-def test_trainer_learns_the_same_with_and_without_logits(tokenizer, tmp_path):
-    rows = Dataset.from_dict({"text": TEXTS}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
-    curves = []
-    for skip_logits in (False, True):
-        torch.manual_seed(0)
-        model = MinGRUForCausalLM(MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1))
-        model.config.skip_logits = skip_logits
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        settings = arguments(TrainingArguments, tmp_path, max_steps=10)
-        trainer = Trainer(model, settings, train_dataset=rows, data_collator=collator)
-        trainer.train()
-        curves.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
-
-
-@pytest.mark.filterwarnings("default")  # TRL's own
-@pytest.mark.parametrize("packing", [False, True])
-def test_sft_trainer(model, tokenizer, tmp_path, packing):
-    trl = pytest.importorskip("trl", reason='needs TRL: pip install "mingru-hf[clients]"')
-    rows = Dataset.from_dict({"text": TEXTS})
-    trainer = trl.SFTTrainer(
-        model,
-        arguments(trl.SFTConfig, tmp_path, packing=packing, max_length=32, bf16=False),
-        train_dataset=rows,
-        eval_dataset=rows,
-        processing_class=tokenizer,
-    )
-    before = mean_loss(model, tokenizer, ends="<|endoftext|>")
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=0.03)  # a mean of batches' means
-    trainer.train()
-    after = trainer.evaluate()["eval_loss"]
-    assert after == pytest.approx(mean_loss(model, tokenizer, ends="<|endoftext|>"), rel=0.03)
-    assert after < before - 1
+    sizes = {
+        "paper": {"hidden_size": 16, "num_hidden_layers": 2},
+        "stack": {"hidden_size": 8, "hidden_sizes": [12, 16], "conv_kernel": 0, "expand": 1, "use_mlp": False},
+    }[kind]
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, initializer_range=0.3, **sizes)).eval()
+    script = load_script("export_onnx")
+    script.export(model, tmp_path)
+    for batch, steps in ((1, 1), (3, 50)):
+        ids = torch.randint(0, 40, (batch, steps))
+        expected = greedy(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0})
+        assert np.array_equal(script.generate(tmp_path, ids.numpy(), 12), expected.numpy())
+    operators = {}
+    for name in ("prefill", "decode"):
+        graph = onnx.load(tmp_path / f"{name}.onnx")
+        assert {node.domain for node in graph.graph.node} == {""}
+        assert not graph.functions
+        operators[name] = {node.op_type for node in graph.graph.node}
+    assert "Scan" in operators["prefill"]
+    assert not {"Scan", "Loop", "If"} & operators["decode"]

@@ -29,6 +29,7 @@ from mingru_hf import (
     MinGRUForTokenClassification,
     MinGRUModel,
 )
+from mingru_hf.data.text import build_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "scripts" / "configs"
 
@@ -550,3 +551,14 @@ def test_nothing_is_logged_while_saving_and_loading(tmp_path, model, caplog):
     with caplog.at_level(logging.WARNING):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not caplog.records
+
+
+def test_generation_stops_at_strings():
+    """The tokenizer that generate() needs for them is none of the model's arguments."""
+    tokenizer = build_tokenizer("char", ["abcdefg.\n"])
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2)).eval()
+    ids = tokenizer("abc", return_tensors="pt").input_ids
+    free = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0])
+    stop = free[3:5]
+    stopped = model.generate(ids, max_new_tokens=20, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert tokenizer.decode(stopped[0]) == free[: 3 + free[3:].index(stop) + 2]

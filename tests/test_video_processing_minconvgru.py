@@ -188,6 +188,7 @@ def test_the_auto_class_knows_it(model_dir):
     assert type(AutoVideoProcessor.from_pretrained(model_dir)) is MinConvGRUVideoProcessor
 
 
+@pytest.mark.clients("transformers")
 def test_the_pipeline_takes_arrays_and_files(model_dir, file, frames):
     model = MinConvGRUForVideoClassification.from_pretrained(model_dir).eval()
     processor = AutoVideoProcessor.from_pretrained(model_dir)

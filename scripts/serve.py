@@ -1,0 +1,24 @@
+#!/usr/bin/env python
+r"""Start transformers' own server, OpenAI-compatible, with MinGRU known to it.
+
+    python scripts/serve.py runs/demo --port 8000
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \
+        -d '{"model": "runs/demo", "prompt": "ROMEO:"}'
+
+Needs `pip install "transformers[serving]"`; all options are those of `transformers serve` (--help lists them). Chat,
+as `transformers chat` asks for it, needs a tokenizer with a chat template.
+"""
+
+import sys
+
+import transformers
+from transformers.cli.transformers import main
+
+import mingru_hf
+
+# The server looks a model's class up in transformers' own namespace.
+transformers.MinGRUForCausalLM = mingru_hf.MinGRUForCausalLM
+
+if __name__ == "__main__":
+    sys.argv.insert(1, "serve")
+    main()

@@ -1,0 +1,123 @@
+"""The trainers that others wrote: transformers' Trainer, TRL's SFTTrainer, on the text model as on any other."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.data.text import build_tokenizer
+
+LETTERS = "abcdefghijklmnop"
+TEXTS = [(LETTERS * 2)[i % 16 : i % 16 + 4 + i % 7] for i in range(48)]  # the alphabet, from anywhere
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer("char", [LETTERS])
+
+
+@pytest.fixture
+def model(tokenizer):
+    return MinGRUForCausalLM(
+        MinGRUConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            initializer_range=0.2,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+
+
+def arguments(cls, directory, **changes):
+    values = {
+        "output_dir": str(directory),
+        "max_steps": 40,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.02,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return cls(**(values | changes))
+
+
+def mean_loss(model, tokenizer, texts=TEXTS, ends=""):
+    """Nats a token over all texts, one after the other."""
+    losses = []
+    for text in texts:
+        ids = tokenizer(text + ends, return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses.append(F.cross_entropy(model.eval()(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+@pytest.mark.clients("transformers")
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_trainer_with_the_collator_for_language_modeling(model, tokenizer, tmp_path, skip_logits):
+    """Padded batches and gradient accumulation: the loss is that of the texts one by one, as a mean of batches."""
+    model.config.skip_logits = skip_logits
+    tokenizer.padding_side = "right"  # on the left the last padding would be asked for the first token
+    rows = Dataset.from_dict({"text": TEXTS}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+    trainer = Trainer(
+        model,
+        arguments(TrainingArguments, tmp_path, gradient_accumulation_steps=2, per_device_eval_batch_size=16),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    before = mean_loss(model, tokenizer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=0.03)
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert losses[0] == pytest.approx(before, rel=0.2)
+    assert (tmp_path / "checkpoint-40" / "modeling_mingru.py").is_file()  # it loads without this package, too
+    after = trainer.evaluate()["eval_loss"]
+    assert after == pytest.approx(mean_loss(model, tokenizer), rel=0.03)
+    assert after < before - 1
+    shapes = {tuple(logits.shape[1:]) for logits in [trainer.predict(rows.select(range(3))).predictions]}
+    assert shapes == {(max(map(len, TEXTS[:3])), len(tokenizer))}
+
+
+@pytest.mark.clients("transformers")
+def test_trainer_learns_the_same_with_and_without_logits(tokenizer, tmp_path):
+    rows = Dataset.from_dict({"text": TEXTS}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
+    curves = []
+    for skip_logits in (False, True):
+        torch.manual_seed(0)
+        model = MinGRUForCausalLM(MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1))
+        model.config.skip_logits = skip_logits
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        settings = arguments(TrainingArguments, tmp_path, max_steps=10)
+        trainer = Trainer(model, settings, train_dataset=rows, data_collator=collator)
+        trainer.train()
+        curves.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+@pytest.mark.clients("trl")
+@pytest.mark.filterwarnings("default")  # TRL's own
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_trainer(model, tokenizer, tmp_path, packing):
+    trl = pytest.importorskip("trl", reason='needs TRL: pip install "mingru-hf[clients]"')
+    rows = Dataset.from_dict({"text": TEXTS})
+    trainer = trl.SFTTrainer(
+        model,
+        arguments(trl.SFTConfig, tmp_path, packing=packing, max_length=32, bf16=False),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    before = mean_loss(model, tokenizer, ends="<|endoftext|>")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=0.03)  # a mean of batches' means
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after == pytest.approx(mean_loss(model, tokenizer, ends="<|endoftext|>"), rel=0.03)
+    assert after < before - 1
