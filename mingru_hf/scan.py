@@ -19,6 +19,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .scan_numba import numba_backward, numba_forward, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
@@ -81,10 +83,21 @@ def mingru_scan(
         return _scan_log(gate_and_candidate, h0, mask, reset).to(out_dtype)
     if backend == "reference":
         return scan_reference(gate_and_candidate, h0, mask, reset).to(out_dtype)
-    if not torch.is_grad_enabled() and type(gate_and_candidate) is Tensor and not torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() and _nobody_watches(gate_and_candidate):
         # Decoding one step at a time, the operator's dispatch would cost as much as the step.
         return _forward_impl(gate_and_candidate, h0, mask, reset, backend, out_dtype)
     return _scan_op(gate_and_candidate, h0, mask, reset, backend, out_dtype)
+
+
+def _nobody_watches(x: Tensor) -> bool:
+    """Whether no compiler, tracer, mode or transform has to see the operator, since it cannot see into a kernel."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_in_torch_dispatch_mode()
+        and not is_functorch_wrapped_tensor(x)
+    )
 
 
 def initial_state(like: Tensor, shape: list[int], value: float = INITIAL_STATE) -> Tensor:

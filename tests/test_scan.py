@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import mingru_hf.scan
 from mingru_hf.scan import mingru_scan, scan_reference
@@ -310,6 +311,24 @@ def test_operator_passes_opcheck():
     operator = torch.ops.mingru_hf_v1.scan.default
     torch.library.opcheck(operator, (x.requires_grad_(), h0.requires_grad_(), mask, reset, "torch", torch.float32))
     torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, "torch", torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_tracers_and_transforms_see_the_operator(grad, backend):
+    """Not the memory that a kernel writes behind their backs."""
+    x, other = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+
+    def function(x):
+        return mingru_scan(x, backend=backend)
+
+    with torch.set_grad_enabled(grad):
+        programs = [torch.jit.trace(function, x), make_fx(function)(x), make_fx(function, tracing_mode="fake")(x)]
+        for program in programs:
+            torch.testing.assert_close(program(other), function(other))
+        rows = torch.stack([x, other])
+        torch.testing.assert_close(torch.vmap(function)(rows), torch.stack([function(x), function(other)]))
 
 
 def test_a_second_copy_of_the_files_uses_the_same_operator(tmp_path):
