@@ -131,6 +131,21 @@ class MinGRUConfig(PreTrainedConfig):
         """Width of the last block's output, which the heads read."""
         return self.block_sizes[-1]
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in PreTrainedConfig, but the configuration of another kind of model is refused, not filled up.
+
+        Raises:
+            ValueError: if its model_type is another.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one: load it with "
+                "AutoConfig, and its model with an Auto class."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self):
         """As in PreTrainedConfig, less the choices that hold for one run only."""
         output = super().to_dict()

@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .configuration_minconvgru import MinConvGRUConfig
 from .layers import MinConv2dGRULayer
+from .loading import LoadingMixin
 from .scan import mingru_scan
 
 # What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's.
@@ -195,7 +196,7 @@ class MinConvGRUStack(nn.Module):
         return outputs, last_states
 
 
-class MinConvGRUPreTrainedModel(PreTrainedModel):
+class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     """What all MinConvGRU models share: configuration, initialisation and how a pretrained backbone is taken over."""
 
     config_class = MinConvGRUConfig
@@ -205,10 +206,6 @@ class MinConvGRUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MinConvGRULayer"]
     _skip_keys_device_placement = ["cache"]
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
 
     @torch.no_grad()
     def _init_weights(self, module):

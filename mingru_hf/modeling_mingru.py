@@ -33,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_mingru import MinGRUCacheLayer
 from .configuration_mingru import MinGRUConfig
 from .head_loss import head_loss, is_plain
+from .loading import LoadingMixin
 from .scan import mingru_scan
 
 
@@ -271,7 +272,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         return hidden_states
 
 
-class MinGRUPreTrainedModel(PreTrainedModel):
+class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     """What all MinGRU text models share: configuration, initialisation and what generate() may do with them."""
 
     config_class = MinGRUConfig
@@ -282,10 +283,6 @@ class MinGRUPreTrainedModel(PreTrainedModel):
     _is_stateful = False  # the state can be rolled back, so nothing that generate() offers is closed to it
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MinGRUBlock}
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -24,9 +24,10 @@ ALLOWED = {
     "configuration_mingru": set(),
     "exporting": set(),
     "head_loss": set(),
-    "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru", "head_loss"},
+    "loading": set(),
+    "modeling_mingru": {"scan", "layers", "cache_mingru", "configuration_mingru", "head_loss", "loading"},
     "configuration_minconvgru": set(),
-    "modeling_minconvgru": {"scan", "layers", "cache_mingru", "configuration_minconvgru"},
+    "modeling_minconvgru": {"scan", "layers", "cache_mingru", "configuration_minconvgru", "loading"},
     "video_processing_minconvgru": set(),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_imports import imports_of
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import mingru_hf
@@ -17,8 +18,18 @@ from mingru_hf.configuration_mingru import AUTO_MAP
 from mingru_hf.data.text import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
-CODE = {f"{name}.py" for name in ("cache_mingru", "configuration_mingru", "modeling_mingru")}
-CODE |= {f"{name}.py" for name in ("scan", "scan_numba", "scan_triton")}
+
+
+def files_imported(name, found=()):
+    """The file and all files of the package that it imports, as it runs."""
+    found = {*found, f"{name}.py"}
+    for module, _, _, relative in imports_of(ROOT / "mingru_hf" / f"{name}.py"):
+        if relative and f"{module[1:]}.py" not in found:
+            found |= files_imported(module[1:], found)
+    return found
+
+
+CODE = files_imported("modeling_mingru")
 HEADS = [name for name in AUTO_MAP if name != "AutoConfig"]
 TEXT = "the quick brown fox jumps over the lazy dog.\n"
 

@@ -1,0 +1,37 @@
+"""What the models of this package share when they are loaded and saved."""
+
+import warnings
+
+import torch
+
+
+class LoadingMixin:
+    """For a PreTrainedModel: names the damaged weights of a checkpoint, and keeps a user's subclass to itself."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in PreTrainedModel, with a warning that names the weights that hold NaN; one look at each is cheap."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        damaged = [
+            name
+            for name, parameter in model.named_parameters()
+            if type(parameter) is torch.nn.Parameter  # quantized weights have types of their own
+            and parameter.is_floating_point()
+            and parameter.device.type != "meta"
+            and bool(parameter.isnan().any())
+        ]
+        if damaged:
+            warnings.warn(
+                f"The weights of this checkpoint hold NaN, and so will the outputs: {', '.join(damaged[:10])}"
+                f"{f' and {len(damaged) - 10} more' if len(damaged) > 10 else ''}.",
+                stacklevel=2,
+            )
+        return loaded
+
+
+__all__ = ["LoadingMixin"]
