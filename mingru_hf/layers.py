@@ -387,6 +387,11 @@ class MinConv2dGRULayer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C, H, W) -> pre-activations (B, T, 2D, H_out, W_out), residual (B, T, D, H_out, W_out)."""
         frames = x.flatten(0, 1)  # all frames are one batch of the convolutions
+        if torch.is_grad_enabled():
+            # torch 2.13 on the CPU: the backward pass of a GroupNorm crashes if its input lies in memory channels
+            # last, as frames decoded to H x W x C do, and its gradient is not asked for. (1 x 1 frames may pass for
+            # either order, hence no mere `contiguous()`.)
+            frames = frames.flatten(1).view(frames.shape)
         gate_and_candidate = self.gate_hidden(self.norm(frames)).unflatten(0, [x.shape[0], x.shape[1]])
         return gate_and_candidate, self.res_align(frames).unflatten(0, [x.shape[0], x.shape[1]])
 

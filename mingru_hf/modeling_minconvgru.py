@@ -286,6 +286,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             self.backward_stacks = nn.ModuleList(MinConvGRUStack(config, *size) for size in sizes)
             directions = 2
         self.feature_sizes = [directions * size * config.pooled_size**2 for size in hidden_sizes]  # F of each depth
+        self.has_group_norm = any(isinstance(module, nn.GroupNorm) for module in self.backbone.modules())
         pooling = config.feature_pooling
         self.feature_pooling = [pooling] * len(sizes) if isinstance(pooling, bool) else pooling
         self.gradient_checkpointing = False
@@ -443,13 +444,17 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             real = mask.flatten().nonzero().squeeze(1)
             real = real if len(real) else real.new_zeros(1)  # some frame must tell the size of the maps
             images = images[real]
+        if images.device.type == "cpu" and not self.has_group_norm:
+            # There, convolutions are faster in this order of memory, and poolings many times so. GroupNorm may crash
+            # in it, see MinConv2dGRULayer.project.
+            images = images.contiguous(memory_format=torch.channels_last)
         run = self._run_backbone
         frozen = self.config.freeze_backbone
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not frozen:
             run = partial(self._gradient_checkpointing_func, self._run_backbone)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pieces = [run(piece) for piece in images.split(self.config.backbone_chunk_size or len(images))]
-        depths = [torch.cat(maps) for maps in zip(*pieces, strict=True)]
+        depths = pieces[0] if len(pieces) == 1 else [torch.cat(maps) for maps in zip(*pieces, strict=True)]
         if real is not None:
             depths = [
                 maps.new_zeros(frames.shape[0] * frames.shape[1], *maps.shape[1:]).index_copy(0, real, maps)

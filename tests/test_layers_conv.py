@@ -234,6 +234,18 @@ def test_layers_keep_the_dtype(dtype):
     torch.testing.assert_close(out.float(), rnn.float()(x.float())[0], rtol=5e-2, atol=5e-2)
 
 
+def test_frames_with_the_channels_last_in_memory_give_the_same():
+    """Frames decoded to (B, T, H, W, C) and permuted; the inner layers get such frames from a backbone, too."""
+    rnn = mingru.MinConv2dGRU(8, [8, 6], 3, strides=2, norm=True, residual=True)
+    x = torch.randn(2, 4, 9, 8, 8).permute(0, 1, 4, 2, 3)
+    parameters = list(rnn.parameters())
+    expected = torch.autograd.grad(rnn(x.contiguous())[0].square().sum(), parameters)
+    for frames in (x, x.clone(memory_format=torch.preserve_format).requires_grad_()):
+        assert not frames.is_contiguous()
+        actual = torch.autograd.grad(rnn(frames)[0].square().sum(), parameters)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_spares_the_last_layer_and_evaluation():
     rnn = mingru.MinConv2dGRU(3, [8, 8], 3, dropout=1.0)
     x = torch.randn(2, 4, 3, 8, 8)

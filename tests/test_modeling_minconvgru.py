@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForVideoClassification,
     BertConfig,
+    BitConfig,
     ConvNextConfig,
     DynamicCache,
     ResNetConfig,
@@ -409,6 +410,16 @@ def test_a_frozen_backbone_stays_as_it_is(frames, tmp_path):
     model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert all(parameter.grad is None for parameter in model.model.backbone.parameters())
     assert not model.model.backbone.training
+
+
+def test_a_half_frozen_backbone_with_group_norms_trains(frames):
+    """In the order of memory that other backbones run in on a CPU, torch 2.13 would crash here."""
+    backbone = BitConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_groups=2, out_indices=[2])
+    model = make_model(backbone_config=backbone).train()
+    model.model.backbone.bit.embedder.requires_grad_(False)
+    model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert model.model.backbone.bit.embedder.convolution.weight.grad is None
+    assert all(parameter.grad is not None for parameter in model.model.backbone.bit.encoder.parameters())
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100, 0])

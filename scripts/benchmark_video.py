@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Time torch-mingru's UCF101 classifier (VGG16, five recurrent stacks) against its backbone alone.
+
+    python scripts/benchmark_video.py
+    python scripts/benchmark_video.py --video clip.mp4 --frame_step 2 --dtype bfloat16 --json runs/video.json
+
+Forward passes and training steps of the model and of the backbone alone take turns, so that a busy machine slows all
+of them alike; quoted are medians and their ratios. Peak memory is what a step adds to a process of its own.
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
+from transformers import TimmBackboneConfig
+
+from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification
+
+STEPS = ("model forward", "backbone forward", "model training", "backbone training")
+
+
+def read_clips(path: str, batch_size: int, num_frames: int, frame_step: int, size: int) -> Tensor:
+    """The first frames of a video, one in `frame_step`, as (B, T, 3, size, size) in -1 to 1; clip follows clip."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("--video needs PyAV: pip install av.") from error
+    wanted, frames = batch_size * num_frames, []
+    with av.open(path) as container:
+        for i, frame in enumerate(container.decode(video=0)):
+            if i % frame_step == 0:
+                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
+            if len(frames) == wanted:
+                break
+    if len(frames) < wanted:
+        raise ValueError(f"{path} has {len(frames)} frames of the {wanted} asked for; lower --frame_step.")
+    resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True)])
+    return 2 * resize(torch.stack(frames)).unflatten(0, (batch_size, num_frames)) - 1
+
+
+def build(args: argparse.Namespace) -> tuple[MinConvGRUForVideoClassification, Tensor]:
+    """The model with new weights, and a batch of clips (B, T, 3, H, W)."""
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    backbone = TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])
+    config = MinConvGRUConfig(backbone_config=backbone, feature_pooling=True, num_labels=101)
+    if args.video is None:
+        clips = torch.randn(args.batch_size, args.num_frames, 3, args.image_size, args.image_size)
+    else:
+        clips = read_clips(args.video, args.batch_size, args.num_frames, args.frame_step, args.image_size)
+    return MinConvGRUForVideoClassification(config), clips
+
+
+def make_step(name: str, model: MinConvGRUForVideoClassification, clips: Tensor, bf16: bool) -> Callable[[], None]:
+    """One of STEPS: forward without gradients, or forward and backward."""
+    labels, backbone = torch.zeros(len(clips), dtype=torch.long), model.model.backbone
+    images = clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # as the model hands them over
+
+    def step() -> None:
+        training = name.endswith("training")
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if name.startswith("model"):
+                loss = model(clips, labels=labels).loss
+            else:
+                loss = sum(maps.float().mean() for maps in backbone(images).feature_maps)
+        if training:
+            loss.backward()
+            model.zero_grad()
+
+    return step
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> int:
+    """Bytes that a step adds to the memory of this process at its peak; for a process that has done nothing else."""
+    step = make_step(name, *build(args), args.dtype == "bfloat16")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = memory_of_process("VmRSS")
+    step()
+    return memory_of_process("VmHWM") - before
+
+
+def memory_of_process(field: str) -> int:
+    """Bytes in memory now (VmRSS) or at the peak (VmHWM), as Linux counts them."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of each step, all of them taking turns; one round before is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if round_ > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def multiply_adds(step: Callable[[], None]) -> int:
+    """Those of the convolutions and matrix products of a step."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
+
+
+def seconds_in_scan(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of a training step inside the scan operator: forward, backward."""
+    for _ in range(2):  # the first profile also counts what starting the profiler costs
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            step()
+    times = {event.key.split("::")[-1]: event.cpu_time_total / 1e6 for event in recorded.key_averages()}
+    return times["scan"], times["scan_backward"]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", help="a file whose frames are used; default: random frames")
+    parser.add_argument("--frame_step", type=int, default=1, help="take one frame in so many")
+    parser.add_argument("--batch_size", type=int, default=1, help="clips")
+    parser.add_argument("--num_frames", type=int, default=10, help="of a clip")
+    parser.add_argument("--image_size", type=int, default=224, help="pixels along a side of a frame")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    model, clips = build(args)
+    steps = {name: make_step(name, model, clips, args.dtype == "bfloat16") for name in STEPS}
+    counts = {
+        "model": sum(parameter.numel() for parameter in model.parameters()),
+        "backbone": sum(parameter.numel() for parameter in model.model.backbone.parameters()),
+    }
+    work = {name: multiply_adds(steps[f"{name} forward"]) for name in counts}
+    seconds = interleave(steps, args.rounds)
+    scan_forward, scan_backward = seconds_in_scan(steps["model training"])
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        memory = dict(zip(STEPS, pool.map(peak_memory, STEPS, [args] * len(STEPS)), strict=True))
+
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {args.threads} threads, {args.dtype}; clips "
+        f"{tuple(clips.shape)}{'' if args.video is None else f' of {Path(args.video).name}'}"
+    )
+    print(f"{'':18}{'seconds':>8} {'peak MiB':>9}")
+    for name in STEPS:
+        print(f"{name:18}{seconds[name]:8.3f} {memory[name] / 2**20:9.0f}")
+    shares = {
+        "multiply_adds": work["model"] / work["backbone"] - 1,
+        "heads_forward": seconds["model forward"] / seconds["backbone forward"] - 1,
+        "heads_training": seconds["model training"] / seconds["backbone training"] - 1,
+        "scan_forward": scan_forward / seconds["backbone forward"],
+        "scan_training": (scan_forward + scan_backward) / seconds["backbone training"],
+    }
+    print(
+        f"parameters: {counts['model']:,}, of which backbone {counts['backbone']:,}\n"
+        f"multiply-adds of a forward pass: {work['model'] / 1e9:.1f} G, of which backbone "
+        f"{work['backbone'] / 1e9:.1f} G\n"
+        f"heads over backbone: {shares['multiply_adds']:.1%} of its multiply-adds, {shares['heads_forward']:.1%} of "
+        f"its forward time, {shares['heads_training']:.1%} of its training step\n"
+        f"scan over backbone: {shares['scan_forward']:.2%} of its forward time, {shares['scan_training']:.2%} of its "
+        "training step"
+    )
+    if args.json:
+        report = {
+            "parameters": counts,
+            "multiply_adds": work,
+            "seconds": seconds,
+            "peak_bytes": memory,
+            "shares": shares,
+        }
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps({"arguments": vars(args), **report}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
