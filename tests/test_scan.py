@@ -123,8 +123,13 @@ def test_saturated_gates_stay_finite_with_true_gradients(backend):
         assert result.isfinite().all()
         assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
         assert (result.double() * reference >= 0).all()  # underflow to zero is allowed, a wrong sign is not
-    x, h0 = x.reshape(1, 49, 2), h0[:1]  # and all of them after each other
-    assert all(result.isfinite().all() for result in run(x, h0, None, None, torch.ones(1, 49, 1), mingru_scan))
+    x, h0, weight = x[torch.randperm(49)].reshape(1, 49, 2), h0[:1], torch.ones(1, 49, 1)  # and one after the other
+    expected = run(x.double(), h0.double(), None, None, weight, scan_reference)
+    actual = run(x, h0, None, None, weight, mingru_scan, backend=backend)
+    assert relative_error(actual[0], expected[0]) <= FLOAT32_RELATIVE
+    for result, reference in zip(actual, expected, strict=True):
+        assert result.isfinite().all()
+        assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -225,15 +230,23 @@ def test_any_chunking_gives_the_whole(backend):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 
+@pytest.mark.parametrize("steps", [20, 400])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_strided_and_expanded_inputs(backend):
-    x, h0, _, _ = make_inputs(4, 20, 6)
-    expected = mingru_scan(x[::2, :, ::2].contiguous(), h0[::2, :, ::2].contiguous(), backend="reference")
-    torch.testing.assert_close(mingru_scan(x[::2, :, ::2], h0[::2, :, ::2], backend=backend), expected)
-    expanded = x[:1].expand(4, -1, -1).requires_grad_()
-    mingru_scan(expanded, h0[:1].expand(4, -1, -1), backend=backend).sum().backward()
-    time_first = x.transpose(0, 1).contiguous().transpose(0, 1)
-    torch.testing.assert_close(mingru_scan(time_first, h0, backend=backend), mingru_scan(x, h0, backend="reference"))
+def test_strided_and_expanded_tensors(backend, steps):
+    x, h0, mask, reset = make_inputs(4, steps, 6, flags="mask reset")
+    weight = torch.randn(4, steps, 6)
+    flags = mask.t().contiguous().t(), reset[:1].expand(4, steps)
+    for view in (
+        (x[..., ::2], h0[..., ::2], *flags, weight[..., ::2]),
+        (x.flip(1)[:, ::2], h0, mask[:, ::2], reset[:, 1::2], weight[:, ::2]),
+        (x[:1].expand(4, steps, 12), h0[:1].expand(4, 1, 6), *flags, torch.ones(()).expand(4, steps, 6)),
+        (x.transpose(0, 1).contiguous().transpose(0, 1), h0, *flags, weight.mT.contiguous().mT),
+    ):
+        x_, h0_, *flags_, weight_ = view
+        expected = run(x_.double(), h0_.double(), *flags_, weight_.double(), scan_reference)
+        actual = run(x_, h0_, *flags_, weight_, mingru_scan, backend=backend)
+        for result, reference in zip(actual, expected, strict=True):
+            assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
