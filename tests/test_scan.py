@@ -89,6 +89,20 @@ def test_long_sequences_keep_their_precision(backend, steps):
         assert relative_error(mingru_scan(x, h0, backend=backend), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("flags", ["", "mask"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_states_that_remember_hundreds_of_steps(backend, flags):
+    """The start of a chunk of time reaches through all of it, over several blocks of steps."""
+    x, h0, mask, _ = make_inputs(1, 1000, 128, flags=flags)
+    x[:, :, :128] -= 6
+    weight = torch.randn(1, 1000, 128)
+    expected = run(x.double(), h0.double(), mask, None, weight, scan_reference)
+    actual = run(x, h0, mask, None, weight, mingru_scan, backend=backend)
+    assert relative_error(actual[0], expected[0]) <= FLOAT32_RELATIVE
+    for result, reference in zip(actual, expected, strict=True):
+        assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
+
+
 @pytest.mark.parametrize("steps", [1, 63, 1000])
 @pytest.mark.parametrize("backend", ["reference", *FAST_BACKENDS])
 def test_bfloat16_rounds_only_its_inputs_and_outputs(backend, steps):
