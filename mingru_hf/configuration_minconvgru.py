@@ -44,7 +44,8 @@ class MinConvGRUConfig(PreTrainedConfig):
         pooled_size: cells along each side that the outputs are averaged to before they are classified.
         bidirectional: run a second set of stacks from the last frame to the first. Such a model cannot stream.
         freeze_backbone: keep the backbone as it is: in evaluation mode, without gradients.
-        backbone_chunk_size: frames that the backbone sees at once, which bounds its memory; 0 or None for all.
+        backbone_chunk_size: frames that the backbone sees at once, which bounds its memory (in training together with
+            activation checkpointing); 0 or None for all. Batch norms in training look at each piece by itself.
         num_frames: frames of a clip in training; what the video-classification pipeline samples.
         initializer_range: standard deviation of newly drawn classifier weights. Convolutions take PyTorch's own
             initialisation, which looks at their size, and the backbone that of its class.

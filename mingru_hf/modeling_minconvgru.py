@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, TimmBackboneConfig
 from transformers import initialization as init
 from transformers.backbone_utils import load_backbone
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -226,6 +226,8 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     ) -> "MinConvGRUPreTrainedModel":
         """Build a model on a pretrained image backbone; the recurrent layers and classifiers are newly drawn.
 
+        The model is in evaluation mode, as from `from_pretrained`.
+
         Args:
             backbone_name_or_path: a checkpoint of an image model, on the Hub or in a directory; "timm/NAME" takes
                 timm's weights of that name.
@@ -236,6 +238,7 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         Raises:
             ValueError: if the checkpoint is no backbone or lacks a depth.
             OSError: if the checkpoint is not found.
+            ImportError: if timm is needed and not installed.
 
         Example:
             >>> model = MinConvGRUForVideoClassification.from_backbone_pretrained(
@@ -247,9 +250,15 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         if backbone_name_or_path.startswith("timm/"):
             if out_features is not None:
                 raise ValueError("timm's backbones are chosen by out_indices, not by out_features.")
-            from transformers import TimmBackbone  # importing it takes as long as importing timm
-
-            backbone = TimmBackbone.from_pretrained(backbone_name_or_path.removeprefix("timm/"), **depths)
+            try:
+                import timm
+            except ImportError as error:
+                raise ImportError(f"{backbone_name_or_path} needs timm: pip install timm.") from error
+            name, out_indices = backbone_name_or_path.removeprefix("timm/"), out_indices or [-1]
+            backbone_config = TimmBackboneConfig(backbone=name, out_indices=out_indices)
+            # Not by TimmBackbone.from_pretrained, which in transformers 5.24 forgets the batch norms' statistics.
+            pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=out_indices)
+            weights = {f"_backbone.{key}": tensor for key, tensor in pretrained.state_dict().items()}
         else:
             backbone_config = AutoConfig.from_pretrained(backbone_name_or_path, **depths)
             if type(backbone_config) not in MODEL_FOR_BACKBONE_MAPPING:
@@ -258,10 +267,10 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
                     "use as a backbone."
                 )
             backbone_class = MODEL_FOR_BACKBONE_MAPPING[type(backbone_config)]
-            backbone = backbone_class.from_pretrained(backbone_name_or_path, config=backbone_config)
-        model = cls(MinConvGRUConfig(backbone_config=backbone.config, **kwargs))
-        model.base_model.backbone.load_state_dict(backbone.state_dict())
-        return model
+            weights = backbone_class.from_pretrained(backbone_name_or_path, config=backbone_config).state_dict()
+        model = cls(MinConvGRUConfig(backbone_config=backbone_config, **kwargs))
+        model.base_model.backbone.load_state_dict(weights)
+        return model.eval()
 
 
 class MinConvGRUModel(MinConvGRUPreTrainedModel):
@@ -394,9 +403,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
 
     def _check_frames(self, frames: Tensor) -> None:
         channels = getattr(self.config.backbone_config, "num_channels", 3)
-        if frames.dim() != 5 or frames.shape[1] == 0 or frames.shape[2] != channels:
+        if frames.dim() != 5 or 0 in frames.shape[:2] or frames.shape[2] != channels:
             raise ValueError(
-                f"pixel_values_videos must have shape (B, T, {channels}, H, W) with at least one frame, got "
+                f"pixel_values_videos must have shape (B, T, {channels}, H, W) with at least one clip and frame, got "
                 f"{tuple(frames.shape)}; a single clip needs a batch axis too."
             )
         if not frames.is_floating_point():

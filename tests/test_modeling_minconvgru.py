@@ -472,6 +472,28 @@ def test_a_pretrained_backbone_is_taken_over(frames, tmp_path):
     assert base.backbone.out_features == ["stem"]
 
 
+def test_a_pretrained_timm_backbone_is_taken_over(frames, monkeypatch):
+    """With weights drawn here in place of downloaded ones, the statistics of batch norms included."""
+    timm = pytest.importorskip("timm", reason="the backbone comes from it")
+    created, create_model = [], timm.create_model
+
+    def create(name, pretrained=False, **kwargs):
+        created.append(create_model(name, pretrained=False, **kwargs))
+        if pretrained:
+            for tensor in created[-1].state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.uniform_(0.1, 0.2)
+        return created[-1]
+
+    monkeypatch.setattr(timm, "create_model", create)
+    model = MinConvGRUForVideoClassification.from_backbone_pretrained("timm/resnet10t", out_indices=[1, 3])
+    expected = {f"_backbone.{name}": tensor for name, tensor in created[0].state_dict().items()}
+    torch.testing.assert_close(model.model.backbone.state_dict(), expected)
+    assert model.model.backbone.channels == [64, 256]
+    assert not model.training
+    assert model(frames).logits.shape == (3, 2)
+
+
 def test_what_is_no_backbone_is_not_taken_over(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a bert model, which transformers cannot use as a backbone"):
@@ -653,7 +675,8 @@ IDS = torch.tensor([0, 1])
     ("call", "message"),
     [
         (lambda m: m(CLIPS[:, :, :2]), r"\(B, T, 3, H, W\) .* got \(2, 3, 2, 32, 32\)"),
-        (lambda m: m(CLIPS[:, :0]), "at least one frame"),
+        (lambda m: m(CLIPS[:, :0]), "at least one clip and frame"),
+        (lambda m: m(CLIPS[:0]), "at least one clip and frame"),
         (lambda m: m(CLIPS[0]), "a single clip needs a batch axis too"),
         (lambda m: m(CLIPS.to(torch.uint8)), "must be floating point, got torch.uint8"),
         (lambda m: m(), "exactly one of pixel_values_videos and pixel_values"),
