@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from mingru_hf.conversion import convert, read_checkpoint
 from mingru_hf.training.arguments import ArgumentParser
 from mingru_hf.training.checkpoints import check_output_dir, save_pretrained
+from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor
 
 
 def parse_args(argv: list[str] | None):
@@ -44,7 +45,10 @@ def main(argv: list[str] | None = None) -> None:
                     f"tokenizer_name: {args.tokenizer_name} has {len(tokenizer)} tokens, and the model knows "
                     f"{model.config.vocab_size}: it is not the tokenizer that the model was trained with"
                 )
-        save_pretrained(args.output_dir, model, tokenizer)
+        processor = None
+        if model.config.model_type == "minconvgru":  # clips as in torch-mingru's example
+            processor = MinConvGRUVideoProcessor(num_frames=model.config.num_frames)
+        save_pretrained(args.output_dir, model, tokenizer, processor)
     print(
         f"{type(model).__name__} with {model.num_parameters():,} parameters, from all {len(state)} tensors of "
         f"{args.checkpoint_path}; saved in {args.output_dir}"

@@ -6,12 +6,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from test_modeling_minconvgru import ReferenceClassifier
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from mingru_hf import MinGRU
 from mingru_hf.conversion import convert, read_checkpoint
@@ -141,6 +142,15 @@ def test_video_models_keep_their_logits(video_example, kind, tmp_path):
     torch.testing.assert_close(logits, expected, **TOLERANCE)
     assert (expected[0] - expected[1]).abs().max() > 0.01  # the logits depend on the frames
     assert model.config.num_labels == 7
+
+
+def test_script_writes_a_video_directory_that_the_pipeline_takes(video_example, tmp_path):
+    pytest.importorskip("av", reason="the video-classification pipeline needs PyAV")
+    path = save(video_example, tmp_path / "model.pt", "state dict")
+    call("--checkpoint_path", path, "--output_dir", tmp_path / "out")
+    classify = pipeline("video-classification", model=str(tmp_path / "out"), device="cpu")
+    answers = classify(np.zeros((12, 64, 64, 3), dtype=np.uint8), top_k=7)
+    assert {answer["label"] for answer in answers} == {f"LABEL_{i}" for i in range(7)}
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_an_interrupted_upload_leaves_nothing_and_succeeds_when_repeated(hub, di
     hub.broken_commits = 100  # more than the client itself tries
     with pytest.raises(SystemExit):
         push("--model_dir", directory, "--public")
-    assert "run it again" in capsys.readouterr().err
+    assert "repeat it" in capsys.readouterr().err
     assert hub.broken_commits < 100
     assert hub.files("user/fox") == {}
     hub.broken_commits = 0

@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -443,7 +442,13 @@ def test_the_saved_model_evaluates_to_the_logged_loss(args, tmp_path):
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     card = (tmp_path / "run" / "README.md").read_text()
     assert card.startswith("---\n")
-    for part in ("model-index", "pipeline_tag: text-generation", "counting", f"{result['final']['eval_loss']:.4f}"):
+    for part in (
+        "model-index",
+        "trust_remote_code=True",
+        "pipeline_tag: text-generation",
+        "counting",
+        f"{result['final']['eval_loss']:.4f}",
+    ):
         assert part in card
     assert not list((tmp_path / "run").glob(".*"))
 
@@ -488,20 +493,17 @@ def test_tracking_writes_tensorboard_files(args, tmp_path):
     assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
 
 
-def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, monkeypatch):
-    import huggingface_hub
-
+def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, tmp_path, monkeypatch):
     calls = []
 
-    def create_repo(name, exist_ok):
-        calls.append(("create", name))
-        return SimpleNamespace(repo_id=f"me/{name}")
+    def push(directory, name):
+        calls.append(("upload", name))
+        assert (tmp_path / "run" / "README.md").is_file()  # all is written by then
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **kwargs: calls.append(("upload", kwargs["repo_id"])))
+    monkeypatch.setattr(loop, "make_repository", lambda name: calls.append(("create", name)))
+    monkeypatch.setattr(loop, "push_directory", push)
     run(args(push_to_hub=True, hub_model_id="counting"))
-    assert calls[0] == ("create", "counting")
-    assert calls[-1] == ("upload", "me/counting")
+    assert calls == [("create", "counting"), ("upload", "counting")]
 
 
 # ---- mixed precision ----

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SCHEDULES = (
     "linear",
@@ -66,7 +67,10 @@ class TrainArguments:
     )
     with_tracking: bool = option(False, "log the curves to the tracker named by --report_to, under output_dir/runs")
     report_to: str = option("tensorboard", "tracker: tensorboard, trackio, wandb, ..., or all that are installed")
-    push_to_hub: bool = option(False, "upload output_dir to the Hugging Face Hub at the end (`hf auth login` first)")
+    push_to_hub: bool = option(
+        False,
+        "upload output_dir to the Hugging Face Hub at the end; a new repository is private (`hf auth login` first)",
+    )
     hub_model_id: str | None = option(None, "name/repository on the Hub; default: the last part of output_dir")
 
     per_device_train_batch_size: int = option(64, "examples a process takes at once", group="optimization")
@@ -158,6 +162,11 @@ class TrainArguments:
         if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
             raise ValueError(f"checkpointing_steps must be a positive number of steps, or epoch, not {steps!r}")
         self.scheduler_kwargs()
+
+    @property
+    def hub_name(self) -> str:
+        """The repository's name on the Hub, with or without its owner."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def scheduler_kwargs(self) -> dict:
         """Read `lr_scheduler_kwargs`.

@@ -91,7 +91,7 @@ def push_directory(
         )
     except HTTPError as error:
         raise OSError(
-            f"the upload to {repository} was interrupted, which leaves the files there as they were: run it again. "
-            f"The cause: {error}"
+            f"the upload of {directory} to {repository} was interrupted, which leaves the files there as they were: "
+            f"repeat it with scripts/push_to_hub.py. The cause: {error}"
         ) from error
     return f"{api.endpoint}/{repository}"

@@ -41,6 +41,7 @@ from .checkpoints import (
     write_checkpoint,
     write_json,
 )
+from .hub import make_repository, push_directory
 from .model_card import write_model_card
 from .models import load_pretrained, prompt_ids
 from .optim import make_optimizer, make_schedule
@@ -95,7 +96,7 @@ def start(args: TrainArguments) -> Accelerator:
         )
     accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     if args.push_to_hub and accelerator.is_main_process:
-        hub_repository(args)  # now rather than after hours of training: no login is an error here
+        make_repository(args.hub_name)  # now rather than after hours of training: no login is an error here
     set_seed(args.seed)
     return accelerator
 
@@ -382,7 +383,7 @@ def train(
     net, optimizer = accelerator.free_memory(net, optimizer)  # a DDP wrapper that outlives its process group hangs
     accelerator.end_training()
     if args.push_to_hub and is_main:
-        push_to_hub(args)
+        push_directory(args.output_dir, args.hub_name)
     return result
 
 
@@ -535,29 +536,6 @@ def summary(scores: dict[str, float]) -> str:
     known = ("eval_loss", "eval_loss_per_character", "eval_bits_per_character", "eval_perplexity")
     words += [f"{name[5:]} {value:.4f}" for name, value in scores.items() if name not in known]
     return ", ".join(words)
-
-
-def hub_repository(args: TrainArguments) -> str:
-    """Make the repository on the Hub if it does not exist, and give its full name.
-
-    Raises:
-        OSError: if the Hub cannot be reached or refuses (no login).
-    """
-    from huggingface_hub import create_repo
-
-    return create_repo(args.hub_model_id or Path(args.output_dir).resolve().name, exist_ok=True).repo_id
-
-
-def push_to_hub(args: TrainArguments) -> None:
-    """Upload everything in `output_dir`, the tracker's files included, as one commit."""
-    from huggingface_hub import upload_folder
-
-    upload_folder(
-        repo_id=hub_repository(args),
-        folder_path=args.output_dir,
-        commit_message="Trained with mingru-hf",
-        ignore_patterns=[".*"],
-    )
 
 
 def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:

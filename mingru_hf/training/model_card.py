@@ -69,7 +69,7 @@ def write_model_card(
         task: the Hub's pipeline tag (`text-generation`), None if it fits none.
         auto_class: the Auto class that loads the model, for the example.
     """
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = args.hub_name
     metrics = [
         (kind, title, results["final"][key]) for key, (kind, title) in METRIC_NAMES.items() if key in results["final"]
     ]
@@ -122,6 +122,9 @@ def write_model_card(
         "```python",
         LOADING.get(task, LOADING[None]).format(name=name, auto_class=auto_class),
         "```",
+        "",
+        "Where mingru-hf is not installed, leave its import out and pass `trust_remote_code=True` to every call that "
+        "loads: the model's code lies beside its weights.",
         "",
         "## Training",
         "",
