@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 SPLITS = ("train", "validation", "test")
-# Steps a frame, lowest and highest, in turns of each circle: 1 to 2 pixels of 64 (positions), 8 to 14 degrees,
-# and 3 to 5 % of the way from the smallest to the largest size.
-STEPS = ((1 / 32, 1 / 16), (1 / 32, 1 / 16), (14 / 360, 22 / 360), (0.04, 0.06))
-RADII = (0.10, 0.36)  # smallest and largest, in widths of the frame
+# Steps a frame, lowest and highest, in turns of each circle: 2 to 4 pixels of 64 (positions), 16 to 24 degrees,
+# and 5 to 6 % of the way from the smallest to the largest size.
+STEPS = ((1 / 32, 1 / 16), (1 / 32, 1 / 16), (16 / 360, 24 / 360), (0.05, 0.06))
+RADII = (0.12, 0.40)  # smallest and largest, in widths of the frame
 SUPERSAMPLING = 4
 MIN_CONTRAST = 80  # of luma, 0 to 255
 

@@ -170,6 +170,8 @@ class VideoClips(torch.utils.data.Dataset):
         seed: of all randomness.
     """
 
+    draws_anew = True  # for training's stream of indices: they count on from epoch to epoch
+
     def __init__(
         self,
         videos: Dataset,

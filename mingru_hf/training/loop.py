@@ -112,6 +112,7 @@ def train(
     collate_fn: Callable[[list], dict] | None = None,
     metrics: dict[str, Metric] | None = None,
     characters_per_token: float | None = None,
+    unit: str = "token",
     dataset_name: str = "custom data",
     task: str | None = None,
     auto_class: str = "AutoModel",
@@ -131,6 +132,7 @@ def train(
         collate_fn: makes a batch of a list of items; default: stacks tensors.
         metrics: name -> f(logits, labels), a mean over targets; reported as `eval_NAME`.
         characters_per_token: characters of the validation text to a token, to report nats a character.
+        unit: what has one target, for the reader: token, or clip (whose frames are then counted for the speed).
         dataset_name, task, auto_class: for the model card.
 
     Returns:
@@ -182,6 +184,7 @@ def train(
         accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
     rate = make_schedule(args, max_steps)
+    per_second = "tokens/s" if unit == "token" else "frames/s"
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
@@ -200,6 +203,7 @@ def train(
                 accelerator.process_index,
                 world_size,
                 first_batch=now.step * batches_per_step,
+                draws_anew=getattr(train_dataset, "draws_anew", False),
             ),
             collate_fn=collate_fn or default_collate,
             num_workers=args.dataloader_num_workers,
@@ -286,7 +290,7 @@ def train(
             now.history.append({**position, "loss": mean_loss, "learning_rate": learning_rate})
             accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=now.step)
             speed = now.tokens / (now.seconds - now.pauses)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} {per_second}", refresh=False)
             loss_sum, now.logged_step = torch.zeros_like(loss_sum), now.step
         bar.update(min(now.seconds, bar.total) - bar.n if args.max_train_seconds else 1)
 
@@ -322,14 +326,14 @@ def train(
             if is_main:
                 bar.write(
                     f"step {now.step}, epoch {now.epoch:.2f}, {now.seconds:.0f} s, "
-                    f"{report()['tokens_per_second']:,.0f} tokens/s: {summary(scores)}{' (best)' * improved}"
+                    f"{report()['tokens_per_second']:,.0f} {per_second}: {summary(scores, unit)}{' (best)' * improved}"
                 )
                 if sample is not None:
                     bar.write(textwrap.indent(sample, "    "))
                 if improved:
                     save_pretrained(output_dir, model, processing_class)
                 write_json(output_dir / METRICS_FILE, report())
-                plot_loss(now.history, output_dir / "loss.png")
+                plot_loss(now.history, output_dir / "loss.png", f"nats a {unit}")
                 if now.patience == 0:
                     bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
 
@@ -376,6 +380,7 @@ def train(
             dataset_name=dataset_name,
             task=task,
             auto_class=auto_class,
+            unit=unit,
         )
     if args.with_tracking:
         accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=now.step)
@@ -417,6 +422,7 @@ def evaluate(
         Subset(_as_tensors(dataset), share),
         batch_size=args.per_device_eval_batch_size,
         collate_fn=collate_fn or default_collate,
+        num_workers=args.dataloader_num_workers,
         generator=torch.Generator(),
     )
     totals = torch.zeros(2 + len(metrics), dtype=torch.float64)
@@ -480,6 +486,8 @@ class BatchStream:
         process_index: the process among `num_processes`; each takes its slice of every global batch.
         num_processes: processes in all.
         first_batch: the batch to begin with, counted over all processes.
+        draws_anew: count on over the epochs: example i of epoch e is index i + e num_examples, so that a dataset
+            that asks for it (by an attribute of this name) draws it anew.
     """
 
     def __init__(
@@ -490,9 +498,11 @@ class BatchStream:
         process_index: int = 0,
         num_processes: int = 1,
         first_batch: int = 0,
+        draws_anew: bool = False,
     ):
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
         self.process_index, self.num_processes, self.first_batch = process_index, num_processes, first_batch
+        self.draws_anew = draws_anew
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, skipped = divmod(self.first_batch * self.batch_size, self.num_examples)
@@ -506,7 +516,8 @@ class BatchStream:
     def order(self, epoch: int) -> list[int]:
         """Give the order of all examples in one epoch, counted from 0."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.num_examples, generator=generator).tolist()
+        order = torch.randperm(self.num_examples, generator=generator)
+        return (order + epoch * self.num_examples if self.draws_anew else order).tolist()
 
 
 def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
@@ -526,13 +537,14 @@ def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
     return "bf16" if native else "no"
 
 
-def summary(scores: dict[str, float]) -> str:
+def summary(scores: dict[str, float], unit: str = "token") -> str:
     """Write the scores of `evaluate` in one line, the loss in nats."""
     loss, per_character = scores["eval_loss"], scores.get("eval_loss_per_character")
-    words = [f"validation loss {loss:.4f} nats a {'character' if loss == per_character else 'token'}"]
+    words = [f"validation loss {loss:.4f} nats a {'character' if loss == per_character else unit}"]
     if per_character not in (None, loss):
         words.append(f"{per_character:.4f} nats a character")
-    words.append(f"perplexity {scores['eval_perplexity']:.3f}")
+    if unit == "token":
+        words.append(f"perplexity {scores['eval_perplexity']:.3f}")
     known = ("eval_loss", "eval_loss_per_character", "eval_bits_per_character", "eval_perplexity")
     words += [f"{name[5:]} {value:.4f}" for name, value in scores.items() if name not in known]
     return ", ".join(words)

@@ -28,6 +28,13 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("\\n", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))""",
+    "video-classification": """\
+from transformers import pipeline
+
+import mingru_hf  # registers MinConvGRU with the Auto classes
+
+classify = pipeline("video-classification", model="{name}")
+print(classify("video.mp4"))  # a file, or its frames as an array (T, H, W, 3) of bytes""",
     None: """\
 from transformers import {auto_class}
 
@@ -57,6 +64,7 @@ def write_model_card(
     dataset_name: str,
     task: str | None = None,
     auto_class: str = "AutoModel",
+    unit: str = "token",
 ) -> None:
     """Write a model card in the Hub's form, with the results as a `model-index`.
 
@@ -68,10 +76,13 @@ def write_model_card(
         dataset_name: what it was trained on, for the reader.
         task: the Hub's pipeline tag (`text-generation`), None if it fits none.
         auto_class: the Auto class that loads the model, for the example.
+        unit: what has one target: a token, or a clip.
     """
     name = args.hub_name
     metrics = [
-        (kind, title, results["final"][key]) for key, (kind, title) in METRIC_NAMES.items() if key in results["final"]
+        (kind, title.replace("token", unit), results["final"][key])
+        for key, (kind, title) in METRIC_NAMES.items()
+        if key in results["final"] and (unit == "token" or kind != "perplexity")
     ]
     data = ModelCardData(
         library_name="transformers",
@@ -93,7 +104,7 @@ def write_model_card(
     )
     sizes = [
         (key, getattr(model.config, key))
-        for key in ("hidden_size", "hidden_sizes", "num_hidden_layers", "vocab_size")
+        for key in ("hidden_size", "hidden_sizes", "num_hidden_layers", "vocab_size", "num_frames")
         if getattr(model.config, key, None) is not None
     ]
     parameters = sum(p.numel() for p in model.parameters())

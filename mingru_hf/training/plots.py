@@ -28,3 +28,29 @@ def plot_loss(history: list[dict], path: str | Path, unit: str = "nats a token")
     axes.set(xlabel="optimizer steps", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     figure.savefig(path)
+
+
+def plot_confusion(matrix, names: list[str], path: str | Path) -> None:
+    """Draw a confusion matrix, each row in shares of its class, and save it as PNG.
+
+    Args:
+        matrix: (classes, classes) counts, the true class along the rows.
+        names: of the classes.
+        path: the file to write.
+    """
+    matrix = matrix.numpy()
+    shares = matrix / matrix.sum(1, keepdims=True).clip(min=1)
+    few = len(names) <= 20
+    side = 1.5 + 0.7 * len(names) if few else 3 + 0.13 * len(names)
+    figure = Figure(figsize=(side, side), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    fontsize = None if few else 4
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=fontsize)
+    axes.set_yticks(range(len(names)), names, fontsize=fontsize)
+    axes.set(xlabel="taken for", ylabel="class")
+    if few:
+        for row, column in zip(*matrix.nonzero(), strict=True):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", color=color)
+    figure.savefig(path)

@@ -1,0 +1,160 @@
+"""What the video scripts share: their options, the datasets these name, and the test protocol for whole videos."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from datasets import DatasetDict
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.video import FRAME_ORDERS, VIEWS, FitAndCrop, VideoClips, clip_positions, load_video_datasets
+from ..video_processing_minconvgru import VideoReadError
+from .arguments import option
+
+
+@dataclass(kw_only=True)
+class VideoDataArguments:
+    """Say where the videos are."""
+
+    dataset_name: str = option(
+        "ucf101",
+        "ucf101; or a directory with CLASS/*.mp4, or train/CLASS/*.mp4 beside validation/ and test/; or a dataset on "
+        "the Hub",
+        group="data",
+    )
+    dataset_config_name: str | None = option(None, "configuration of the dataset")
+    video_column_name: str | None = option(None, "the column with the videos; default: found by its type")
+    label_column_name: str | None = option(None, "the column with the classes; default: label, or found by its type")
+    validation_split_percentage: int = option(
+        10, "percent of the training videos to validate on where no validation data is given"
+    )
+    fold: int = option(1, "UCF101's split: 1, 2 or 3")
+    ucf101_path: str | None = option(None, "directory of UCF101's videos; default: the environment's UCF101_PATH")
+    ucf101_annpath: str | None = option(
+        None, "directory of classInd.txt and the lists; default: the environment's UCF101_ANNPATH"
+    )
+    cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
+    frame_order: str = option(
+        "forward", "order of a clip's frames; shuffled is a control without the order of time", FRAME_ORDERS
+    )
+
+    def load(self, seed: int) -> DatasetDict:
+        """Load the datasets, `seed` for the split: see `load_video_datasets`."""
+        return load_video_datasets(
+            self.dataset_name,
+            self.dataset_config_name,
+            video_column_name=self.video_column_name,
+            label_column_name=self.label_column_name,
+            validation_split_percentage=self.validation_split_percentage,
+            fold=self.fold,
+            ucf101_path=self.ucf101_path,
+            ucf101_annpath=self.ucf101_annpath,
+            seed=seed,
+            cache_dir=self.cache_dir,
+        )
+
+
+@torch.no_grad()
+def evaluate_videos(
+    model: PreTrainedModel,
+    clips: VideoClips,
+    accelerator: Accelerator,
+    *,
+    views: str = "ten_crops",
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> dict:
+    """Classify whole videos by several clips of each and several crops of each clip, as UCF101 is tested.
+
+    The processes share the videos. The mean is that of the views' probabilities; the vote takes the class that
+    most views choose, the higher mean deciding a tie.
+
+    Args:
+        model: a video classifier; left in eval mode.
+        clips: of the videos to classify; its `clips_per_video` and `frame_order` count, its augmentation does not.
+        accelerator: device and processes.
+        views: center, five_crops, or ten_crops: five and their mirrors.
+        batch_size: views that the model sees at once.
+        num_workers: processes that decode.
+
+    Returns:
+        `label`, `mean` and `vote`, each (videos,) classes, -1 for a video that cannot be read; `view_accuracy`,
+        the share of single views that are right; `unreadable`, the number of videos left out.
+
+    Raises:
+        ValueError: if no video can be read, or there is no such kind of views.
+    """
+    model.to(accelerator.device).eval()
+    crop = FitAndCrop(clips.processor, views)
+    per_clip = {"center": 1, "five_crops": 5, "ten_crops": 10}[views]
+    share = range(accelerator.process_index, len(clips.videos), accelerator.num_processes)
+    loader = DataLoader(
+        _WholeVideos(clips, share), batch_size=None, num_workers=num_workers, generator=torch.Generator()
+    )
+    # One row a video: label, mean, vote (+ 1, so that 0 is a video not seen), right views, views.
+    rows = torch.zeros(len(clips.videos), 5, dtype=torch.long)
+    labels = clips.videos["label"]
+    for video, frames in tqdm(loader, total=len(share), disable=None if accelerator.is_main_process else True):
+        if len(frames) == 0:
+            continue
+        probabilities = []
+        for piece in frames.split(max(1, batch_size // per_clip)):  # (clips, N, C, H, W)
+            seen = [crop(clip) for clip in piece.to(accelerator.device)]
+            seen = [view for clip in seen for view in (clip if isinstance(clip, list) else [clip])]
+            inputs = clips.processor(
+                seen, do_sample_frames=False, do_resize=False, do_center_crop=False, return_tensors="pt"
+            )
+            with accelerator.autocast():
+                logits = model(inputs["pixel_values_videos"].to(accelerator.device)).logits
+            probabilities.append(logits.float().softmax(-1).cpu())
+        probabilities = torch.cat(probabilities)  # (views, classes)
+        mean, choices = probabilities.mean(0), probabilities.argmax(-1)
+        votes = torch.bincount(choices, minlength=len(mean))
+        right = int((choices == labels[video]).sum())
+        best = (votes + mean).argmax()  # a mean is less than one vote
+        rows[video] = torch.tensor([labels[video] + 1, int(mean.argmax()) + 1, int(best) + 1, right, len(choices)])
+    rows = accelerator.reduce(rows.to(accelerator.device), "sum").cpu()
+    label, mean, vote, right, count = rows.unbind(1)
+    if not count.any():
+        raise ValueError(f"none of the {len(rows)} videos can be read and is long enough: see the warnings")
+    return {
+        "label": label - 1,
+        "mean": mean - 1,
+        "vote": vote - 1,
+        "view_accuracy": right.sum().item() / count.sum().item(),
+        "unreadable": int((count == 0).sum()),
+    }
+
+
+def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Count the videos of each class (row) by the class they are taken for (column); labels of -1 are left out."""
+    seen = labels >= 0
+    pairs = labels[seen] * num_classes + predictions[seen]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+class _WholeVideos(Dataset):
+    """(row, (clips, N, C, H, W) uint8) of videos; no clips where a video cannot be read."""
+
+    def __init__(self, clips: VideoClips, share: range):
+        self.clips, self.share = clips, share
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        video, clips = self.share[index], self.clips
+        try:
+            frames = torch.from_numpy(clips.read(video, clip_positions(clips.clips_per_video)))
+        except VideoReadError as error:
+            clips.report(video, error)
+            return video, torch.empty(0, dtype=torch.uint8)
+        if clips.frame_order == "shuffled":
+            generator = torch.Generator().manual_seed(clips.seed * 1_000_003 + video)
+            frames = torch.stack([clip[torch.randperm(len(clip), generator=generator)] for clip in frames])
+        return video, frames.permute(0, 1, 4, 2, 3)
+
+
+__all__ = ["VIEWS", "VideoDataArguments", "confusion_matrix", "evaluate_videos"]

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Test a video classifier on whole videos: several clips of each, several crops of each clip.
+
+    python scripts/evaluate_video_classification.py --model_name_or_path runs/ucf101 --dataset_name ucf101
+    python scripts/evaluate_video_classification.py --model_name_or_path runs/shapes \
+        --dataset_name data/moving_shapes --clips_per_video 1 --views center
+
+The defaults are UCF101's protocol: 25 clips a video, five crops of each and their mirrors, majority vote. Writes
+metrics.json and confusion_matrix.png, and prints a table of the classes.
+"""
+
+import dataclasses
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+
+import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
+from mingru_hf.data.video import VIEWS, VideoClips
+from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.checkpoints import write_json
+from mingru_hf.training.loop import resolve_mixed_precision
+from mingru_hf.training.models import load_pretrained
+from mingru_hf.training.plots import plot_confusion
+from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """Say which model to test, and how."""
+
+    model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
+    output_dir: str | None = option(
+        None, "where metrics.json and confusion_matrix.png go; default: evaluation-SPLIT in the model's directory"
+    )
+    split: str = option("test", "which videos", ("train", "validation", "test"), group="protocol")
+    clips_per_video: int = option(25, "clips of each video, evenly from beginning to end")
+    views: str = option("ten_crops", "crops of each clip; ten_crops has five and their mirrors", VIEWS)
+    aggregation: str = option("vote", "what decides a video's class: the views' vote, or mean", ("vote", "mean"))
+    per_device_eval_batch_size: int = option(32, "views that a process evaluates at once", group="machine")
+    dataloader_num_workers: int = option(2, "processes that decode; 0: the main one does")
+    mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
+    use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
+    seed: int = option(0, "seed of a validation split, as in training, and of shuffled frames")
+
+    def __post_init__(self):
+        for name in ("clips_per_video", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArguments, VideoDataArguments]:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser, EvaluateArguments)
+    add_arguments(parser, VideoDataArguments)
+    namespace = parser.parse_args(argv)
+    with parser.user_errors():
+        return parser, *(from_namespace(cls, namespace) for cls in (EvaluateArguments, VideoDataArguments))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args, data_args = parse_args(argv)
+    with parser.user_errors():
+        precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
+        accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
+        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
+        model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
+        videos = data_args.load(args.seed)
+        if args.split not in videos:
+            raise ValueError(f"{data_args.dataset_name} has the splits {', '.join(videos)}, but no {args.split}")
+        names = videos[args.split].features["label"].names
+        if list(model.config.id2label.values()) != names:
+            raise ValueError(f"{args.model_name_or_path} was trained on other classes than {data_args.dataset_name}")
+        clips = VideoClips(
+            videos[args.split], processor, args.clips_per_video, frame_order=data_args.frame_order, seed=args.seed
+        )
+        if args.output_dir is None and not Path(args.model_name_or_path).is_dir():
+            raise ValueError("output_dir is needed for a model of the Hub")
+        output_dir = Path(args.output_dir or Path(args.model_name_or_path) / f"evaluation-{args.split}")
+
+    result = evaluate_videos(
+        model,
+        clips,
+        accelerator,
+        views=args.views,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    if not accelerator.is_main_process:
+        return
+    matrix = confusion_matrix(result["label"], result[args.aggregation], len(names))
+    seen = matrix.sum(1)
+    accuracy = {
+        kind: (result[kind] == result["label"])[result["label"] >= 0].float().mean().item()
+        for kind in ("vote", "mean")
+    }
+    classes = {
+        name: {"videos": int(count), "accuracy": (row[i] / count).item() if count else None}
+        for i, (name, count, row) in enumerate(zip(names, seen, matrix, strict=True))
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(
+        output_dir / "metrics.json",
+        {
+            "arguments": dataclasses.asdict(args) | dataclasses.asdict(data_args),
+            "videos": int(seen.sum()),
+            "unreadable": result["unreadable"],
+            "accuracy": accuracy[args.aggregation],
+            "accuracy_vote": accuracy["vote"],
+            "accuracy_mean": accuracy["mean"],
+            "accuracy_view": result["view_accuracy"],
+            "classes": classes,
+            "confusion_matrix": matrix.tolist(),
+        },
+    )
+    plot_confusion(matrix, names, output_dir / "confusion_matrix.png")
+    width = max(map(len, names))
+    for name, row in classes.items():
+        share = "" if row["accuracy"] is None else f"{100 * row['accuracy']:6.2f} %"
+        print(f"{name:{width}}  {row['videos']:5} videos  {share}")
+    if result["unreadable"]:
+        print(f"{result['unreadable']} of {len(clips.videos)} videos could not be read and are left out")
+    print(
+        f"accuracy {100 * accuracy[args.aggregation]:.2f} % of {int(seen.sum())} videos (vote "
+        f"{100 * accuracy['vote']:.2f} %, mean {100 * accuracy['mean']:.2f} %, single views "
+        f"{100 * result['view_accuracy']:.2f} %); written to {output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()

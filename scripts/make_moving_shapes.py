@@ -1,0 +1,50 @@
+#!/usr/bin/env python
+"""Write the moving shapes: videos of eight classes that only the order of their frames tells apart.
+
+    python scripts/make_moving_shapes.py --output_dir data/moving_shapes
+
+A shape moves left, right, up or down, turns clockwise or counter-clockwise, grows or shrinks, while everything
+else about it goes there and back; mingru_hf/data/moving_shapes.py says how. The files, SPLIT/CLASS/NUMBER.mp4,
+are what `load_dataset("videofolder", data_dir=...)` and scripts/train_video_classification.py read.
+"""
+
+import time
+from dataclasses import MISSING, dataclass
+
+from mingru_hf.data.moving_shapes import write_moving_shapes
+from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+
+
+@dataclass(kw_only=True)
+class ShapeArguments:
+    """Say how many videos, and how large."""
+
+    output_dir: str = option(MISSING, "directory to make; one that exists is refused", group="output")
+    num_train: int = option(4000, "videos to train on")
+    num_validation: int = option(400, "videos to validate on")
+    num_test: int = option(800, "videos to test on")
+    num_frames: int = option(16, "frames of a video", group="videos")
+    size: int = option(64, "width and height of a frame, pixels")
+    fps: int = option(8, "frames a second")
+    seed: int = option(0, "seed of all videos", group="machine")
+    num_proc: int = option(1, "processes that draw and encode")
+
+
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, ShapeArguments]:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser, ShapeArguments)
+    return parser, from_namespace(ShapeArguments, parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    began = time.perf_counter()
+    with parser.user_errors():
+        directory = write_moving_shapes(**vars(args))
+    count = args.num_train + args.num_validation + args.num_test
+    print(f"{count:,} videos in {time.perf_counter() - began:.0f} s; written to {directory}")
+
+
+if __name__ == "__main__":
+    main()

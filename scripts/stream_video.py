@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""Watch a video frame by frame and say, after every frame, what it shows so far.
+
+    python scripts/stream_video.py --model_name_or_path runs/shapes --video data/moving_shapes/test/up/000002.mp4
+    python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4 --output_file annotated.mp4
+    python scripts/stream_video.py --model_name_or_path runs/shapes --video /dev/video0 --camera --max_frames 300
+
+Every frame goes through the model once; the cache carries the state, whose size does not grow. The output is a
+video with the prediction written on it, or a PNG strip of frames over the course of the probabilities.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+
+import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
+from mingru_hf.data.moving_shapes import import_av, write_video
+from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.models import load_pretrained
+
+CAMERAS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
+
+
+@dataclass(kw_only=True)
+class StreamArguments:
+    """Say which model watches which video."""
+
+    model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
+    video: str = option(MISSING, "a file, or the name of a camera's device", group="video")
+    camera: bool = option(False, "video is a camera")
+    frame_stride: int | None = option(None, "take one frame of so many; default: as the model was trained")
+    max_frames: int | None = option(None, "stop after so many frames of the video")
+    output_file: str | None = option(None, "write the annotated video (.mp4), or a strip of frames (.png), here")
+    top_k: int = option(1, "classes to print after each frame")
+    use_cpu: bool = option(False, "stay on the CPU even if there is a GPU", group="machine")
+
+    def __post_init__(self):
+        for name in ("frame_stride", "max_frames", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, not {value}")
+        if self.output_file is not None and Path(self.output_file).suffix not in (".mp4", ".png"):
+            raise ValueError(f"output_file must end in .mp4 or .png, not {self.output_file}")
+
+
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, StreamArguments]:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser, StreamArguments)
+    namespace = parser.parse_args(argv)
+    with parser.user_errors():
+        return parser, from_namespace(StreamArguments, namespace)
+
+
+def read_frames(container, max_frames: int | None) -> Iterator[np.ndarray]:
+    """Decode frames one after another: (H, W, 3) uint8 RGB each."""
+    for number, frame in enumerate(container.decode(video=0)):
+        if number == max_frames:
+            return
+        yield frame.to_ndarray(format="rgb24")
+
+
+class Watcher:
+    """A video classifier that is shown frames one by one.
+
+    Args:
+        model: the classifier.
+        processor: its video processor.
+        device: where it runs.
+    """
+
+    def __init__(self, model, processor, device: str):
+        self.model, self.processor, self.device = model.to(device).eval(), processor, device
+        self.cache = None
+
+    @torch.no_grad()
+    def see(self, frame: np.ndarray) -> torch.Tensor:
+        """Show it a frame (H, W, 3) uint8; gives the probabilities (classes,) of what it has seen so far."""
+        inputs = self.processor(frame[None], do_sample_frames=False, return_tensors="pt").to(self.device)
+        outputs = self.model(**inputs, cache=self.cache, use_cache=True)
+        self.cache = outputs.cache
+        return outputs.logits[0].float().softmax(-1).cpu()
+
+
+def annotate(frame: np.ndarray, text: str) -> np.ndarray:
+    """Write a line under a frame, which is enlarged to be readable: its sides become even and 240 or more."""
+    scale = max(1, -(-240 // min(frame.shape[:2])))
+    image = Image.fromarray(frame).resize((frame.shape[1] * scale // 2 * 2, frame.shape[0] * scale // 2 * 2), 0)
+    canvas = Image.new("RGB", (image.width, image.height + 24))
+    canvas.paste(image)
+    ImageDraw.Draw(canvas).text((6, image.height + 5), text, fill="white", font_size=13)
+    return np.asarray(canvas)
+
+
+def watch(watcher: Watcher, container, args: StreamArguments, stride: int) -> Iterator[tuple]:
+    """Show the frames one after another; yields (number, frame, probabilities, line), and prints the line.
+
+    Frames between those that are shown carry the prediction before them.
+    """
+    names = watcher.model.config.id2label
+    began, number = time.perf_counter(), -1
+    for number, frame in enumerate(read_frames(container, args.max_frames)):
+        if number % stride == 0:
+            probabilities = watcher.see(frame)
+            best = probabilities.topk(min(args.top_k, len(names)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            line = ", ".join(f"{names[label]} {100 * value:.0f} %" for label, value in pairs)
+            print(f"frame {number}: {line}", flush=True)
+        yield number, frame, probabilities, line
+    if number >= 0:
+        print(f"{(number + 1) / (time.perf_counter() - began):.1f} frames/s", file=sys.stderr)
+
+
+def plot_strip(frames: dict[int, np.ndarray], courses: torch.Tensor, names: dict[int, str], path: Path) -> None:
+    """Draw up to eight frames in a row over the curves of the five likeliest classes, and save it as PNG.
+
+    Args:
+        frames: (H, W, 3) by their number.
+        courses: (T, classes) probabilities.
+        names: of the classes.
+        path: the file to write.
+    """
+    chosen = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
+    numbers = [list(frames)[i] for i in chosen]
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2])
+    for axes, number in zip(top.subplots(1, len(numbers), squeeze=False)[0], numbers, strict=True):
+        axes.imshow(frames[number])
+        axes.set_title(f"frame {number}", fontsize=8)
+        axes.axis("off")
+    axes = bottom.subplots()
+    for label in courses.max(0).values.topk(min(5, len(names))).indices.tolist():
+        axes.plot(courses[:, label], label=names[label], marker=".")
+    axes.set(xlabel="frame", ylabel="probability", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    with parser.user_errors():
+        av = import_av()
+        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
+        model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
+        output_file = args.output_file and Path(args.output_file)
+        if output_file and output_file.exists():
+            raise ValueError(f"{output_file} exists: choose another output_file")
+        try:
+            container = av.open(args.video, format=CAMERAS.get(sys.platform) if args.camera else None)
+            rate = container.streams.video[0].average_rate or 25
+        except (av.FFmpegError, IndexError) as error:
+            raise ValueError(f"{args.video} cannot be read as a video: {error}") from None
+    device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+    watcher = Watcher(model, processor, device)
+    with container:
+        seen = watch(watcher, container, args, args.frame_stride or round(processor.frame_stride))
+        if output_file is None:
+            for _ in seen:
+                pass
+            return
+        output_file.parent.mkdir(parents=True, exist_ok=True)
+        staging = output_file.with_name(f".incomplete-{output_file.name}")
+        if output_file.suffix == ".mp4":
+            write_video(staging, (annotate(frame, line) for _, frame, _, line in seen), fps=rate)
+        else:
+            frames, courses = {}, []
+            for number, frame, probabilities, _ in seen:
+                courses.append(probabilities)
+                frames[number] = frame
+                if len(frames) == 64:  # thin them out: a stream may be long
+                    frames = dict(list(frames.items())[::2])
+            plot_strip(frames, torch.stack(courses), model.config.id2label, staging)
+        os.replace(staging, output_file)
+    print(f"written to {output_file}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

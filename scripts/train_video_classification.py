@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""Train a convolutional MinGRU (or any other video classifier) to tell videos apart.
+
+    python scripts/train_video_classification.py --dataset_name data/moving_shapes --output_dir runs/shapes \
+        --config_name scripts/configs/moving_shapes.json --crop_size 64 --no_flip --min_crop_scale 1
+    python scripts/train_video_classification.py --dataset_name ucf101 --fold 1 \
+        --backbone_name_or_path timm/vgg16.tv_in1k --output_dir runs/ucf101
+
+The best weights end up in --output_dir with the video processor, metrics.json, loss.png and a model card; test
+them with scripts/evaluate_video_classification.py, which looks at whole videos.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+
+from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
+from mingru_hf.data.video import VideoClips, make_augmentation
+from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.loop import start, summary, train
+from mingru_hf.training.models import load_pretrained, make_config
+from mingru_hf.training.video import VideoDataArguments
+
+CONFIG = Path(__file__).parent / "configs" / "ucf101_vgg16.json"
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Say which model to train."""
+
+    model_name_or_path: str | None = option(
+        None, "start from this checkpoint (a directory, or a name on the Hub) and its processor", group="model"
+    )
+    config_name: str = option(str(CONFIG), "else start from scratch with this config: a JSON file")
+    config_overrides: str | None = option(None, 'change the config: "stride=1,hidden_sizes=[32,64]" (values are JSON)')
+    backbone_name_or_path: str | None = option(
+        None, "take the backbone's weights from this image model: timm/NAME, a directory, or a name on the Hub"
+    )
+    freeze_backbone: bool = option(False, "train the recurrent layers and classifiers alone")
+
+
+@dataclass(kw_only=True)
+class ClipArguments:
+    """Say what a clip is; the processor saved with the model does the same at inference."""
+
+    num_frames: int | None = option(None, "frames of a clip; default: the config's", group="clips")
+    frame_stride: int = option(1, "frames of the video from one frame of the clip to the next")
+    clips_per_video: int = option(1, "clips of each training video in an epoch")
+    resize_size: int | None = option(None, "pixels of a frame's shorter edge; default: 8/7 of crop_size, rounded")
+    crop_size: int = option(224, "pixels of a crop's edges")
+    min_crop_scale: float = option(
+        0.4, "smallest share of a frame that a random crop takes; 1: the same crop as at inference"
+    )
+    no_flip: bool = option(False, "mirror no clips: where left and right differ in meaning")
+    color_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation")
+
+
+def parse_args(
+    argv: list[str] | None,
+) -> tuple[ArgumentParser, ModelArguments, VideoDataArguments, ClipArguments, TrainArguments]:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    for cls in (ModelArguments, VideoDataArguments, ClipArguments):
+        add_arguments(parser, cls)
+    add_arguments(
+        parser,
+        TrainArguments,
+        per_device_train_batch_size=16,
+        learning_rate=1e-4,
+        weight_decay=5e-5,
+        num_train_epochs=7.0,
+        dataloader_num_workers=2,
+    )
+    namespace = parser.parse_args(argv)
+    with parser.user_errors():
+        classes = (ModelArguments, VideoDataArguments, ClipArguments, TrainArguments)
+        return parser, *(from_namespace(cls, namespace) for cls in classes)
+
+
+def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
+    """Load or make the model for the classes `names`, and its processor."""
+    id2label = dict(enumerate(names))
+    if model_args.model_name_or_path is not None:
+        processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
+        model = load_pretrained(AutoModelForVideoClassification, model_args.model_name_or_path)
+        if list(model.config.id2label.values()) != names:
+            raise ValueError(
+                f"{model_args.model_name_or_path} knows {model.config.num_labels} classes, which are not the data's "
+                f"{len(names)}: start from scratch, or with its backbone_name_or_path"
+            )
+        return model, processor
+    values = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
+    if model_args.freeze_backbone:
+        values["freeze_backbone"] = True
+    config = make_config(model_args.config_name, model_args.config_overrides, **values)
+    if clip_args.num_frames is not None:
+        config.num_frames = clip_args.num_frames
+    if model_args.backbone_name_or_path is None:
+        model = AutoModelForVideoClassification.from_config(config)
+    else:
+        fields = config.to_diff_dict()
+        for name in ("backbone_config", "model_type", "auto_map", "transformers_version", "dtype"):
+            fields.pop(name, None)
+        model = MinConvGRUForVideoClassification.from_backbone_pretrained(
+            model_args.backbone_name_or_path, out_indices=list(config.backbone_config.out_indices), **fields
+        )
+    resize_size = clip_args.resize_size or round(clip_args.crop_size * 8 / 7)
+    processor = MinConvGRUVideoProcessor(
+        num_frames=config.num_frames,
+        frame_stride=clip_args.frame_stride,
+        size={"shortest_edge": resize_size},
+        crop_size=clip_args.crop_size,
+    )
+    return model, processor
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, model_args, data_args, clip_args, args = parse_args(argv)
+    with parser.user_errors():
+        if model_args.model_name_or_path and (model_args.config_overrides or model_args.backbone_name_or_path):
+            raise ValueError("config_overrides and backbone_name_or_path do not go with model_name_or_path")
+        if clip_args.resize_size is not None and clip_args.resize_size < clip_args.crop_size:
+            raise ValueError(f"resize_size {clip_args.resize_size} is less than crop_size {clip_args.crop_size}")
+        accelerator = start(args)
+        with accelerator.main_process_first():  # the others read what the first one has cached
+            videos = data_args.load(args.seed)
+        names = videos["train"].features["label"].names
+        model, processor = load_model(model_args, clip_args, names)
+        augment = make_augmentation(processor, clip_args.min_crop_scale, not clip_args.no_flip, clip_args.color_jitter)
+        options = {"frame_order": data_args.frame_order, "seed": args.seed}
+        train_clips = VideoClips(
+            videos["train"], processor, clip_args.clips_per_video, augment=augment, training=True, **options
+        )
+        eval_clips = VideoClips(videos["validation"], processor, **options)
+
+    accelerator.print(
+        f"{model.num_parameters():,} parameters, {len(names)} classes, {len(videos['train']):,} videos to train on, "
+        f"{len(videos['validation']):,} to validate; clips of {processor.num_frames} frames, one of "
+        f"{processor.frame_stride}; {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
+        f"{accelerator.mixed_precision}"
+    )
+    result = train(
+        model,
+        train_clips,
+        eval_clips,
+        args,
+        accelerator,
+        processing_class=processor,
+        metrics={"accuracy": lambda logits, labels: (logits.argmax(-1) == labels).float().mean()},
+        unit="clip",
+        dataset_name=Path(data_args.dataset_name).name,
+        task="video-classification",
+        auto_class="AutoModelForVideoClassification",
+    )
+    for clips in (train_clips, eval_clips):
+        if clips.unreadable:
+            accelerator.print(f"{len(clips.unreadable)} of {len(clips.videos)} videos could not be read")
+    accelerator.print(
+        f"final {summary(result['final'], 'clip')}\n"
+        f"{result['step']} steps in {result['train_seconds']:.0f} s, "
+        f"{result['tokens_per_second']:,.0f} frames/s; saved in {args.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    main()
