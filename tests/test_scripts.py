@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForVideoClassification, AutoTokenizer, AutoVideoProcessor
 
 from mingru_hf import MinGRUForCausalLM
+from mingru_hf.data.moving_shapes import CLASSES
 
+VIDEO = all(map(importlib.util.find_spec, ("av", "torchvision")))
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TEXT = "".join(f"LINE {i}:\nthe cat sat on the mat, and the dog sat on log number {i}.\n\n" for i in range(150))
 TINY = ["--config_overrides", "hidden_size=16,num_hidden_layers=1", "--block_size", "32", "--use_cpu"]
@@ -265,10 +267,163 @@ def test_mistakes_in_selective_copying_end_with_one_line(tmp_path, capsys):
     assert "no file" in error_of(capsys, *copying, "--config_name", "missing.json")
 
 
+# ---- videos ----
+
+VIDEO_SCRIPTS = [
+    pytest.param(name, marks=pytest.mark.skipif(not VIDEO, reason="needs PyAV and torchvision: the extra video"))
+    for name in (
+        "make_moving_shapes",
+        "train_video_classification",
+        "evaluate_video_classification",
+        "stream_video",
+    )
+]
+TINY_VIDEO = [
+    *("--config_name", SCRIPTS / "configs" / "moving_shapes.json", "--num_frames", 4, "--no_flip", "--use_cpu"),
+    *(
+        "--config_overrides",
+        "hidden_sizes=[4,4],num_hidden_layers=1",
+        "--crop_size",
+        32,
+        "--dataloader_num_workers",
+        0,
+    ),
+    *("--per_device_train_batch_size", 4, "--mixed_precision", "no", "--num_warmup_steps", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The directory of a few moving shapes of 32 pixels and 6 frames; one file is broken, one too short."""
+    pytest.importorskip("av", reason="videos are written by PyAV")
+    pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
+    directory = tmp_path_factory.mktemp("data") / "shapes"
+    sizes = ("--num_train", 16, "--num_validation", 8, "--num_test", 16, "--num_frames", 6, "--size", 32)
+    call("make_moving_shapes", "--output_dir", directory, *sizes)
+    (directory / "train" / "up" / "000002.mp4").write_bytes(b"broken")
+    (directory / "test" / "up" / "000010.mp4").write_bytes(b"broken")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def video_model(shapes, tmp_path_factory):
+    """The directory of a video classifier after two epochs."""
+    directory = tmp_path_factory.mktemp("runs") / "video"
+    cache = tmp_path_factory.mktemp("cache")
+    call(
+        "train_video_classification",
+        *("--dataset_name", shapes, "--cache_dir", cache, "--output_dir", directory, *TINY_VIDEO),
+        *("--num_train_epochs", 2, "--eval_steps", 4),
+    )
+    return directory
+
+
+def test_a_video_classifier_is_trained_and_saved_with_its_processor(video_model):
+    model = AutoModelForVideoClassification.from_pretrained(video_model)
+    processor = AutoVideoProcessor.from_pretrained(video_model)
+    assert set(model.config.id2label.values()) == set(CLASSES)
+    assert model.config.num_frames == processor.num_frames == 4
+    assert processor.crop_size == {"height": 32, "width": 32}
+    metrics = json.loads((video_model / "metrics.json").read_text())
+    assert metrics["step"] == 8  # the broken video's turn goes to another
+    assert 0 <= metrics["final"]["eval_accuracy"] <= 1
+    card = (video_model / "README.md").read_text()
+    assert "Validation loss (nats a clip)" in card
+    assert "Perplexity" not in card
+
+
+def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_path, capsys, caplog):
+    test = ("evaluate_video_classification", "--model_name_or_path", video_model, "--dataset_name", shapes)
+    machine = (
+        "--cache_dir",
+        tmp_path / "cache",
+        "--use_cpu",
+        "--mixed_precision",
+        "no",
+        "--dataloader_num_workers",
+        0,
+    )
+    call(*test, *machine, "--clips_per_video", 3)
+    metrics = json.loads((video_model / "evaluation-test" / "metrics.json").read_text())
+    assert (metrics["videos"], metrics["unreadable"]) == (15, 1)
+    assert "000010.mp4" in caplog.text
+    matrix = torch.tensor(metrics["confusion_matrix"])
+    assert matrix.sum().item() == 15
+    assert metrics["accuracy"] == metrics["accuracy_vote"] == pytest.approx(matrix.trace().item() / 15)
+    for number, (name, row) in enumerate(metrics["classes"].items()):
+        assert row["videos"] == (1 if name == "up" else 2)
+        assert row["accuracy"] == matrix[number, number].item() / row["videos"]
+    assert (video_model / "evaluation-test" / "confusion_matrix.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "1 of 16 videos could not be read" in out
+    assert f"accuracy {100 * metrics['accuracy']:.2f} % of 15 videos" in out
+
+    # The mean over a single view of one clip is what the model says of that clip.
+    call(*test, *machine, "--clips_per_video", 1, "--views", "center", "--output_dir", tmp_path / "one")
+    one = json.loads((tmp_path / "one" / "metrics.json").read_text())
+    model = AutoModelForVideoClassification.from_pretrained(video_model).eval()
+    processor = AutoVideoProcessor.from_pretrained(video_model)
+    names, right = list(model.config.id2label.values()), 0
+    for path in (shapes / "test").rglob("*.mp4"):
+        if path.name != "000010.mp4":
+            with torch.no_grad():
+                logits = model(**processor(str(path), return_tensors="pt")).logits
+            right += names[logits.argmax().item()] == path.parent.name
+    assert one["accuracy"] == one["accuracy_mean"] == one["accuracy_view"] == pytest.approx(right / 15)
+
+
+def test_a_stream_ends_where_the_whole_clip_does(video_model, shapes, tmp_path, capsys):
+    path = shapes / "test" / "left" / "000000.mp4"
+    stream = ("stream_video", "--model_name_or_path", video_model, "--video", path, "--use_cpu", "--top_k", 8)
+    call(*stream)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"frame {i}" for i in range(6)]
+    model = AutoModelForVideoClassification.from_pretrained(video_model).eval()
+    pixels = AutoVideoProcessor.from_pretrained(video_model)(str(path), num_frames=6, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**pixels).logits[0].softmax(-1)
+    said = dict(part.rsplit(" ", 2)[:2] for part in lines[-1].split(": ")[1].split(", "))
+    for number, name in model.config.id2label.items():
+        assert float(said[name]) == pytest.approx(100 * expected[number].item(), abs=0.6)  # printed in whole percent
+
+    call(*stream, "--output_file", tmp_path / "out.mp4", "--frame_stride", 2, "--max_frames", 5)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["frame 0", "frame 2", "frame 4"]
+    with pytest.importorskip("av").open(str(tmp_path / "out.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 5
+    assert frames[0].shape == (256 + 24, 256, 3)
+    assert frames[0][256:].max() > 200  # the line of text
+    call(*stream, "--output_file", tmp_path / "out.png")
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png"]
+
+
+def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("UCF101_PATH", raising=False)
+    cache = ("--cache_dir", tmp_path / "cache")
+    assert "exists" in error_of(capsys, "make_moving_shapes", "--output_dir", shapes)
+    train = ("train_video_classification", "--output_dir", tmp_path / "run", *cache, *TINY_VIDEO)
+    assert "UCF101_PATH" in error_of(capsys, *train)
+    (tmp_path / "empty").mkdir()
+    assert "holds no videos" in error_of(capsys, *train, "--dataset_name", tmp_path / "empty")
+    given = (*train, "--dataset_name", shapes)
+    assert "is less than crop_size" in error_of(capsys, *given, "--resize_size", 16)
+    assert "min_crop_scale" in error_of(capsys, *given, "--min_crop_scale", 0)
+    assert "do not go with" in error_of(capsys, *given, "--model_name_or_path", video_model)
+    test = ("evaluate_video_classification", "--model_name_or_path", video_model, "--use_cpu", *cache)
+    assert "no such directory" in error_of(capsys, *test, "--dataset_name", "./missing")
+    assert "other classes" in error_of(capsys, *test, "--dataset_name", shapes / "test", "--split", "train")
+    assert "clips_per_video" in error_of(capsys, *test, "--clips_per_video", 0)
+    stream = ("stream_video", "--model_name_or_path", video_model)
+    assert "cannot be read" in error_of(capsys, *stream, "--video", shapes / "train" / "up" / "000002.mp4")
+    assert "must end in .mp4 or .png" in error_of(capsys, *stream, "--video", "a.mp4", "--output_file", "a.gif")
+    assert not (tmp_path / "run").exists()
+
+
 # ---- all of them, in processes of their own ----
 
 
-@pytest.mark.parametrize("name", ["train_causal_lm", "generate_text", "train_selective_copying"])
+@pytest.mark.parametrize("name", ["train_causal_lm", "generate_text", "train_selective_copying", *VIDEO_SCRIPTS])
 def test_help_explains_every_option(name, capsys):
     with pytest.raises(SystemExit) as end:
         call(name, "--help")
