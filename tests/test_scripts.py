@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -294,7 +295,7 @@ TINY_VIDEO = [
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """The directory of a few moving shapes of 32 pixels and 6 frames; one file is broken, one too short."""
+    """The directory of a few moving shapes of 32 pixels; one file of training and one of the test are broken."""
     pytest.importorskip("av", reason="videos are written by PyAV")
     pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
     directory = tmp_path_factory.mktemp("data") / "shapes"
@@ -412,7 +413,9 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert "do not go with" in error_of(capsys, *given, "--model_name_or_path", video_model)
     test = ("evaluate_video_classification", "--model_name_or_path", video_model, "--use_cpu", *cache)
     assert "no such directory" in error_of(capsys, *test, "--dataset_name", "./missing")
-    assert "other classes" in error_of(capsys, *test, "--dataset_name", shapes / "test", "--split", "train")
+    for name in ("left", "right"):
+        shutil.copytree(shapes / "test" / name, tmp_path / "two" / name)
+    assert "other classes" in error_of(capsys, *test, "--dataset_name", tmp_path / "two", "--split", "train")
     assert "clips_per_video" in error_of(capsys, *test, "--clips_per_video", 0)
     stream = ("stream_video", "--model_name_or_path", video_model)
     assert "cannot be read" in error_of(capsys, *stream, "--video", shapes / "train" / "up" / "000002.mp4")
