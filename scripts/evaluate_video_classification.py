@@ -2,11 +2,9 @@
 """Test a video classifier on whole videos: several clips of each, several crops of each clip.
 
     python scripts/evaluate_video_classification.py --model_name_or_path runs/ucf101 --dataset_name ucf101
-    python scripts/evaluate_video_classification.py --model_name_or_path runs/shapes \
-        --dataset_name data/moving_shapes --clips_per_video 1 --views center
 
-The defaults are UCF101's protocol: 25 clips a video, five crops of each and their mirrors, majority vote. Writes
-metrics.json and confusion_matrix.png, and prints a table of the classes.
+The defaults are UCF101's protocol: 25 clips a video, five crops of each and their mirrors, majority vote.
+Writes metrics.json and confusion_matrix.png, and prints a table of the classes.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Watch a video frame by frame and say, after every frame, what it shows so far.
 
-    python scripts/stream_video.py --model_name_or_path runs/shapes --video data/moving_shapes/test/up/000002.mp4
-    python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4 --output_file annotated.mp4
-    python scripts/stream_video.py --model_name_or_path runs/shapes --video /dev/video0 --camera --max_frames 300
+    python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4
+    python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4 --output_file seen.mp4
+    python scripts/stream_video.py --model_name_or_path runs/shapes --video /dev/video0 --camera
 
-Every frame goes through the model once; the cache carries the state, whose size does not grow. The output is a
-video with the prediction written on it, or a PNG strip of frames over the course of the probabilities.
+Every frame goes through the model once; the cache carries the state, whose size does not grow. The output is
+a video with the prediction written on it, or a PNG strip of frames over the course of the probabilities.
 """
 
 import os

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 """Train a convolutional MinGRU (or any other video classifier) to tell videos apart.
 
-    python scripts/train_video_classification.py --dataset_name data/moving_shapes --output_dir runs/shapes \
-        --config_name scripts/configs/moving_shapes.json --crop_size 64 --no_flip --min_crop_scale 1
-    python scripts/train_video_classification.py --dataset_name ucf101 --fold 1 \
-        --backbone_name_or_path timm/vgg16.tv_in1k --output_dir runs/ucf101
+    python scripts/train_video_classification.py --dataset_name ucf101 --fold 1 --output_dir runs/ucf101
+    python scripts/train_video_classification.py --dataset_name my_videos/ --output_dir runs/mine
 
-The best weights end up in --output_dir with the video processor, metrics.json, loss.png and a model card; test
-them with scripts/evaluate_video_classification.py, which looks at whole videos.
+The first trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from ImageNet's weights, as the
+published result does. The best weights end up in --output_dir with the video processor, metrics.json, loss.png
+and a model card; test them with scripts/evaluate_video_classification.py, which looks at whole videos.
 """
 
 from dataclasses import dataclass
