@@ -364,17 +364,17 @@ class MinGRUModel(MinGRUPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache = False  # the second forward would move the state on once more
+        batch, steps = inputs_embeds.shape[:2]
+        # Early-exit drafting lowers num_hidden_layers for a while: the norm and the head then read an earlier block.
+        depth = self.config.num_hidden_layers
         if cache is not None:
-            self._check_cache(cache, inputs_embeds.shape[0])
+            self._check_cache(cache, batch, depth)
         elif use_cache:
             cache = DynamicCache(config=self.config)
-
-        batch, steps = inputs_embeds.shape[:2]
         mask = self._padding_mask(attention_mask, batch, steps)
         reset = self._document_starts(mask, position_ids, cache, batch, steps, **kwargs)
 
-        # Early-exit drafting lowers num_hidden_layers for a while: the norm and the head then read an earlier block.
-        depth, sizes = self.config.num_hidden_layers, self.config.hidden_sizes
+        sizes = self.config.hidden_sizes
         if sizes is not None and sizes[depth - 1] != sizes[-1]:
             raise ValueError(
                 f"Early exit after {depth} blocks needs a block as wide as the last; they are {sizes[depth - 1]} "
@@ -400,9 +400,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 "does the tokenizer belong to this model?"
             ) from error
 
-    def _check_cache(self, cache: Cache, batch: int) -> None:
+    def _check_cache(self, cache: Cache, batch: int, depth: int) -> None:
         layers = getattr(cache, "layers", ())
-        depth = self.config.num_hidden_layers
         if len(layers) != depth or any(getattr(layer, "_layer_type", None) != "mingru" for layer in layers):
             raise ValueError(
                 f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; make "
@@ -577,7 +576,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             ValueError: as `MinGRUModel.forward`, or if logits are to be skipped and there are no labels.
         """
         if skip_logits is None:
-            skip_logits = self.config.skip_logits and self.training and labels is not None
+            skip_logits = labels is not None and self.training and self.config.skip_logits
         if skip_logits and labels is None:
             raise ValueError("skip_logits leaves nothing to return without labels: give labels, or leave it out.")
         # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.

@@ -162,14 +162,14 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
     carry = torch.sigmoid(-gate)
     drive = torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
     shape = [*x.shape[:2]] + [1] * (x.dim() - 2)
-    if reset is not None:
-        cut = reset.bool().reshape(shape)
-        drive = torch.where(cut, drive + INITIAL_STATE * carry, drive)
-        carry = torch.where(cut, 0.0, carry)
     if mask is not None:
         keep = mask.bool().reshape(shape)
         drive = torch.where(keep, drive, 0.0)
         carry = torch.where(keep, carry, 1.0)
+    if reset is not None:
+        cut = reset.bool().reshape(shape)
+        drive = torch.where(cut, drive + INITIAL_STATE * carry, drive)
+        carry = torch.where(cut, 0.0, carry)
     h0 = initial_state(x, carry[:, :1].shape) if h0 is None else h0.to(x.dtype)
 
     def step(h, inputs):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.export import Dim
 
-from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
 from mingru_hf.exporting import MinGRUPrefill, cache_of, export_programs
 
 # Logits of a few units in float32; the exported scan rounds in another order.
@@ -80,6 +80,23 @@ def test_prefill_with_padding(exported):
         alone = model(torch.cat([ids[row, start:], ids[row, :2]]).unsqueeze(0)).logits[0]
         torch.testing.assert_close(logits[row, 0], alone[-3], **CLOSE)
         torch.testing.assert_close(following[row], alone[-2:], **CLOSE)
+
+
+def test_the_exported_scan_knows_masks_and_resets():
+    class Scan(torch.nn.Module):
+        def forward(self, x, h0, mask, reset):
+            return mingru_scan(x, h0, mask, reset)
+
+    x, h0 = torch.randn(2, 9, 12), torch.rand(2, 1, 6)
+    mask, reset = torch.rand(2, 9) < 0.7, torch.rand(2, 9) < 0.3
+    steps = {1: Dim("steps", min=1)}
+    program = torch.export.export(Scan(), (x, h0, mask, reset), dynamic_shapes=(steps, None, steps, steps))
+    assert not any("mingru" in str(node.target) for node in program.graph.nodes)
+    for length in (1, 9, 40):
+        x = torch.randn(2, length, 12)
+        mask, reset = torch.rand(2, length) < 0.7, torch.rand(2, length) < 0.3
+        expected = mingru_scan(x, h0, mask, reset, backend="reference")
+        torch.testing.assert_close(program.module()(x, h0, mask, reset), expected)
 
 
 def test_a_state_of_another_model_is_refused(exported):
