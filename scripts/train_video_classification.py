@@ -4,9 +4,9 @@
     python scripts/train_video_classification.py --dataset_name ucf101 --fold 1 --output_dir runs/ucf101
     python scripts/train_video_classification.py --dataset_name my_videos/ --output_dir runs/mine
 
-The first trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from ImageNet's weights, as the
-published result does. The best weights end up in --output_dir with the video processor, metrics.json, loss.png
-and a model card; test them with scripts/evaluate_video_classification.py, which looks at whole videos.
+The first trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from ImageNet's weights, as
+the published result does. The best weights end up in --output_dir with the video processor, metrics.json,
+loss.png and a model card; test them with scripts/evaluate_video_classification.py on whole videos.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,14 @@ class ModelArguments:
 
 @dataclass(kw_only=True)
 class ClipArguments:
-    """Say what a clip is; the processor saved with the model does the same at inference."""
+    """Say what a clip is; the processor saved with the model does the same at inference.
 
-    num_frames: int | None = option(None, "frames of a clip; default: the config's", group="clips")
+    A checkpoint's processor knows already: of these, its own frames and sizes count.
+    """
+
+    num_frames: int | None = option(
+        None, "frames of a clip; default: the config's", group="clips (frames and sizes: of a model from scratch)"
+    )
     frame_stride: int = option(1, "frames of the video from one frame of the clip to the next")
     clips_per_video: int = option(1, "clips of each training video in an epoch")
     resize_size: int | None = option(None, "pixels of a frame's shorter edge; default: 8/7 of crop_size, rounded")
