@@ -266,7 +266,7 @@ def test_server_completes_and_chats(directory, model, tokenizer, tmp_path):
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/{route}", data, headers)
         with urllib.request.urlopen(request, timeout=60) as response:
-            return json.loads(response.read())["choices"][0]
+            return response.read().decode()
 
     try:
         deadline = time.monotonic() + 120
@@ -280,16 +280,21 @@ def test_server_completes_and_chats(directory, model, tokenizer, tmp_path):
                 assert time.monotonic() < deadline, log.read()
                 time.sleep(0.2)
         completion = ask("completions", prompt="the fox", max_tokens=8, temperature=0)
-        messages = [{"role": "user", "content": "the fox"}]
-        chat = ask("chat/completions", messages=messages, max_tokens=8, temperature=0)
+        request = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 8, "temperature": 0}
+        chat = ask("chat/completions", **request)
+        stream = ask("chat/completions", **request, stream=True)  # as `transformers chat` asks
     finally:
         server.terminate()
         server.wait(30)
         log.close()
     prompt = tokenizer("the fox", return_tensors="pt")
     expected = tokenizer.decode(greedy(model, prompt, 8)[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
-    assert completion["text"] == expected
-    assert chat["message"]["content"] == expected
+    assert json.loads(completion)["choices"][0]["text"] == expected
+    assert json.loads(chat)["choices"][0]["message"]["content"] == expected
+    events = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: {")]
+    pieces = [choice["delta"].get("content") or "" for event in events for choice in json.loads(event)["choices"]]
+    assert len(pieces) > 2
+    assert "".join(pieces) == expected
 
 
 @pytest.mark.clients("lm_eval")

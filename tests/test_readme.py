@@ -1,5 +1,7 @@
 """The README's snippets run as printed, and its commands are understood by the scripts."""
 
+import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
+import mingru_hf
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import build_tokenizer
 
@@ -62,3 +65,12 @@ def test_snippets_say_nothing_they_should_not(demo_directory, caplog, capfd):
     logging.set_verbosity_warning()
     exec(compile(SNIPPETS[0], "README", "exec"), {})
     assert "warning" not in capfd.readouterr().err.lower()
+
+
+def test_api_table_has_every_public_name_where_it_is():
+    table = README[README.index("## API") : README.index("## The tree")]
+    links = dict(re.findall(r"\[`(\w+)`\]\(([\w/.]+)\)", table))
+    assert set(mingru_hf.__all__) <= set(links)
+    for name, file in links.items():
+        assert re.search(rf"^(class|def) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), name
+        assert inspect.getdoc(getattr(importlib.import_module(file.removesuffix(".py").replace("/", ".")), name))
