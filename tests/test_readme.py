@@ -8,10 +8,18 @@ import shlex
 from pathlib import Path
 
 import pytest
+from transformers import ResNetConfig
 from transformers.utils import logging
 
 import mingru_hf
-from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf import (
+    MinConvGRUConfig,
+    MinConvGRUForVideoClassification,
+    MinConvGRUVideoProcessor,
+    MinGRUConfig,
+    MinGRUForCausalLM,
+)
+from mingru_hf.data.moving_shapes import make_moving_shape, write_video
 from mingru_hf.data.text import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +45,26 @@ def demo_directory(tmp_path, monkeypatch):
     tokenizer.save_pretrained("runs/demo")
 
 
+@pytest.fixture
+def shapes_directory(demo_directory):
+    """The same after training on videos: a tiny model in runs/shapes, and a clip."""
+    pytest.importorskip("av", reason="videos are read and written by PyAV")
+    pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
+    backbone = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", out_features=["stage1"]
+    )
+    config = MinConvGRUConfig(backbone_config=backbone, num_labels=3, num_frames=4)
+    MinConvGRUForVideoClassification(config).save_pretrained("runs/shapes")
+    MinConvGRUVideoProcessor(num_frames=4, size={"shortest_edge": 32}, crop_size=32).save_pretrained("runs/shapes")
+    write_video("clip.mp4", make_moving_shape(0, num_frames=6, size=32))
+
+
 @pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, where there is no GPU
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 @pytest.mark.usefixtures("demo_directory")
-def test_snippets_run_as_printed(index):
+def test_snippets_run_as_printed(index, request):
+    if "runs/shapes" in SNIPPETS[index]:
+        request.getfixturevalue("shapes_directory")
     exec(compile(SNIPPETS[index], f"README snippet {index}", "exec"), {})
 
 
