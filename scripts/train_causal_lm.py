@@ -9,6 +9,7 @@ The best weights end up in --output_dir with tokenizer, metrics.json, loss.png a
 with scripts/generate_text.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.text import (
     DocumentPositions,
+    StreamedBlocks,
     build_tokenizer,
     characters_per_token,
     evaluation_blocks,
     group_texts,
     load_text_datasets,
+    load_text_stream,
 )
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
@@ -67,6 +70,13 @@ class DataArguments:
     validation_split_percentage: int = option(
         10, "percent of the training data to validate on where no validation data is given"
     )
+    streaming: bool = option(
+        False, "read the documents while training, not before: for more of them than the disk or the memory holds"
+    )
+    validation_documents: int = option(
+        500,
+        "with streaming: documents to validate on, of the validation split or else the first of the training split",
+    )
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
     block_size: int = option(256, "tokens a training example")
     packing: str = option(
@@ -108,11 +118,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
         text_column_name=data_args.text_column_name,
         cache_dir=data_args.cache_dir,
     )
-    if model_args.tokenizer_name is None and model_args.model_name_or_path is not None:
-        tokenizer = load_pretrained(AutoTokenizer, model_args.model_name_or_path)
-    else:
-        name = model_args.tokenizer_name or "char"
-        tokenizer = build_tokenizer(name, text["train"]["text"], vocab_size=model_args.vocab_size)
+    tokenizer = load_tokenizer(model_args, text["train"]["text"])
     several = any(len(split) > 1 for split in text.values())
     if data_args.packing == "reset" and not (several and tokenizer.eos_token_id is not None):
         raise ValueError("packing reset needs several documents, and a tokenizer with an eos token between them")
@@ -121,6 +127,42 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     training = group_texts(DatasetDict(train=text["train"]), *options, add_eos)["train"]
     validation = evaluation_blocks(DatasetDict(validation=text["validation"]), *options, add_eos)["validation"]
     return training, validation, tokenizer, characters_per_token(text["validation"], tokenizer, add_eos)
+
+
+def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int):
+    """As `load_data`, but the training blocks come from a stream that is read while training.
+
+    A bpe tokenizer is trained on its first 10,000 documents.
+    """
+    if model_args.model_name_or_path is None and model_args.tokenizer_name in (None, "char"):
+        raise ValueError(
+            "streaming cannot know every character beforehand: give --tokenizer_name bpe or a pretrained one"
+        )
+    stream, validation = load_text_stream(
+        dataset_name=data_args.dataset_name,
+        dataset_config_name=data_args.dataset_config_name,
+        train_file=data_args.train_file,
+        validation_file=data_args.validation_file,
+        validation_documents=data_args.validation_documents,
+        text_column_name=data_args.text_column_name,
+        cache_dir=data_args.cache_dir,
+    )
+    tokenizer = load_tokenizer(model_args, (row["text"] for row in stream.take(10_000)))
+    add_eos = tokenizer.eos_token_id is not None
+    if data_args.packing == "reset" and not add_eos:
+        raise ValueError("packing reset needs a tokenizer with an eos token")
+    blocks = evaluation_blocks(DatasetDict(validation=validation), tokenizer, data_args.block_size, add_eos=add_eos)[
+        "validation"
+    ]
+    training = StreamedBlocks(stream, tokenizer, data_args.block_size, seed)
+    return training, blocks, tokenizer, characters_per_token(validation, tokenizer, add_eos)
+
+
+def load_tokenizer(model_args: ModelArguments, texts: Iterable[str]):
+    """Load the tokenizer, or make it from the texts."""
+    if model_args.tokenizer_name is None and model_args.model_name_or_path is not None:
+        return load_pretrained(AutoTokenizer, model_args.model_name_or_path)
+    return build_tokenizer(model_args.tokenizer_name or "char", texts, vocab_size=model_args.vocab_size)
 
 
 def load_model(model_args: ModelArguments, tokenizer):
@@ -148,13 +190,16 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("config_name and config_overrides do not go with model_name_or_path")
         accelerator = start(args)
         with accelerator.main_process_first():  # the others read what the first one has cached
-            training, validation, tokenizer, characters = load_data(model_args, data_args)
+            if data_args.streaming:
+                training, validation, tokenizer, characters = load_stream(model_args, data_args, args.seed)
+            else:
+                training, validation, tokenizer, characters = load_data(model_args, data_args)
         model = load_model(model_args, tokenizer)
 
     dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, "
-        f"{len(training) * data_args.block_size:,} tokens to train on, "
+        f"{'a stream of' if data_args.streaming else f'{len(training) * data_args.block_size:,}'} tokens to train on, "
         f"{(validation.with_format('numpy')['labels'][:][:, 1:] != -100).sum():,} to predict in validation; "
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}"

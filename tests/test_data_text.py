@@ -14,12 +14,14 @@ from datasets import Dataset, DatasetDict
 from mingru_hf.data import text as text_module
 from mingru_hf.data.text import (
     DocumentPositions,
+    StreamedBlocks,
     build_tokenizer,
     characters_per_token,
     evaluation_blocks,
     group_texts,
     load_shakespeare,
     load_text_datasets,
+    load_text_stream,
     play_to_text,
 )
 
@@ -385,3 +387,71 @@ def test_positions_restart_where_a_document_begins():
     batch = DocumentPositions(eos_token_id=0)(rows)
     assert batch["position_ids"].tolist() == [[0, 0, 1, 2, 0], [0, 1, 2, 3, 4]]
     assert batch["input_ids"].tolist() == [[5, 0, 7, 8, 0], [0, 6, 6, 6, 6]]
+
+
+# ---- streams ----
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """(file, texts): 60 documents in JSON lines, with a null row between them."""
+    texts = [f"Document {i} is about {'x' * (i % 7)}." for i in range(60)]
+    rows = [{"id": i, "story": text} for i, text in enumerate(texts)]
+    rows.insert(30, {"id": 99, "story": None})
+    file = tmp_path / "documents.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file, texts
+
+
+def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
+    file, texts = documents
+    stream, validation = load_text_stream(train_file=file, validation_documents=10)
+    assert validation["text"][:] == texts[:10]
+    tokenizer = build_tokenizer("bpe", texts, vocab_size=300)
+    total = sum(len(tokenizer(text).input_ids) + 1 for text in texts[10:])
+    blocks = iter(StreamedBlocks(stream, tokenizer, block_size=1, seed=3))
+    passes = []
+    for _ in range(2):
+        ids = [int(next(blocks)["input_ids"]) for _ in range(total)]
+        passes.append(tokenizer.decode(ids).split("<|endoftext|>")[:-1])
+        assert sorted(passes[-1]) == sorted(texts[10:])
+    assert passes[0] != passes[1]
+    for block_size in (7, 300):  # the same tokens, however they are cut
+        blocks = iter(StreamedBlocks(stream, tokenizer, block_size, seed=3))
+        count = 2 * total // block_size
+        text = tokenizer.decode(torch.cat([next(blocks)["input_ids"] for _ in range(count)]))
+        assert "<|endoftext|>".join([*passes[0], *passes[1]]).startswith(text.rstrip("\ufffd"))
+    other = iter(StreamedBlocks(stream, tokenizer, block_size=1, seed=4))
+    assert tokenizer.decode([int(next(other)["input_ids"]) for _ in range(total)]) != "<|endoftext|>".join(passes[0])
+
+
+# datasets leaves the files of a stream of csv open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
+    file, texts = documents
+    held_out = tmp_path / "held.txt"
+    held_out.write_text("held out\n")
+    stream, validation = load_text_stream(train_file=file, validation_file=held_out)
+    assert validation["text"][:] == ["held out\n"]
+    assert [row["text"] for row in stream] == texts
+    stream, validation = load_text_stream(str(trelis), validation_documents=5)
+    assert validation["text"][:] == [TEXT[8000:]]
+    assert [row["text"] for row in stream] == [TEXT[:4000], TEXT[4000:8000]]
+
+
+def test_mistakes_with_streams_are_named(documents, tmp_path):
+    file, _ = documents
+    text = tmp_path / "a.txt"
+    text.write_text("a")
+    for arguments, message in (
+        ({"train_file": text}, "cannot be streamed"),
+        ({"train_file": file, "text_column_name": "id"}, r"columns of strings \['story'\]"),
+        ({"dataset_name": "shakespeare"}, "one text in memory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_text_stream(**arguments)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_text_stream(train_file=tmp_path / "missing.json")
+    stream, _ = load_text_stream(train_file=file, validation_documents=60)
+    with pytest.raises(ValueError, match="holds no token"):
+        next(iter(StreamedBlocks(stream, build_tokenizer("char", ["a"]), 4)))

@@ -158,6 +158,22 @@ def test_documents_apart_a_sample_and_a_way_back(tmp_path, capsys):
     assert "several documents" in error_of(capsys, *reset, "--output_dir", tmp_path / "other")
 
 
+def test_documents_as_a_stream(tmp_path, capsys):
+    file, directory = tmp_path / "text.jsonl", tmp_path / "run"
+    file.write_text("\n".join(json.dumps({"text": line}) for line in TEXT.split("\n\n") if line))
+    stream = (
+        *("train_causal_lm", "--train_file", file, "--cache_dir", tmp_path / "cache", "--streaming"),
+        *("--validation_documents", 20, "--output_dir", directory, *TINY, *FAST),
+    )
+    assert "--tokenizer_name bpe" in error_of(capsys, *stream)
+    bpe = ("--tokenizer_name", "bpe", "--vocab_size", 300)
+    call(*stream, *bpe, "--max_train_steps", 40, "--packing", "reset")
+    assert "a stream of tokens to train on" in capsys.readouterr().out
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["final"]["eval_loss"] < metrics["history"][0]["loss"] - 1
+    assert "a stream" in (directory / "README.md").read_text()
+
+
 def test_any_other_causal_model_trains_too(text_file, tmp_path):
     config = tmp_path / "gpt2.json"
     config.write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}')

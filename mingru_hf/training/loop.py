@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object
 from accelerate.utils import set_seed as set_process_seed
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -56,7 +56,7 @@ class Progress:
 
     patience: int | None = None  # evaluations without a better loss that may still come
     step: int = 0
-    epoch: float = 0.0
+    epoch: float | None = 0.0  # None for a stream
     tokens: int = 0
     seconds: float = 0.0  # since the start, interruptions not counted
     pauses: float = 0.0  # seconds of these for evaluations and checkpoints
@@ -124,8 +124,10 @@ def train(
 
     Args:
         model: returns `.loss`, a mean over targets, and `.logits`.
-        train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`.
-        eval_dataset: the same, for validation.
+        train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or a
+            torch `IterableDataset` of such items that gives the same ones every time and does not end: every process
+            reads all of it and takes its share.
+        eval_dataset: map-style, for validation.
         args: how to train.
         accelerator: from `start(args)`.
         processing_class: tokenizer or processor to save beside the weights.
@@ -142,22 +144,27 @@ def train(
         weights over the whole of `eval_dataset`). Losses in nats a target.
 
     Raises:
-        ValueError: if a dataset is empty, or the schedule is impossible.
+        ValueError: if a dataset is empty, a stream is to be read by epochs, or the schedule is impossible.
         FloatingPointError: if the loss is no longer finite.
     """
+    streamed = isinstance(train_dataset, IterableDataset)
     for name, dataset in (("training", train_dataset), ("validation", eval_dataset)):
-        if len(dataset) == 0:
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise ValueError(f"the {name} set has no examples")
+    if streamed and ((args.max_train_steps or args.max_train_seconds) is None or args.checkpointing_steps == "epoch"):
+        raise ValueError("a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps")
+    if streamed and args.dataloader_num_workers:
+        raise ValueError("a stream is read by each process itself: leave dataloader_num_workers out")
+    num_examples = None if streamed else len(train_dataset)
     train_dataset, eval_dataset = map(_as_tensors, (train_dataset, eval_dataset))
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
 
     batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
     batches_per_step = args.gradient_accumulation_steps * world_size
     examples_per_step = batch_size * batches_per_step
-    steps_per_epoch = math.ceil(len(train_dataset) / examples_per_step)
     max_steps = args.max_train_steps
     if max_steps is None and args.max_train_seconds is None:
-        max_steps = math.ceil(args.num_train_epochs * len(train_dataset) / examples_per_step)
+        max_steps = math.ceil(args.num_train_epochs * num_examples / examples_per_step)
     interim = eval_dataset
     if args.max_eval_samples is not None and args.max_eval_samples < len(eval_dataset):
         chosen = torch.linspace(0, len(eval_dataset) - 1, args.max_eval_samples).long().tolist()
@@ -165,7 +172,7 @@ def train(
 
     # Where do we start?
     now, loss_sum, saved = Progress(patience=args.early_stopping_patience), torch.zeros(()), None
-    identity = {"seed": args.seed, "examples_per_step": examples_per_step, "training_examples": len(train_dataset)}
+    identity = {"seed": args.seed, "examples_per_step": examples_per_step, "training_examples": num_examples}
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         state, saved = read_checkpoint(checkpoint)
@@ -193,24 +200,21 @@ def train(
     set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
     if args.with_tracking:
         accelerator.init_trackers("runs", config=_tracker_config(args))
-    batches = iter(
-        DataLoader(
-            train_dataset,
-            batch_sampler=BatchStream(
-                len(train_dataset),
-                batch_size,
-                args.seed,
-                accelerator.process_index,
-                world_size,
-                first_batch=now.step * batches_per_step,
-                draws_anew=getattr(train_dataset, "draws_anew", False),
-            ),
-            collate_fn=collate_fn or default_collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
+    place = (batch_size, accelerator.process_index, world_size, now.step * batches_per_step)
+    if streamed:
+        batches = map(collate_fn or default_collate, _batches_of_stream(train_dataset, *place))
+    else:
+        draws_anew = getattr(train_dataset, "draws_anew", False)
+        batches = iter(
+            DataLoader(
+                train_dataset,
+                batch_sampler=BatchStream(num_examples, args.seed, *place, draws_anew),
+                collate_fn=collate_fn or default_collate,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=accelerator.device.type == "cuda",
+                generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
+            )
         )
-    )
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
         if accelerator.scaler is not None and saved["scaler"] is not None:
@@ -274,7 +278,7 @@ def train(
 
         # How far are we?
         now.seconds = _common_seconds(began, args, accelerator)
-        now.epoch = round(now.step * examples_per_step / len(train_dataset), 4)
+        now.epoch = None if streamed else round(now.step * examples_per_step / num_examples, 4)
         progress = share()
         done = progress >= 1
         position = {"step": now.step, "epoch": now.epoch, "seconds": round(now.seconds, 2)}
@@ -325,7 +329,7 @@ def train(
             net.train()
             if is_main:
                 bar.write(
-                    f"step {now.step}, epoch {now.epoch:.2f}, {now.seconds:.0f} s, "
+                    f"step {now.step}, {'' if streamed else f'epoch {now.epoch:.2f}, '}{now.seconds:.0f} s, "
                     f"{report()['tokens_per_second']:,.0f} {per_second}: {summary(scores, unit)}{' (best)' * improved}"
                 )
                 if sample is not None:
@@ -339,7 +343,8 @@ def train(
 
         # Save what it takes to go on from here.
         if args.checkpointing_steps is not None:
-            every = steps_per_epoch if args.checkpointing_steps == "epoch" else int(args.checkpointing_steps)
+            by_epoch = args.checkpointing_steps == "epoch"
+            every = math.ceil(num_examples / examples_per_step) if by_epoch else int(args.checkpointing_steps)
             if now.step % every == 0 or done or now.patience == 0:
                 processes = gather_object([{"loss_sum": loss_sum.cpu(), **_random_state()}])
                 if is_main:
@@ -481,8 +486,8 @@ class BatchStream:
 
     Args:
         num_examples: in the dataset.
-        batch_size: examples a batch of one process.
         seed: of the orders.
+        batch_size: examples a batch of one process.
         process_index: the process among `num_processes`; each takes its slice of every global batch.
         num_processes: processes in all.
         first_batch: the batch to begin with, counted over all processes.
@@ -493,8 +498,8 @@ class BatchStream:
     def __init__(
         self,
         num_examples: int,
-        batch_size: int,
         seed: int,
+        batch_size: int,
         process_index: int = 0,
         num_processes: int = 1,
         first_batch: int = 0,
@@ -548,6 +553,19 @@ def summary(scores: dict[str, float], unit: str = "token") -> str:
     known = ("eval_loss", "eval_loss_per_character", "eval_bits_per_character", "eval_perplexity")
     words += [f"{name[5:]} {value:.4f}" for name, value in scores.items() if name not in known]
     return ", ".join(words)
+
+
+def _batches_of_stream(
+    stream: IterableDataset, batch_size: int, process_index: int, num_processes: int, first_batch: int
+) -> Iterator[list]:
+    """Give this process's batches of a stream, as `BatchStream` does those of a dataset."""
+    examples = iter(stream)
+    for number in itertools.count():
+        batch = list(itertools.islice(examples, batch_size))
+        if len(batch) < batch_size:
+            raise ValueError("the stream of training examples has ended, expected one without end")
+        if number >= first_batch and number % num_processes == process_index:
+            yield batch
 
 
 def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:

@@ -107,6 +107,7 @@ def write_model_card(
         for key in ("hidden_size", "hidden_sizes", "num_hidden_layers", "vocab_size", "num_frames")
         if getattr(model.config, key, None) is not None
     ]
+    epochs = "a stream" if results["epoch"] is None else f"{results['epoch']:.2f} epochs"
     parameters = sum(p.numel() for p in model.parameters())
     lines = [
         "---",
@@ -140,7 +141,7 @@ def write_model_card(
         "## Training",
         "",
         f"{results['step']:,} optimizer steps of {results['examples_per_step']} examples "
-        f"({results['epoch']:.2f} epochs) in {results['train_seconds']:,.0f} s, "
+        f"({epochs}) in {results['train_seconds']:,.0f} s, "
         f"mixed precision {results['mixed_precision']}.",
         "",
         *(f"- `{key}`: {getattr(args, key)}" for key in HYPERPARAMETERS),
