@@ -391,6 +391,9 @@ def test_positions_restart_where_a_document_begins():
 
 # ---- streams ----
 
+# datasets leaves the files of streams open, which Python says some time later.
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
 
 @pytest.fixture
 def documents(tmp_path):
@@ -403,6 +406,7 @@ def documents(tmp_path):
     return file, texts
 
 
+@LEFT_OPEN
 def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
     file, texts = documents
     stream, validation = load_text_stream(train_file=file, validation_documents=10)
@@ -425,8 +429,7 @@ def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
     assert tokenizer.decode([int(next(other)["input_ids"]) for _ in range(total)]) != "<|endoftext|>".join(passes[0])
 
 
-# datasets leaves the files of a stream of csv open.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@LEFT_OPEN
 def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
     file, texts = documents
     held_out = tmp_path / "held.txt"
@@ -439,6 +442,7 @@ def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
     assert [row["text"] for row in stream] == [TEXT[:4000], TEXT[4000:8000]]
 
 
+@LEFT_OPEN
 def test_mistakes_with_streams_are_named(documents, tmp_path):
     file, _ = documents
     text = tmp_path / "a.txt"
