@@ -124,7 +124,7 @@ def seconds_in_scan(step: Callable[[], None]) -> tuple[float, float]:
     return times["scan"], times["scan_backward"]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", help="a file whose frames are used; default: random frames")
     parser.add_argument("--frame_step", type=int, default=1, help="take one frame in so many")
@@ -135,12 +135,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    model, clips = build(args)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        model, clips = build(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     steps = {name: make_step(name, model, clips, args.dtype == "bfloat16") for name in STEPS}
     counts = {
         "model": sum(parameter.numel() for parameter in model.parameters()),

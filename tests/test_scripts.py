@@ -538,3 +538,27 @@ def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys):
     module.CURVE = [(1, 16, 4), (1, 64, 4)]
     module.main(["--shapes", "--rounds", "1", "--backends", "torch", "--peers", "--png", str(picture)])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+# ---- benchmark_video ----
+
+
+@pytest.mark.slow
+def test_video_benchmark_compares_the_model_with_its_backbone(tmp_path):
+    pytest.importorskip("timm", reason="VGG16 comes from it")
+    report = tmp_path / "video.json"
+    words = ["--image_size", 32, "--num_frames", 2, "--rounds", 1, "--threads", 1, "--json", report]
+    result = run(sys.executable, SCRIPTS / "benchmark_video.py", *words)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(report.read_text())
+    assert figures["parameters"] == {"model": 48_278_073, "backbone": 14_714_688}
+    assert figures["shares"]["multiply_adds"] > 0.1
+    assert figures["seconds"]["model forward"] > 0
+    assert all(figures["peak_bytes"][f"{part} training"] > 2**20 for part in ("model", "backbone"))
+    assert 0 < figures["shares"]["scan_training"] < 1
+
+
+def test_video_benchmark_names_a_missing_file(capsys, tmp_path):
+    for package in ("av", "timm", "torchvision"):
+        pytest.importorskip(package, reason="the benchmark needs it")
+    assert "nowhere.mp4" in error_of(capsys, "benchmark_video", "--video", tmp_path / "nowhere.mp4")
