@@ -386,8 +386,8 @@ def print_speed(args: argparse.Namespace) -> None:
 
         return run
 
-    runs = {name: prefill(m) for name, m in {"MinGRU": mingru, "log scan": log_scan, "GPT-2": gpt2}.items()}
-    seconds = interleave(runs, args.rounds)
+    readers = {"MinGRU": mingru, "log scan": log_scan, "Mamba": mamba, "GPT-2": gpt2}
+    seconds = interleave({name: prefill(model) for name, model in readers.items()}, min(args.rounds, 3))
     print(f"\nprefill, B=1, T={args.prompt_length}      ms   over MinGRU's")
     for name, value in seconds.items():
         print(f"{name:20} {1e3 * value:10.1f}   {value / seconds['MinGRU']:10.2f}")

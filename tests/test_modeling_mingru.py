@@ -160,6 +160,23 @@ def test_gradient_checkpointing_changes_no_gradient(model, input_ids, reentrant)
         assert_close(actual.grad, reference)
 
 
+@pytest.mark.parametrize("name", ["embedding_dropout", "residual_dropout", "block_dropout"])
+def test_dropout_acts_in_training_and_where_its_module_is_switched_on(input_ids, name):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3, **{name: 0.5})
+    model = MinGRUForCausalLM(config)
+
+    def varies():
+        return not torch.equal(model(input_ids).logits, model(input_ids).logits)
+
+    assert varies()
+    model.eval()
+    assert not varies()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:  # Monte-Carlo dropout
+            module.train()
+    assert varies()
+
+
 def test_training_builds_no_cache_unless_asked(model, input_ids):
     assert model(input_ids).cache is not None
     model.train()
