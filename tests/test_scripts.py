@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import AutoModelForCausalLM, AutoModelForVideoClassification, AutoTokenizer, AutoVideoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForVideoClassification,
+    AutoTokenizer,
+    AutoVideoProcessor,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from mingru_hf import MinGRUForCausalLM
 from mingru_hf.data.moving_shapes import CLASSES
@@ -347,6 +354,28 @@ def test_a_video_classifier_is_trained_and_saved_with_its_processor(video_model)
     card = (video_model / "README.md").read_text()
     assert "Validation loss (nats a clip)" in card
     assert "Perplexity" not in card
+
+
+def test_a_pretrained_backbone_stays_as_it_is_when_frozen(shapes, tmp_path):
+    config = json.loads((SCRIPTS / "configs" / "moving_shapes.json").read_text())["backbone_config"]
+    config.pop("model_type")
+    backbone = ResNetModel(ResNetConfig(**config))
+    backbone.save_pretrained(tmp_path / "backbone")
+    train = ("train_video_classification", "--dataset_name", shapes, "--cache_dir", tmp_path / "cache", *TINY_VIDEO)
+    steps = ("--max_train_steps", 2, "--frame_order", "shuffled", "--learning_rate", 0.01)
+    given = ("--backbone_name_or_path", tmp_path / "backbone", "--freeze_backbone")
+    call(*train, *steps, *given, "--output_dir", tmp_path / "run")
+    trained = AutoModelForVideoClassification.from_pretrained(tmp_path / "run")
+    assert trained.config.hidden_sizes == [4, 4]
+    assert trained.config.freeze_backbone
+    expected = backbone.state_dict()
+    for name, value in trained.model.backbone.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+    # From there on, by the checkpoint's own processor.
+    more = ("--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "more", "--max_train_steps", 1)
+    call("train_video_classification", "--dataset_name", shapes, "--cache_dir", tmp_path / "cache", *more, "--use_cpu")
+    assert AutoVideoProcessor.from_pretrained(tmp_path / "more").num_frames == 4
 
 
 def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_path, capsys, caplog):

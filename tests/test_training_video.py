@@ -1,0 +1,124 @@
+"""The test of whole videos: what counts as a view, how views decide, and what training's stream asks of clips."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset, Video
+
+pytest.importorskip("av", reason="videos are read and written by PyAV")
+pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
+
+from mingru_hf.data.moving_shapes import write_video
+from mingru_hf.data.video import VideoClips
+from mingru_hf.training.loop import BatchStream, summary
+from mingru_hf.training.plots import plot_confusion
+from mingru_hf.training.video import confusion_matrix, evaluate_videos
+from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor
+
+
+@pytest.fixture
+def accelerator():
+    """One CPU process; accelerate forgets it afterwards."""
+    yield Accelerator(cpu=True)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+class Reader(torch.nn.Module):
+    """A classifier that believes in class i as strongly as the weights of the first pixel's grey level say."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights  # grey level / 20 -> logits
+        self.seen = []
+
+    def forward(self, pixel_values_videos):
+        levels = pixel_values_videos[:, 0, 0, 0, 0].div(20).round().int().tolist()
+        self.seen.append(levels)
+        return SimpleNamespace(logits=torch.tensor([self.weights[level] for level in levels]))
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Make clips of one frame of videos of 3 frames, grey levels 0, 20, 40: pixels stay bytes, crops are 8 of 16."""
+
+    def make(labels, clips_per_video=3, **kwargs):
+        frames = np.stack([np.full((16, 16, 3), 20 * t, np.uint8) for t in range(3)])
+        paths = [str(tmp_path / f"{i}.mp4") for i in range(len(labels))]
+        for path in paths:
+            write_video(path, frames)
+        videos = Dataset.from_dict({"video": paths, "label": labels}).cast_column("video", Video(decode=False))
+        processor = MinConvGRUVideoProcessor(
+            num_frames=1, size={"shortest_edge": 16}, crop_size=8, do_rescale=False, do_normalize=False
+        )
+        return VideoClips(videos, processor, clips_per_video, **kwargs)
+
+    return make
+
+
+def test_the_vote_and_the_mean_of_the_views_decide(clips, accelerator):
+    # Two views prefer class 0 by little, one class 1 by much.
+    model = Reader({0: [1.0, 0.0], 1: [1.0, 0.0], 2: [0.0, 9.0]})
+    result = evaluate_videos(model, clips([0, 1]), accelerator, views="center")
+    assert result["label"].tolist() == [0, 1]
+    assert result["vote"].tolist() == [0, 0]
+    assert result["mean"].tolist() == [1, 1]
+    assert result["view_accuracy"] == pytest.approx(3 / 6)
+    assert result["unreadable"] == 0
+    assert not model.training
+
+
+def test_the_mean_decides_a_tied_vote(clips, accelerator):
+    model = Reader({0: [1.0, 0.0], 2: [0.0, 9.0]})
+    result = evaluate_videos(model, clips([0], clips_per_video=2), accelerator, views="center")
+    assert result["vote"].tolist() == [1]
+
+
+@pytest.mark.parametrize(("views", "count"), [("center", 1), ("five_crops", 5), ("ten_crops", 10)])
+def test_each_clip_is_seen_in_every_view_in_bounded_batches(clips, accelerator, views, count):
+    model = Reader({level: [0.0, 1.0] for level in range(3)})
+    evaluate_videos(model, clips([1]), accelerator, views=views, batch_size=2 * count)
+    assert [len(batch) for batch in model.seen] == [2 * count, count]
+    assert [level for batch in model.seen for level in batch] == [0] * count + [1] * count + [2] * count
+
+
+def test_unreadable_videos_are_left_out(clips, accelerator, tmp_path, caplog):
+    data = clips([0, 1, 1])
+    (tmp_path / "1.mp4").write_bytes(b"")
+    result = evaluate_videos(Reader({level: [0.0, 1.0] for level in range(3)}), data, accelerator, views="center")
+    assert result["label"].tolist() == [0, -1, 1]
+    assert result["unreadable"] == 1
+    assert "1.mp4" in caplog.text
+    assert confusion_matrix(result["label"], result["vote"], 2).tolist() == [[0, 1], [0, 1]]
+    for i in (0, 2):
+        (tmp_path / f"{i}.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 3 videos can be read"):
+        evaluate_videos(Reader({}), data, accelerator, views="center")
+
+
+def test_the_confusion_matrix_has_the_truth_along_its_rows(tmp_path):
+    labels, predictions = torch.tensor([0, 0, 0, 2, -1]), torch.tensor([0, 1, 1, 2, -1])
+    matrix = confusion_matrix(labels, predictions, 3)
+    assert matrix.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 1]]
+    plot_confusion(matrix, ["a", "b", "c"], tmp_path / "few.png")
+    plot_confusion(torch.eye(30, dtype=torch.long), [str(i) for i in range(30)], tmp_path / "many.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("few.png", "many.png"))
+
+
+def test_the_stream_counts_on_over_epochs_where_a_dataset_draws_anew():
+    plain, counting = (iter(BatchStream(5, 4, seed=2, draws_anew=anew)) for anew in (False, True))
+    indices = [[i for _ in range(5) for i in next(stream)] for stream in (plain, counting)]
+    assert [i % 5 for i in indices[1]] == indices[0]
+    assert [i // 5 for i in indices[1]] == [n // 5 for n in range(20)]
+    resumed = iter(BatchStream(5, 4, seed=2, first_batch=3, draws_anew=True))
+    assert next(resumed) == indices[1][12:16]
+    assert VideoClips.draws_anew
+
+
+def test_a_loss_of_clips_is_called_so():
+    scores = {"eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_accuracy": 0.75}
+    assert summary(scores, "clip") == "validation loss 0.5000 nats a clip, accuracy 0.7500"
