@@ -1,9 +1,14 @@
-"""The trainers that others wrote: transformers' Trainer, TRL's SFTTrainer, on the text model as on any other."""
+"""The trainers that others wrote: transformers' Trainer, TRL's SFTTrainer, torch's FSDP2, on the text model."""
+
+import multiprocessing
+import socket
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
@@ -121,3 +126,58 @@ def test_sft_trainer(model, tokenizer, tmp_path, packing):
     after = trainer.evaluate()["eval_loss"]
     assert after == pytest.approx(mean_loss(model, tokenizer, ends="<|endoftext|>"), rel=0.03)
     assert after < before - 1
+
+
+# ---- torch's FSDP2 ----
+
+
+def train_sharded(rank, port, queue):
+    """Train on this process's half of the rows with the blocks sharded, and beside it one whole model on all rows."""
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
+    mine = ids[2 * rank : 2 * rank + 2]
+    for options in ({}, {"tie_word_embeddings": True, "lm_head_bias": True}):
+        for skip_logits in (False, True):
+            losses = []
+            for sharded in (False, True):
+                torch.manual_seed(0)
+                model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, **options))
+                if sharded:
+                    for block in model.model.layers:
+                        fully_shard(block)
+                    fully_shard(model)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+                rows = mine if sharded else ids
+                for _ in range(4):
+                    loss = model(rows, labels=rows, skip_logits=skip_logits).loss
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    mean = loss.detach().clone()
+                    torch.distributed.all_reduce(mean)
+                    losses.append(mean.item() / 2)
+            if rank == 0:
+                queue.put((losses[:4], losses[4:]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_two_processes_that_share_a_model_equal_one():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.SimpleQueue()
+    children = [context.Process(target=train_sharded, args=(rank, port, queue)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    for _ in range(4):
+        whole, sharded = queue.get()
+        assert sharded == pytest.approx(whole, rel=1e-5)
+        assert whole[-1] < whole[0] - 0.1
