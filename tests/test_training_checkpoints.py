@@ -368,6 +368,19 @@ def test_other_runs_and_other_data_are_refused(run, tmp_path):
         shutil.rmtree(path)
     with pytest.raises(ValueError, match="holds another run"):  # a finished one: nothing to go on from
         train_counting(run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    del metrics["final"]
+    metrics["arguments"]["output_dir"] = str(run)
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="holds another run"):  # an interrupted one, but not this one
+        train_counting(run, learning_rate=0.5)
+    assert train_counting(run)["step"] == 20
+
+
+def test_a_config_edited_beside_it_leaves_a_checkpoint_whole(run):
+    with (run / "config.json").open("a") as file:
+        file.write("\n")
+    assert [damage(path) for path in checkpoints_in(run)] == [None, None]
 
 
 @pytest.mark.parametrize("steps", ["0", "-1", "often", "1.5"])

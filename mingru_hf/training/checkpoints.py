@@ -31,16 +31,22 @@ BEST_DIRECTORY = "best"  # the best weights so far, unless the checkpoint's own 
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
-def check_output_dir(output_dir: str | Path, overwrite: bool = False, resume: str | Path | None = None) -> None:
+def check_output_dir(
+    output_dir: str | Path,
+    overwrite: bool = False,
+    resume: str | Path | None = None,
+    arguments: dict | None = None,
+) -> None:
     """Refuse a directory in which a run would overwrite another's files.
 
     A run that resumes goes on in the directory of its checkpoint. With `latest` it also starts again in one where
-    it was interrupted before its first checkpoint, as metrics.json tells.
+    it was interrupted before its first checkpoint, as metrics.json tells: the same arguments, and no end.
 
     Args:
         output_dir: need not exist.
         overwrite: the user allows it; files of the same name will be replaced, none deleted.
         resume: `resume_from_checkpoint`.
+        arguments: of the run, as metrics.json holds them.
 
     Raises:
         ValueError: if it holds another run or model and `overwrite` is False, or checkpoints that would be mistaken
@@ -64,7 +70,7 @@ def check_output_dir(output_dir: str | Path, overwrite: bool = False, resume: st
             f"output_dir {path} holds {there[-1].name} of another run: add --resume_from_checkpoint latest to go on "
             "from it, choose another output_dir, or move the checkpoints away"
         )
-    elif resume is not None and _is_unfinished(path):
+    elif resume is not None and _is_unfinished(path, arguments or {}):
         return
     found = [name for name in RUN_FILES if (path / name).exists()]
     if found and not overwrite:
@@ -284,12 +290,14 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _is_unfinished(output_dir: Path) -> bool:
-    """Say whether metrics.json is that of a run which never came to its end."""
+def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
+    """Say whether metrics.json is that of a run with these arguments which never came to its end."""
     try:
-        return "final" not in json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
+        metrics = json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    ways = {"resume_from_checkpoint": None, "overwrite_output_dir": None}
+    return "final" not in metrics and metrics.get("arguments", {}) | ways == arguments | ways
 
 
 def _fingerprint(path: Path) -> list[int]:
@@ -302,11 +310,13 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, which costs no space: nothing here is ever changed in place. Or else copy it."""
+    """Give weights a second name, which costs no space; copy what is small, since a user may edit it in place."""
     try:
-        os.link(source, target)
+        if source.suffix == ".safetensors":
+            return os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        pass  # a file system without links
+    shutil.copyfile(source, target)
 
 
 def _sweep(output_dir: Path) -> None:

@@ -73,7 +73,7 @@ def start(args: TrainArguments) -> Accelerator:
         ValueError: if `output_dir` holds another run, `resume_from_checkpoint` is no whole checkpoint, or device and
             precision do not go together, or the launcher shards the model.
     """
-    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint)
+    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, dataclasses.asdict(args))
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=resolve_mixed_precision(args.mixed_precision, args.use_cpu),
