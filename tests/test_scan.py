@@ -90,10 +90,10 @@ def test_long_sequences_keep_their_precision(backend, steps):
 
 
 @pytest.mark.parametrize("flags", ["", "mask"])
-@pytest.mark.parametrize(("scale", "bias"), [(1.0, -6.0), (0.0, -0.25)])
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, -6.0), (0.0, 0.0)])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_memory_from_one_block_to_the_next(backend, scale, bias, flags):
-    """What a chunk of time began with reaches through all of it, or is 1e-4 of the state at the end of a block."""
+    """What a chunk of time began with reaches through all of it, or is 1e-5 of most states where a block ends."""
     x, h0, mask, _ = make_inputs(1, 1000, 128, flags=flags)
     x[:, :, :128] = scale * x[:, :, :128] + bias
     weight = torch.randn(1, 1000, 128)
