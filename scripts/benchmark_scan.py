@@ -130,6 +130,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=None, help="default: all but reference that can run here")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help="default: all that can run here")
     parser.add_argument("--shapes", nargs="*", default=None, metavar="B,T,D", help="default: the four of the LOG")
+    parser.add_argument("--gate_scale", type=float, default=1.0, help="standard deviation of the gates")
+    parser.add_argument("--gate_bias", type=float, default=0.0, help="their mean: far below 0 states hardly change")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the median is shown")
     parser.add_argument("--max_seconds", type=float, default=20.0, help="fewer rounds where a shape takes longer")
     parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file")
@@ -215,14 +217,20 @@ def measure(calls: dict, options: argparse.Namespace) -> dict:
     return {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
 
 
-def largest_error(name: str, shape: tuple[int, int, int], x: Tensor) -> float:
-    """Largest relative error of a state against the float64 loop, on a few channels."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*shape[:2], 2 * ERROR_CHANNELS, generator=generator).to(x)
+def make_input(shape: tuple[int, int, int], dtype: torch.dtype, options: argparse.Namespace) -> Tensor:
+    """Gates and candidates (B, T, 2D)."""
+    x = torch.randn(*shape[:2], 2 * shape[2], device=options.device)
+    x[..., : shape[2]].mul_(options.gate_scale).add_(options.gate_bias)
+    return x.to(dtype)
+
+
+def largest_errors(names: list[str], x: Tensor) -> dict[str, float]:
+    """Largest relative error of a state against the float64 loop."""
     h0 = torch.full_like(x[:, :1, :ERROR_CHANNELS], 0.5)
     with torch.no_grad():
         expected = scan_reference(x.double())
-        return ((make_function(name, ERROR_CHANNELS)(x, h0).double() - expected) / expected).abs().max().item()
+        actual = {name: make_function(name, ERROR_CHANNELS)(x, h0).double() for name in names}
+    return {name: ((states - expected) / expected).abs().max().item() for name, states in actual.items()}
 
 
 def status_megabytes(field: str) -> float:
@@ -259,9 +267,11 @@ def peak_megabytes(function: Callable, x: Tensor, h0: Tensor) -> float | None:
 def measure_shape(names: list[str], shape: tuple, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
     """One row a backend or peer: milliseconds, their ratios to the floor, error and memory."""
     functions = {name: make_function(name, shape[2]) for name in names}
-    x = torch.randn(*shape[:2], 2 * shape[2], device=options.device).to(dtype)
+    x = make_input(shape, dtype, options)
     h0 = (torch.rand(shape[0], 1, shape[2], device=options.device) + 0.01).to(dtype)
     times = measure(make_calls(functions, shape, x, h0), options)
+    few = make_input((*shape[:2], ERROR_CHANNELS), dtype, options)
+    error = largest_errors([name for name in names if name not in OTHER_RECURRENCE], few)
     rows = []
     for name in dict.fromkeys(name for name, _ in times):
         row = {"backend": name, "shape": shape, "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
@@ -271,8 +281,8 @@ def measure_shape(names: list[str], shape: tuple, dtype: torch.dtype, options: a
                 row[f"{column}_over_add"] = times[name, column] / times["add", "floor"]
         if name in functions:
             row["peak_mb"] = peak_megabytes(functions[name], x, h0)
-            if name not in OTHER_RECURRENCE:
-                row["max_relative_error"] = largest_error(name, shape, x)
+        if name in error:
+            row["max_relative_error"] = error[name]
         rows.append(row)
     return rows
 
