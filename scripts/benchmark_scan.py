@@ -308,7 +308,7 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     labels = {"add": "torch.add: the memory floor", "log": "log (torch-mingru's scan)"}
     for name in dict.fromkeys(row["backend"] for row in rows):
         column = "floor_ms" if name == "add" else "both_ms"
@@ -318,11 +318,11 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=labels.get(name, name))
     batch, _, channels = rows[0]["shape"]
     axes.set(xscale="log", yscale="log", xlabel="time steps T", ylabel="forward + backward, ms")
-    where = f"CPU, {rows[0]['threads']} thread(s)" if device == "cpu" else device
+    where = f"CPU, threads: {rows[0]['threads']}" if device == "cpu" else device
     axes.set_title(f"B = {batch}, D = {channels}, {rows[0]['dtype']}, {where}", fontsize="medium")
     axes.grid(visible=True, alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
