@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Turn a checkpoint of torch-mingru's examples (a state dict or a TorchScript archive) into a model directory.
 
-    python scripts/convert_torch_mingru.py --checkpoint_path text.pt --tokenizer_name gpt2 --output_dir runs/text
+    python scripts/convert_torch_mingru.py --checkpoint_path model.pt --output_dir runs/converted
 
 No code from the file is run. Every tensor is used, or the error names it.
 """

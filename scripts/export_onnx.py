@@ -3,8 +3,8 @@
 
     python scripts/export_onnx.py --model_name_or_path runs/demo --output_dir runs/onnx --prompt "ROMEO:"
 
-Both are made of standard operators: the recurrence is a Scan over the prompt and plain arithmetic in a single step.
-The state goes from one call to the next in inputs and outputs of its own; `generate` below is all it takes.
+Both are made of standard operators: the recurrence is a Scan over the prompt and plain arithmetic in a single
+step. The state goes from one call to the next in inputs and outputs of its own: see `generate` in this file.
 """
 
 import warnings

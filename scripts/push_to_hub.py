@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Upload the directory of a trained model to the Hugging Face Hub: weights, code, tokenizer, model card and logs.
+"""Upload a trained model's directory to the Hugging Face Hub: weights, code, tokenizer, model card, logs.
 
     python scripts/push_to_hub.py --model_dir runs/shakespeare --hub_model_id me/mingru-shakespeare --dry_run
 

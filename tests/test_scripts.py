@@ -471,7 +471,11 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
 # ---- all of them, in processes of their own ----
 
 
-@pytest.mark.parametrize("name", ["train_causal_lm", "generate_text", "train_selective_copying", *VIDEO_SCRIPTS])
+TEXT_SCRIPTS = ["train_causal_lm", "generate_text", "train_selective_copying"]
+SHARING_SCRIPTS = ["convert_torch_mingru", "export_onnx", "push_to_hub"]
+
+
+@pytest.mark.parametrize("name", [*TEXT_SCRIPTS, *VIDEO_SCRIPTS, *SHARING_SCRIPTS])
 def test_help_explains_every_option(name, capsys):
     with pytest.raises(SystemExit) as end:
         call(name, "--help")
