@@ -7,13 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ResNetConfig
 
-from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf import (
+    MinConvGRUConfig,
+    MinConvGRUForVideoClassification,
+    MinConvGRUVideoProcessor,
+    MinGRUConfig,
+    MinGRUForCausalLM,
+)
 from mingru_hf.data.text import build_tokenizer
 from mingru_hf.training.hub import files_to_upload
 
@@ -147,6 +154,37 @@ def test_push_to_hub_of_model_tokenizer_and_card_and_a_pinned_revision(hub, read
     )
     result = reader(GENERATE, "without", "user/fox", "v1", "main")
     assert result["v1"][1] == generated(directory) != result["main"][1]
+
+
+@pytest.mark.usefixtures("client")
+def test_video_model_and_processor_come_back_without_the_package(hub, reader, tmp_path):
+    for package in ("av", "torchvision"):
+        pytest.importorskip(package, reason="the video-classification pipeline needs PyAV and torchvision")
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    backbone = ResNetConfig(**sizes, out_features=["stage1"])
+    config = MinConvGRUConfig(backbone_config=backbone, num_labels=2, num_frames=4, initializer_range=0.5)
+    model = MinConvGRUForVideoClassification(config).eval()
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    processor = MinConvGRUVideoProcessor(num_frames=4, **size)
+    model.push_to_hub("clips")
+    processor.push_to_hub("clips")
+    code = """
+import json, sys
+sys.modules["mingru_hf"] = None
+import numpy as np
+from transformers import pipeline
+
+classify = pipeline("video-classification", model="user/clips", trust_remote_code=True, device="cpu")
+answers = classify(np.arange(9 * 40 * 48 * 3).reshape(9, 40, 48, 3).astype(np.uint8))
+modules = [type(part).__module__.split(".")[0] for part in (classify.model, classify.video_processor)]
+print(json.dumps([modules, sorted((answer["label"], answer["score"]) for answer in answers)]))
+"""
+    modules, answers = reader(code)
+    assert modules == ["transformers_modules", "transformers_modules"]
+    frames = np.arange(9 * 40 * 48 * 3).reshape(9, 40, 48, 3).astype(np.uint8)
+    with torch.no_grad():
+        scores = model(**processor(frames, return_tensors="pt")).logits[0].softmax(-1).tolist()
+    assert [score for _, score in answers] == pytest.approx(scores, abs=1e-5)
 
 
 @pytest.mark.usefixtures("client")
