@@ -54,7 +54,8 @@ class MinGRUConfig(PreTrainedConfig):
         residual_dropout: the same for the outputs of the recurrent branch and of the MLP, before they are added.
         block_dropout: the same for each block's output but the last's, after the sum (torch-mingru's dropout).
         classifier_dropout: the same in front of the classification heads.
-        initializer_range: standard deviation of newly drawn weights.
+        initializer_range: standard deviation of newly drawn weights; those of the convolution are uniform within
+            1 / sqrt(conv_kernel), PyTorch's default.
         use_cache: whether a forward pass outside training returns its state for the next one.
         tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
         scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A

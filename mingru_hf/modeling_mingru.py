@@ -286,9 +286,9 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MinGRUConv):
+        if isinstance(module, nn.Conv1d):
             # Of the size of torch's default: four taps with the matrices' deviation would hardly be heard.
-            init.kaiming_uniform_(module.conv.weight, a=5**0.5)
+            init.kaiming_uniform_(module.weight, a=5**0.5)
 
 
 class MinGRUModel(MinGRUPreTrainedModel):

@@ -575,7 +575,18 @@ def test_generation_stops_at_strings():
     tokenizer = build_tokenizer("char", ["abcdefg.\n"])
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2)).eval()
     ids = tokenizer("abc", return_tensors="pt").input_ids
-    free = tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0])
+    options = {"max_new_tokens": 20, "do_sample": False, "suppress_tokens": [tokenizer.unk_token_id]}
+    free = tokenizer.decode(model.generate(ids, **options)[0])
     stop = free[3:5]
-    stopped = model.generate(ids, max_new_tokens=20, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    stopped = model.generate(ids, **options, stop_strings=[stop], tokenizer=tokenizer)
     assert tokenizer.decode(stopped[0]) == free[: 3 + free[3:].index(stop) + 2]
+
+
+@pytest.mark.parametrize("make", [MinGRUForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
+def test_new_weights_have_the_deviation_they_should(make):
+    model = make(MinGRUConfig(vocab_size=64, hidden_size=256, num_hidden_layers=1, conv_kernel=4))
+    block = model.model.layers[0]
+    # Uniform within 1 / sqrt(taps), as PyTorch does for one channel in.
+    assert block.conv.conv.weight.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.1)
+    assert block.conv.conv.weight.abs().max().item() <= 0.5
+    assert block.mixer.gate_hidden.weight.std().item() == pytest.approx(0.02, rel=0.05)
