@@ -26,20 +26,18 @@ from PIL import Image, ImageDraw
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 SPLITS = ("train", "validation", "test")
-# Steps a frame, lowest and highest, in turns of each circle: 2 to 4 pixels of 64 (positions), 16 to 24 degrees,
+# Steps a frame, lowest and highest, in turns of each circle: 1.3 to 2.7 pixels of 64 (positions), 10 to 15 degrees,
 # and 5 to 6 % of the way from the smallest to the largest size.
-STEPS = ((1 / 32, 1 / 16), (1 / 32, 1 / 16), (16 / 360, 24 / 360), (0.05, 0.06))
-RADII = (0.12, 0.40)  # smallest and largest, in widths of the frame
+STEPS = ((1 / 48, 1 / 24), (1 / 48, 1 / 24), (10 / 360, 15 / 360), (0.05, 0.06))
+RADII = (0.10, 0.42)  # smallest and largest, in widths of the frame
 SUPERSAMPLING = 4
 MIN_CONTRAST = 80  # of luma, 0 to 255
 
-# Outlines around (0, 0), x to the right and y down. None looks the same after less than half a turn.
+# Outlines around (0, 0), x to the right and y down. Each has a direction to be read off, up to half a turn at least.
 SHAPES = (
     ((-0.8, -0.6), (1.0, 0.0), (-0.8, 0.6)),  # wedge
     ((-1.0, -0.35), (1.0, -0.35), (1.0, 0.35), (-1.0, 0.35)),  # bar
-    ((-0.9, -0.9), (-0.3, -0.9), (-0.3, 0.3), (0.9, 0.3), (0.9, 0.9), (-0.9, 0.9)),  # L
-    ((-1.0, -0.25), (0.2, -0.25), (0.2, -0.8), (1.0, 0.0), (0.2, 0.8), (0.2, 0.25), (-1.0, 0.25)),  # arrow
-    ((-0.9, -0.9), (0.9, -0.9), (0.9, -0.3), (0.3, -0.3), (0.3, 0.9), (-0.3, 0.9), (-0.3, -0.3), (-0.9, -0.3)),  # T
+    ((-1.0, -0.25), (0.2, -0.25), (0.2, -0.7), (1.0, 0.0), (0.2, 0.7), (0.2, 0.25), (-1.0, 0.25)),  # arrow
     tuple((math.cos(a), math.sin(a) - 0.4) for a in np.linspace(0, math.pi, 12)),  # half disc
 )
 
