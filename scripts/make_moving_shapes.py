@@ -3,8 +3,8 @@
 
     python scripts/make_moving_shapes.py --output_dir data/moving_shapes
 
-A shape moves left, right, up or down, turns clockwise or counter-clockwise, grows or shrinks, while
-everything else about it goes there and back; mingru_hf/data/moving_shapes.py says how. The files,
+A shape moves left, right, up or down, turns clockwise or counter-clockwise, grows or shrinks, and nothing
+else about it changes; mingru_hf/data/moving_shapes.py says how. The files,
 SPLIT/CLASS/NUMBER.mp4, are what `load_dataset("videofolder", data_dir=...)` and
 scripts/train_video_classification.py read.
 """

@@ -24,31 +24,19 @@ def around(turns):
 
 
 @pytest.mark.parametrize("label", range(8), ids=CLASSES)
-def test_one_coordinate_goes_on_and_the_others_come_back(label):
+def test_one_coordinate_goes_on_and_the_others_stay(label):
     name = CLASSES[label]
     for seed in range(20):
         course = trajectory(label, 16, np.random.default_rng(seed))
-        steps = around(np.diff(course, axis=0, append=course[:1]))  # the last one: from the end to the beginning
+        assert course.min() >= 0
+        assert course.max() < 1
+        steps = around(np.diff(course, axis=0))
         axis = AXES[name]
-        ahead = steps[:-1, axis] if name in FORWARD else -steps[:-1, axis]
+        ahead = steps[:, axis] if name in FORWARD else -steps[:, axis]
         low, high = STEPS[axis]
         np.testing.assert_allclose(ahead, ahead[0])
         assert low <= ahead[0] <= high
-        for other in {0, 1, 2, 3} - {axis}:
-            assert abs(steps[:, other].sum()) < 1e-9  # a closed way
-            assert {1, -1} <= set(np.sign(steps[:, other]))
-
-
-def test_both_ways_of_moving_visit_the_same_values():
-    for seed in range(20):
-        course = trajectory(seed % 8, 15, np.random.default_rng(seed))
-        for values, (low, high) in zip(course.T, STEPS, strict=True):
-            # Equally spaced on an arc: walk along the circle from the end of its largest gap.
-            values = np.sort(values)
-            gaps = np.diff(values, append=values[0] + 1)
-            spaces = np.sort(gaps)[:-1]
-            np.testing.assert_allclose(spaces, spaces[0])
-            assert low <= spaces[0] <= high
+        assert not np.delete(steps, axis, axis=1).any()
 
 
 def test_a_frame_alone_has_one_distribution_in_all_classes():
@@ -99,14 +87,19 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with av.open(str(first / files[0])) as container:
         stream = container.streams.video[0]
         assert (stream.average_rate, stream.width, stream.height) == (4, 32, 32)
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+
+    def decode(path):
+        with av.open(str(path)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
     original = make_moving_shape(4, 5, 32, seed=(0, 2, 4))
     luma = np.array([0.299, 0.587, 0.114])  # its resolution stays whole in H.264, that of colours is halved
-    assert np.abs(np.stack(frames) @ luma - original @ luma).mean() < 4
+    assert np.abs(np.stack(decode(first / files[0])) @ luma - original @ luma).mean() < 4
 
     again = write_moving_shapes(tmp_path / "again", 24, 8, 8, num_frames=5, size=32, fps=4, num_proc=2)
-    for name in files:  # the same videos, and more
-        assert (first / name).read_bytes() == (again / name).read_bytes()
+    for name in files:  # the same videos, and more; the encoder does not always write the same bytes
+        one, same = (np.stack(decode(folder / name)) for folder in (first, again))
+        assert np.abs(one @ luma - same @ luma).mean() < 4
 
     with pytest.raises(ValueError, match="exists"):
         write_moving_shapes(first, 16, 8, 8)

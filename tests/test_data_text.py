@@ -1,5 +1,6 @@
 """Text data as a user sees it: loading and splitting, the packaged plays, tokenizers, blocks."""
 
+import gc
 import importlib.metadata
 import json
 import subprocess
@@ -391,8 +392,14 @@ def test_positions_restart_where_a_document_begins():
 
 # ---- streams ----
 
-# datasets leaves the files of streams open, which Python says some time later.
+# datasets leaves the files of streams open, which Python says when it collects them: before the next test begins.
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
+
+@pytest.fixture
+def collected():
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -407,6 +414,7 @@ def documents(tmp_path):
 
 
 @LEFT_OPEN
+@pytest.mark.usefixtures("collected")
 def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
     file, texts = documents
     stream, validation = load_text_stream(train_file=file, validation_documents=10)
@@ -430,6 +438,7 @@ def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
 
 
 @LEFT_OPEN
+@pytest.mark.usefixtures("collected")
 def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
     file, texts = documents
     held_out = tmp_path / "held.txt"
@@ -443,6 +452,7 @@ def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
 
 
 @LEFT_OPEN
+@pytest.mark.usefixtures("collected")
 def test_mistakes_with_streams_are_named(documents, tmp_path):
     file, _ = documents
     text = tmp_path / "a.txt"

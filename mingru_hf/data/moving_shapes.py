@@ -2,12 +2,12 @@
 
 A shape has four coordinates: horizontal and vertical position, angle and size. Each lives on a circle: what
 leaves the frame on one side comes in on the other, and what has grown to the largest size starts again at the
-smallest. In every video all four move; three of them go there and back, the fourth goes on and on, and the
-class says which one and which way. It is made so that less than a sequence says nothing:
+smallest. In a video one of them goes on and on; the class says which one and which way. So less than a sequence
+says little:
 
-- A frame alone: each coordinate starts anywhere on its circle, so at every time step the four are uniform and
-  independent, whatever the class.
-- One coordinate without the order of time: both ways of moving visit the same values, equally spaced.
+- A frame alone says nothing: each coordinate starts anywhere on its circle, so at every time step the four are
+  uniform and independent, whatever the class.
+- All frames without their order show what moves, but not which way: at most half of the answers can be right.
 - Time reversed gives the opposite class: left for right, growing for shrinking.
 """
 
@@ -55,13 +55,9 @@ def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> n
     """
     axis, backwards = divmod(label, 2)
     backwards ^= axis in (0, 1)  # the classes of the positions are listed backwards first: left, right, up, down
-    onward = np.arange(num_frames)
-    there_and_back = np.concatenate([onward[::2], onward[1::2][::-1]])
-    course = np.empty((num_frames, 4))
-    for i, (lowest, highest) in enumerate(STEPS):
-        order = onward if i == axis else np.roll(there_and_back, generator.integers(num_frames))
-        flipped = backwards if i == axis else generator.integers(2)
-        course[:, i] = (-order if flipped else order) * generator.uniform(lowest, highest)
+    step = generator.uniform(*STEPS[axis])
+    course = np.zeros((num_frames, 4))
+    course[:, axis] = (-step if backwards else step) * np.arange(num_frames)
     return (generator.random(4) + course) % 1.0
 
 
@@ -94,7 +90,7 @@ def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.
 
 
 def make_moving_shape(label: int, num_frames: int = 16, size: int = 64, seed: int | tuple[int, ...] = 0) -> np.ndarray:
-    """Make the frames of one video: the same numbers give the same video.
+    """Make the frames of one video: the same numbers give the same frames.
 
     Args:
         label: index into `CLASSES`.
@@ -166,8 +162,8 @@ def write_moving_shapes(
 ) -> Path:
     """Write the set as `datasets`' videofolder reads it: SPLIT/CLASS/NUMBER.mp4.
 
-    The classes are equally frequent in each split. The same arguments give the same videos; a larger split
-    begins with the videos of a smaller one.
+    The classes are equally frequent in each split. The same arguments give the same frames, which the encoder does not
+    always round alike; a larger split begins with the videos of a smaller one.
 
     Args:
         output_dir: made under a temporary name beside it and renamed once complete.
