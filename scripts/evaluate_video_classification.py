@@ -91,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     matrix = confusion_matrix(result["label"], result[args.aggregation], len(names))
     seen = matrix.sum(1)
     accuracy = {
-        kind: (result[kind] == result["label"])[result["label"] >= 0].float().mean().item()
+        kind: (result[kind] == result["label"])[result["label"] >= 0].double().mean().item()
         for kind in ("vote", "mean")
     }
     classes = {
-        name: {"videos": int(count), "accuracy": (row[i] / count).item() if count else None}
+        name: {"videos": int(count), "accuracy": row[i].item() / count.item() if count else None}
         for i, (name, count, row) in enumerate(zip(names, seen, matrix, strict=True))
     }
     output_dir.mkdir(parents=True, exist_ok=True)
