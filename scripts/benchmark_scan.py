@@ -86,6 +86,7 @@ def torch_gru(channels: int) -> Callable:
 
 
 def log_carry_and_drive(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, 2D) -> log(1 - z) and z g(candidate), (B, T, D) each: what peers take that scan but compute no gates."""
     gate, candidate = x.chunk(2, dim=-1)
     return F.logsigmoid(-gate), torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
 
