@@ -49,8 +49,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} is no checkpoint, or holds more than tensors, and reading it could run code: save "
             f"`model.state_dict()` instead of the model. torch says: {str(error).splitlines()[0]}"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {error}") from None
+    except Exception as error:  # bytes that are no pickle fail in any way: KeyError, IndexError, EOFError, ...
+        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {type(error).__name__}: {error}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         kinds = sorted(state) if isinstance(state, dict) else type(state).__name__
         raise ValueError(

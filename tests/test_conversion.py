@@ -238,6 +238,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text\.pt is no checkpoint"):
         read_checkpoint(tmp_path / "text.pt")
+    (tmp_path / "junk.pt").write_text("junk\n")  # its first byte asks the unpickler for what it has not got
+    with pytest.raises(ValueError, match=r"junk\.pt is damaged or no PyTorch checkpoint"):
+        read_checkpoint(tmp_path / "junk.pt")
     torch.save(TextExample().state_dict(), tmp_path / "cut.pt")
     content = (tmp_path / "cut.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
