@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.text import (
     DocumentPositions,
+    ShiftedBlocks,
     StreamedBlocks,
     build_tokenizer,
     characters_per_token,
@@ -79,6 +80,9 @@ class DataArguments:
     )
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
     block_size: int = option(256, "tokens a training example")
+    shift_blocks: bool = option(
+        False, "cut the training text at other places in every epoch, for many epochs over little text"
+    )
     packing: str = option(
         "concatenate",
         "how documents share an example (concatenate: the state goes on into the next one, as in run_clm; reset: it "
@@ -188,12 +192,16 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         if model_args.model_name_or_path and (model_args.config_name or model_args.config_overrides):
             raise ValueError("config_name and config_overrides do not go with model_name_or_path")
+        if data_args.streaming and data_args.shift_blocks:
+            raise ValueError("shift_blocks is for a text that is read over and over: leave it out with streaming")
         accelerator = start(args)
         with accelerator.main_process_first():  # the others read what the first one has cached
             if data_args.streaming:
                 training, validation, tokenizer, characters = load_stream(model_args, data_args, args.seed)
             else:
                 training, validation, tokenizer, characters = load_data(model_args, data_args)
+                if data_args.shift_blocks:
+                    training = ShiftedBlocks(training, args.seed)
         model = load_model(model_args, tokenizer)
 
     dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from mingru_hf.data import text as text_module
 from mingru_hf.data.text import (
     DocumentPositions,
+    ShiftedBlocks,
     StreamedBlocks,
     build_tokenizer,
     characters_per_token,
@@ -391,6 +392,23 @@ def test_positions_restart_where_a_document_begins():
 
 
 # ---- streams ----
+
+
+def test_shifted_blocks_cut_the_text_elsewhere_in_every_pass():
+    rows = np.arange(40, dtype=np.int32).reshape(5, 8)
+    blocks = ShiftedBlocks(Dataset.from_dict({"input_ids": rows}), seed=3)
+    assert len(blocks) == 5
+    passes = [torch.stack([blocks[i + 5 * e]["input_ids"] for i in range(5)]) for e in range(6)]
+    assert torch.equal(passes[0], torch.tensor(rows).long())
+    for one in passes:  # each token once, in order around the ring
+        assert torch.equal(one.flatten().roll(int(one[0, 0])), torch.arange(40))
+    shifts = [int(one[0, 0]) for one in passes]
+    assert all(0 <= shift < 8 for shift in shifts)
+    assert len(set(shifts)) > 2
+    again, other = (ShiftedBlocks(Dataset.from_dict({"input_ids": rows}), seed=seed) for seed in (3, 4))
+    assert torch.equal(again[27]["input_ids"], passes[5][2])
+    assert [int(other[5 * e]["input_ids"][0]) for e in range(6)] != shifts
+
 
 # datasets leaves the files of streams open, which Python says when it collects them: before the next test begins.
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")

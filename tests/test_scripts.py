@@ -149,7 +149,7 @@ def test_documents_apart_a_sample_and_a_way_back(tmp_path, capsys):
     command = (
         *("train_causal_lm", "--train_file", file, "--cache_dir", tmp_path / "cache", "--packing", "reset"),
         *("--max_train_steps", 20, "--checkpointing_steps", 10, "--sample_tokens", 8, "--gradient_checkpointing"),
-        *("--output_dir", directory, *TINY, *FAST),
+        *("--shift_blocks", "--output_dir", directory, *TINY, *FAST),
     )
     call(*command)
     metrics = json.loads((directory / "metrics.json").read_text())
@@ -174,6 +174,7 @@ def test_documents_as_a_stream(tmp_path, capsys):
     )
     assert "--tokenizer_name bpe" in error_of(capsys, *stream)
     bpe = ("--tokenizer_name", "bpe", "--vocab_size", 300)
+    assert "leave it out with streaming" in error_of(capsys, *stream, *bpe, "--shift_blocks")
     call(*stream, *bpe, "--max_train_steps", 40, "--packing", "reset")
     assert "a stream of tokens to train on" in capsys.readouterr().out
     metrics = json.loads((directory / "metrics.json").read_text())

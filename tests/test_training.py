@@ -487,10 +487,28 @@ def test_a_crash_while_saving_leaves_the_files_before_it_whole(tmp_path):
     json.loads((tmp_path / "config.json").read_text())
 
 
-def test_tracking_writes_tensorboard_files(args, tmp_path):
-    pytest.importorskip("tensorboard")
-    run(args(with_tracking=True))
-    assert list((tmp_path / "run" / "runs").rglob("events.out.tfevents.*"))
+def test_tracking_writes_curves_and_samples_for_tensorboard(args, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tokenizer = build_tokenizer("char", ["abcde"])
+    _, result = run(args(with_tracking=True, eval_steps=2, sample_tokens=9), processing_class=tokenizer)
+    [file] = [f for f in (tmp_path / "run" / "runs").rglob("events.out.tfevents.*") if f.parent.name == "runs"]
+    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    history = result["history"]
+    losses = {record["step"]: record["loss"] for record in history if "loss" in record}
+    assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(losses)
+    assert [event.step for event in events.Scalars("eval/loss")] == [2, 4]
+    samples = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("sample/text_summary")]
+    assert samples == [record["sample"] for record in history if "sample" in record]
+
+
+@pytest.mark.clients("trackio")
+def test_tracking_with_trackio(args, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    tokenizer = build_tokenizer("char", ["abcde"])
+    run(args(with_tracking=True, report_to="trackio", eval_steps=2, sample_tokens=9), processing_class=tokenizer)
+    [logged] = trackio.Api().runs("runs")
+    assert logged.name == "run"
 
 
 def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, tmp_path, monkeypatch):

@@ -616,6 +616,34 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
                 raise ValueError("The stream holds no token, expected text. Give another source.")
 
 
+class ShiftedBlocks(torch.utils.data.Dataset):
+    """The blocks of a text, cut at other places in every pass: over many of them each token meets other beginnings.
+
+    The text is a ring, so that a pass has as many blocks as before and each token once. Example i of pass e has the
+    index i + e len(self); in the first pass it is block i as it was given.
+
+    Args:
+        blocks: column `input_ids` (`group_texts`), the blocks of one text in order.
+        seed: of the places.
+    """
+
+    draws_anew = True  # for training's stream of indices: they count on from pass to pass
+
+    def __init__(self, blocks: Dataset, seed: int = 0):
+        rows = blocks.with_format("numpy")["input_ids"][:]  # (blocks, block_size)
+        self.num_blocks, self.block_size = rows.shape
+        self.ids, self.seed = rows.reshape(-1), seed
+
+    def __len__(self) -> int:
+        return self.num_blocks
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number, block = divmod(index, self.num_blocks)
+        shift = np.random.default_rng((self.seed, number)).integers(self.block_size) if number else 0
+        places = np.arange(self.block_size) + (shift + block * self.block_size)
+        return {"input_ids": torch.from_numpy(self.ids.take(places, mode="wrap").astype(np.int64))}
+
+
 class DocumentPositions:
     """A collate function that keeps the documents packed into a row apart, by position_ids that restart.
 

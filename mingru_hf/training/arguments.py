@@ -65,8 +65,10 @@ class TrainArguments:
         "go on from this checkpoint, or from the latest one in output_dir (from the start if there is none yet): "
         "a directory, or latest",
     )
-    with_tracking: bool = option(False, "log the curves to the tracker named by --report_to, under output_dir/runs")
-    report_to: str = option("tensorboard", "tracker: tensorboard, trackio, wandb, ..., or all that are installed")
+    with_tracking: bool = option(False, "log curves and samples to the tracker named by --report_to")
+    report_to: str = option(
+        "tensorboard", "tracker: tensorboard (under output_dir/runs), trackio, wandb, ..., or all that are installed"
+    )
     push_to_hub: bool = option(
         False,
         "upload output_dir to the Hugging Face Hub at the end; a new repository is private (`hf auth login` first)",

@@ -199,7 +199,8 @@ def train(
     net, optimizer = accelerator.prepare(model, optimizer)  # net: model, perhaps in a DDP wrapper
     set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
     if args.with_tracking:
-        accelerator.init_trackers("runs", config=_tracker_config(args))
+        named = {tracker: {"name": output_dir.name} for tracker in ("trackio", "wandb")}
+        accelerator.init_trackers("runs", config=_tracker_config(args), init_kwargs=named)
     place = (batch_size, accelerator.process_index, world_size, now.step * batches_per_step)
     if streamed:
         batches = map(collate_fn or default_collate, _batches_of_stream(train_dataset, *place))
@@ -334,6 +335,7 @@ def train(
                 )
                 if sample is not None:
                     bar.write(textwrap.indent(sample, "    "))
+                    accelerator.log({"sample": sample}, step=now.step)
                 if improved:
                     save_pretrained(output_dir, model, processing_class)
                 write_json(output_dir / METRICS_FILE, report())
