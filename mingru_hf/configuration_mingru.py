@@ -56,6 +56,11 @@ class MinGRUConfig(PreTrainedConfig):
         classifier_dropout: the same in front of the classification heads.
         initializer_range: standard deviation of newly drawn weights; those of the convolution are uniform within
             1 / sqrt(conv_kernel), PyTorch's default.
+        initial_memory: steps that the state remembers when training begins. 1: the gates begin half open, as in
+            torch-mingru, and the state forgets in a few steps. Above 1 each channel draws its own memory m
+            log-uniformly between 1 and this number, by a gate bias of -log(m), so that z is near 1 / (1 + m) (as in
+            Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly). It helps where things have to be
+            remembered for long, as in selective copying.
         use_cache: whether a forward pass outside training returns its state for the next one.
         tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
         scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A
@@ -96,6 +101,7 @@ class MinGRUConfig(PreTrainedConfig):
     block_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    initial_memory: float | int = 1
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -185,6 +191,10 @@ class MinGRUConfig(PreTrainedConfig):
             raise ValueError(
                 f"use_out_proj=False needs expand=1: a state {self.expand} times as wide has to be mapped back."
             )
+        if self.initial_memory < 1:
+            raise ValueError(f"initial_memory must be at least 1 step, got {self.initial_memory}.")
+        if self.initial_memory > 1 and not self.use_bias:
+            raise ValueError(f"initial_memory={self.initial_memory} is set by biases: it needs use_bias=True.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to transformers; known: {', '.join(ACT2FN)}.")
         for name in ("embedding_dropout", "residual_dropout", "block_dropout", "classifier_dropout"):

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, E width of a block's input, D of its state, F of its 
 K taps of the convolution, R steps whose state the cache records.
 """
 
+import math
 from itertools import islice
 
 import torch
@@ -150,6 +151,7 @@ class MinGRUMixer(nn.Module):
         super().__init__()
         state_size = int(config.expand * output_size)
         self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
+        self.gate_hidden.initial_memory = config.initial_memory  # for _init_weights, which sees the modules alone
         self.out_proj = None
         if config.use_out_proj:
             self.out_proj = nn.Linear(state_size, output_size, bias=config.use_bias)
@@ -289,6 +291,12 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         if isinstance(module, nn.Conv1d):
             # Of the size of torch's default: four taps with the matrices' deviation would hardly be heard.
             init.kaiming_uniform_(module.weight, a=5**0.5)
+        memory = getattr(module, "initial_memory", 1)
+        if memory > 1:
+            bias = torch.zeros_like(module.bias)
+            gate = bias.chunk(2)[0]
+            gate.uniform_(-math.log(memory), 0.0)  # z = sigmoid(-log(m)) = 1 / (1 + m)
+            init.copy_(module.bias, bias)
 
 
 class MinGRUModel(MinGRUPreTrainedModel):

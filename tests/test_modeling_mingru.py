@@ -590,3 +590,23 @@ def test_new_weights_have_the_deviation_they_should(make):
     assert block.conv.conv.weight.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.1)
     assert block.conv.conv.weight.abs().max().item() <= 0.5
     assert block.mixer.gate_hidden.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("make", [MinGRUForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
+def test_a_new_state_remembers_as_long_as_asked(make, tmp_path):
+    sizes = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "expand": 64}
+    for layer in make(MinGRUConfig(**sizes)).model.layers:
+        assert not layer.mixer.gate_hidden.bias.any()
+    model = make(MinGRUConfig(**sizes, initial_memory=256))
+    gates, candidates = zip(*(layer.mixer.gate_hidden.bias.chunk(2) for layer in model.model.layers), strict=True)
+    assert not torch.stack(candidates).any()
+    memory = 1 / torch.sigmoid(torch.stack(gates)) - 1  # z = 1 / (1 + m)
+    assert 1 <= memory.min() < 1.1
+    assert 230 < memory.max() <= 256
+    # Log-uniform: as many channels up to 16 steps as from there to 256.
+    assert (memory < 16).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert not torch.equal(gates[0], gates[1])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)  # loaded weights are not drawn again
+    assert again.config.initial_memory == 256
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
