@@ -10,13 +10,13 @@ memorize and a vocabulary of 16. The best weights end up in --output_dir with me
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.copying import make_selective_copying_dataset, selective_copying_accuracy
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
-from mingru_hf.training.models import make_config
+from mingru_hf.training.models import load_pretrained, make_config
 
 CONFIG = Path(__file__).parent / "configs" / "selective_copying.json"
 
@@ -30,7 +30,10 @@ class CopyingArguments:
     vocab_size: int = option(6, "different tokens, noise and marker included")
     num_train_examples: int = option(64_000, "training sequences, made from the seed")
     num_eval_examples: int = option(1024, "validation sequences, made from another seed")
-    config_name: str = option(str(CONFIG), "JSON file of the model's config", group="model")
+    model_name_or_path: str | None = option(
+        None, "start from this model: one that was trained on fewer noise tokens, say", group="model"
+    )
+    config_name: str = option(str(CONFIG), "start from scratch with this config: a JSON file")
     config_overrides: str | None = option(
         None, 'change the config: "hidden_size=4,hidden_sizes=[64,64]" (values are JSON)'
     )
@@ -54,6 +57,25 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, CopyingArguments
         return parser, from_namespace(CopyingArguments, namespace), from_namespace(TrainArguments, namespace)
 
 
+def make_model(task: CopyingArguments) -> PreTrainedModel:
+    """Load the model to start from, or make one.
+
+    Raises:
+        ValueError: if it does not fit the task, or is to be loaded and made at once.
+    """
+    if task.model_name_or_path is None:
+        config = make_config(task.config_name, task.config_overrides, vocab_size=task.vocab_size)
+        return AutoModelForCausalLM.from_config(config)
+    if task.config_overrides or task.config_name != str(CONFIG):
+        raise ValueError("config_name and config_overrides do not go with model_name_or_path")
+    model = load_pretrained(AutoModelForCausalLM, task.model_name_or_path)
+    if model.config.vocab_size != task.vocab_size:
+        raise ValueError(
+            f"{task.model_name_or_path} knows {model.config.vocab_size} tokens, and vocab_size is {task.vocab_size}"
+        )
+    return model
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, task, args = parse_args(argv)
     with parser.user_errors():
@@ -61,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = (task.num_noise_tokens, task.num_memorize_tokens, task.vocab_size)
         train_dataset = make_selective_copying_dataset(task.num_train_examples, *sizes, seed=args.seed)
         eval_dataset = make_selective_copying_dataset(task.num_eval_examples, *sizes, seed=args.seed + 1_000_000)
-        config = make_config(task.config_name, task.config_overrides, vocab_size=task.vocab_size)
-        model = AutoModelForCausalLM.from_config(config)
+        model = make_model(task)
 
     description = f"{task.num_noise_tokens} noise tokens, {task.num_memorize_tokens} to memorize"
     accelerator.print(

@@ -285,6 +285,15 @@ def test_selective_copying_learns_a_small_task(tmp_path, capsys):
     assert f"accuracy {100 * accuracy:.2f} %" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.hidden_sizes == [32, 32]
 
+    longer = (
+        *("train_selective_copying", "--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "longer"),
+        *("--num_noise_tokens", 12, "--num_memorize_tokens", 2, "--num_eval_examples", 100, "--use_cpu"),
+    )
+    assert "knows 4 tokens, and vocab_size is 6" in error_of(capsys, *longer)
+    assert "do not go with" in error_of(capsys, *longer, "--config_overrides", "hidden_size=8")
+    call(*longer, "--vocab_size", 4, "--num_train_examples", 100, "--max_train_steps", 2, "--learning_rate", 1e-5)
+    assert json.loads((tmp_path / "longer" / "metrics.json").read_text())["final"]["eval_accuracy"] > 0.7
+
 
 def test_mistakes_in_selective_copying_end_with_one_line(tmp_path, capsys):
     copying = ("train_selective_copying", "--output_dir", tmp_path / "run", "--use_cpu")
