@@ -28,7 +28,14 @@ from mingru_hf.data.text import (
     load_text_datasets,
     load_text_stream,
 )
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import (
+    ArgumentParser,
+    SetupError,
+    TrainArguments,
+    add_arguments,
+    from_namespace,
+    option,
+)
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
 
@@ -72,22 +79,25 @@ class DataArguments:
         10, "percent of the training data to validate on where no validation data is given"
     )
     streaming: bool = option(
-        False, "read the documents while training, not before: for more of them than the disk or the memory holds"
+        False,
+        "read the documents while training, not before: for more of them than the disk or the memory holds",
+        fixed=True,
     )
     validation_documents: int = option(
         500,
         "with streaming: documents to validate on, of the validation split or else the first of the training split",
     )
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
-    block_size: int = option(256, "tokens a training example")
+    block_size: int = option(256, "tokens a training example", fixed=True)
     shift_blocks: bool = option(
-        False, "cut the training text at other places in every epoch, for many epochs over little text"
+        False, "cut the training text at other places in every epoch, for many epochs over little text", fixed=True
     )
     packing: str = option(
         "concatenate",
         "how documents share an example (concatenate: the state goes on into the next one, as in run_clm; reset: it "
         "starts anew there)",
         ("concatenate", "reset"),
+        fixed=True,
     )
     preprocessing_num_workers: int | None = option(None, "processes that tokenize")
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
@@ -194,7 +204,10 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("config_name and config_overrides do not go with model_name_or_path")
         if data_args.streaming and data_args.shift_blocks:
             raise ValueError("shift_blocks is for a text that is read over and over: leave it out with streaming")
-        accelerator = start(args)
+        if data_args.streaming and (args.max_train_steps or args.max_train_seconds) is None:
+            raise ValueError("a stream has no epochs: give max_train_steps or max_train_seconds")
+        settings = (model_args, data_args)
+        accelerator = start(args, settings)
         with accelerator.main_process_first():  # the others read what the first one has cached
             if data_args.streaming:
                 training, validation, tokenizer, characters = load_stream(model_args, data_args, args.seed)
@@ -212,19 +225,21 @@ def main(argv: list[str] | None = None) -> None:
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}"
     )
-    result = train(
-        model,
-        training,
-        validation,
-        args,
-        accelerator,
-        collate_fn=DocumentPositions(tokenizer.eos_token_id) if data_args.packing == "reset" else None,
-        processing_class=tokenizer,
-        characters_per_token=characters,
-        dataset_name=dataset_name,
-        task="text-generation",
-        auto_class="AutoModelForCausalLM",
-    )
+    with parser.user_errors(SetupError):
+        result = train(
+            model,
+            training,
+            validation,
+            args,
+            accelerator,
+            collate_fn=DocumentPositions(tokenizer.eos_token_id) if data_args.packing == "reset" else None,
+            processing_class=tokenizer,
+            settings=settings,
+            characters_per_token=characters,
+            dataset_name=dataset_name,
+            task="text-generation",
+            auto_class="AutoModelForCausalLM",
+        )
     accelerator.print(
         f"final {summary(result['final'])}\n"
         f"{result['step']} steps in {result['train_seconds']:.0f} s, "

@@ -14,7 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.copying import make_selective_copying_dataset, selective_copying_accuracy
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import (
+    ArgumentParser,
+    SetupError,
+    TrainArguments,
+    add_arguments,
+    from_namespace,
+    option,
+)
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
 
@@ -25,9 +32,9 @@ CONFIG = Path(__file__).parent / "configs" / "selective_copying.json"
 class CopyingArguments:
     """Say how large the task is, and the model."""
 
-    num_noise_tokens: int = option(64, "noise tokens in a sequence", group="task")
-    num_memorize_tokens: int = option(4, "tokens to repeat")
-    vocab_size: int = option(6, "different tokens, noise and marker included")
+    num_noise_tokens: int = option(64, "noise tokens in a sequence", group="task", fixed=True)
+    num_memorize_tokens: int = option(4, "tokens to repeat", fixed=True)
+    vocab_size: int = option(6, "different tokens, noise and marker included", fixed=True)
     num_train_examples: int = option(64_000, "training sequences, made from the seed")
     num_eval_examples: int = option(1024, "validation sequences, made from another seed")
     model_name_or_path: str | None = option(
@@ -79,7 +86,7 @@ def make_model(task: CopyingArguments) -> PreTrainedModel:
 def main(argv: list[str] | None = None) -> None:
     parser, task, args = parse_args(argv)
     with parser.user_errors():
-        accelerator = start(args)
+        accelerator = start(args, [task])
         sizes = (task.num_noise_tokens, task.num_memorize_tokens, task.vocab_size)
         train_dataset = make_selective_copying_dataset(task.num_train_examples, *sizes, seed=args.seed)
         eval_dataset = make_selective_copying_dataset(task.num_eval_examples, *sizes, seed=args.seed + 1_000_000)
@@ -90,16 +97,18 @@ def main(argv: list[str] | None = None) -> None:
         f"{model.num_parameters():,} parameters; {description}; "
         f"{accelerator.num_processes} x {accelerator.device.type}"
     )
-    result = train(
-        model,
-        train_dataset,
-        eval_dataset,
-        args,
-        accelerator,
-        metrics={"accuracy": selective_copying_accuracy},
-        dataset_name=f"selective copying ({description})",
-        auto_class="AutoModelForCausalLM",
-    )
+    with parser.user_errors(SetupError):
+        result = train(
+            model,
+            train_dataset,
+            eval_dataset,
+            args,
+            accelerator,
+            metrics={"accuracy": selective_copying_accuracy},
+            settings=[task],
+            dataset_name=f"selective copying ({description})",
+            auto_class="AutoModelForCausalLM",
+        )
     accelerator.print(
         f"final {summary(result['final'])}\n"
         f"accuracy {100 * result['final']['eval_accuracy']:.2f} % on {task.num_eval_examples} sequences, "

@@ -16,7 +16,14 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, make_augmentation
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import (
+    ArgumentParser,
+    SetupError,
+    TrainArguments,
+    add_arguments,
+    from_namespace,
+    option,
+)
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
 from mingru_hf.training.video import VideoDataArguments
@@ -50,7 +57,7 @@ class ClipArguments:
         None, "frames of a clip; default: the config's", group="clips (frames and sizes: of a model from scratch)"
     )
     frame_stride: int = option(1, "frames of the video from one frame of the clip to the next")
-    clips_per_video: int = option(1, "clips of each training video in an epoch")
+    clips_per_video: int = option(1, "clips of each training video in an epoch", fixed=True)
     resize_size: int | None = option(None, "pixels of a frame's shorter edge; default: 8/7 of crop_size, rounded")
     crop_size: int = option(224, "pixels of a crop's edges")
     min_crop_scale: float = option(
@@ -126,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("config_overrides and backbone_name_or_path do not go with model_name_or_path")
         if clip_args.resize_size is not None and clip_args.resize_size < clip_args.crop_size:
             raise ValueError(f"resize_size {clip_args.resize_size} is less than crop_size {clip_args.crop_size}")
-        accelerator = start(args)
+        settings = (model_args, data_args, clip_args)
+        accelerator = start(args, settings)
         with accelerator.main_process_first():  # the others read what the first one has cached
             videos = data_args.load(args.seed)
         names = videos["train"].features["label"].names
@@ -144,19 +152,21 @@ def main(argv: list[str] | None = None) -> None:
         f"{processor.frame_stride}; {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
         f"{accelerator.mixed_precision}"
     )
-    result = train(
-        model,
-        train_clips,
-        eval_clips,
-        args,
-        accelerator,
-        processing_class=processor,
-        metrics={"accuracy": lambda logits, labels: (logits.argmax(-1) == labels).float().mean()},
-        unit="clip",
-        dataset_name=Path(data_args.dataset_name).name,
-        task="video-classification",
-        auto_class="AutoModelForVideoClassification",
-    )
+    with parser.user_errors(SetupError):
+        result = train(
+            model,
+            train_clips,
+            eval_clips,
+            args,
+            accelerator,
+            processing_class=processor,
+            metrics={"accuracy": lambda logits, labels: (logits.argmax(-1) == labels).float().mean()},
+            settings=settings,
+            unit="clip",
+            dataset_name=Path(data_args.dataset_name).name,
+            task="video-classification",
+            auto_class="AutoModelForVideoClassification",
+        )
     for clips in (train_clips, eval_clips):
         if clips.unreadable:
             accelerator.print(f"{len(clips.unreadable)} of {len(clips.videos)} videos could not be read")

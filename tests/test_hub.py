@@ -130,6 +130,12 @@ def test_directory_pushed_by_the_script_comes_back(hub, reader, directory, capsy
     assert all(files[name] == (directory / name).read_bytes() for name in expected)
     assert hub.repositories["model", "user/fox"]["private"]
 
+    card = "---\ntags:\n- generated-by-mingru-hf\n---\n\n# fox\n\n{}\n"
+    loading = 'AutoModelForCausalLM.from_pretrained("{}")\npipeline("text-generation", model="{}")'
+    (directory / "README.md").write_text(card.format(loading.format("runs/fox", "runs/fox")))
+    push("--model_dir", directory, "--hub_model_id", "fox")
+    assert hub.files("user/fox")["README.md"].decode() == card.format(loading.format("user/fox", "user/fox"))
+
     tokens = generated(directory)
     assert reader(GENERATE, "with the package", "user/fox", "main") == {"main": ["mingru_hf", tokens]}
     assert reader(GENERATE, "without", "user/fox", "main") == {"main": ["transformers_modules", tokens]}

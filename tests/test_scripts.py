@@ -159,6 +159,9 @@ def test_documents_apart_a_sample_and_a_way_back(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"going on from {directory / 'checkpoint-20'}" in out
     assert json.loads((directory / "metrics.json").read_text())["final"] == metrics["final"]
+    again = (*command, "--resume_from_checkpoint", "latest")
+    assert "with seed 0, not 1" in error_of(capsys, *again, "--seed", 1)
+    assert "with packing reset, not concatenate" in error_of(capsys, *again, "--packing", "concatenate")
     one_document = tmp_path / "one.txt"
     one_document.write_text(TEXT)
     reset = ("train_causal_lm", "--train_file", one_document, "--packing", "reset", "--use_cpu")
@@ -172,10 +175,12 @@ def test_documents_as_a_stream(tmp_path, capsys):
         *("train_causal_lm", "--train_file", file, "--cache_dir", tmp_path / "cache", "--streaming"),
         *("--validation_documents", 20, "--output_dir", directory, *TINY, *FAST),
     )
-    assert "--tokenizer_name bpe" in error_of(capsys, *stream)
     bpe = ("--tokenizer_name", "bpe", "--vocab_size", 300)
+    assert "give max_train_steps or max_train_seconds" in error_of(capsys, *stream, *bpe)
+    stream = (*stream, "--max_train_steps", 40)
+    assert "--tokenizer_name bpe" in error_of(capsys, *stream)
     assert "leave it out with streaming" in error_of(capsys, *stream, *bpe, "--shift_blocks")
-    call(*stream, *bpe, "--max_train_steps", 40, "--packing", "reset")
+    call(*stream, *bpe, "--packing", "reset")
     assert "a stream of tokens to train on" in capsys.readouterr().out
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["final"]["eval_loss"] < metrics["history"][0]["loss"] - 1

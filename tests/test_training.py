@@ -181,6 +181,12 @@ def test_gradients_are_clipped(args, tmp_path, monkeypatch):
 # ---- the learning rate ----
 
 
+def test_a_short_run_warms_up_for_a_tenth_of_it(args):
+    for steps, warmup in ((50, 5), (2000, 100)):
+        rate = make_schedule(args(num_warmup_steps=None, learning_rate=1.0, lr_scheduler_type="linear"), steps)
+        assert rate(warmup - 1, 0) < rate(warmup, 0) == 1.0 > rate(warmup + 1, 0)
+
+
 def test_the_schedule_warms_up_and_falls(args):
     rate = make_schedule(args(num_warmup_steps=10, learning_rate=0.5, lr_scheduler_type="linear"), 110)
     assert [rate(step, 0) for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.25, 0.5, 0.25, 0])
@@ -448,6 +454,8 @@ def test_the_saved_model_evaluates_to_the_logged_loss(args, tmp_path):
         "pipeline_tag: text-generation",
         "counting",
         f"{result['final']['eval_loss']:.4f}",
+        "- `num_warmup_steps`: 0",
+        f'from_pretrained("{tmp_path / "run"}")',  # a place where it can be loaded from
     ):
         assert part in card
     assert not list((tmp_path / "run").glob(".*"))
@@ -501,6 +509,14 @@ def test_tracking_writes_curves_and_samples_for_tensorboard(args, tmp_path):
     assert samples == [record["sample"] for record in history if "sample" in record]
 
 
+def test_a_tracker_that_is_not_installed_is_named(args):
+    with (
+        pytest.warns(UserWarning, match="comet_ml"),
+        pytest.raises(ValueError, match="tracker comet_ml is not installed"),
+    ):
+        start(args(with_tracking=True, report_to="comet_ml"))
+
+
 @pytest.mark.clients("trackio")
 def test_tracking_with_trackio(args, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
@@ -518,10 +534,15 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, tmp_path,
         calls.append(("upload", name))
         assert (tmp_path / "run" / "README.md").is_file()  # all is written by then
 
-    monkeypatch.setattr(loop, "make_repository", lambda name: calls.append(("create", name)))
+    def make_repository(name):
+        calls.append(("create", name))
+        return f"me/{name}"
+
+    monkeypatch.setattr(loop, "make_repository", make_repository)
     monkeypatch.setattr(loop, "push_directory", push)
     run(args(push_to_hub=True, hub_model_id="counting"))
-    assert calls == [("create", "counting"), ("upload", "counting")]
+    assert calls == [("create", "counting"), ("upload", "me/counting")]
+    assert 'from_pretrained("me/counting")' in (tmp_path / "run" / "README.md").read_text()
 
 
 # ---- mixed precision ----
@@ -546,6 +567,14 @@ def test_fp16_on_a_cpu_is_refused(args):
         start(args(mixed_precision="fp16"))
 
 
+def test_weights_of_16_bits_are_trained_in_float32(args, tmp_path):
+    model, _ = run(args(learning_rate=1e-6, max_train_steps=2), make_model().bfloat16())
+    before = make_model().bfloat16().float().state_dict()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").dtype == torch.float32
+
+
 # ---- options ----
 
 
@@ -559,6 +588,7 @@ def test_fp16_on_a_cpu_is_refused(args):
         ({"adam_beta2": 1.0}, "adam_beta2 must lie in"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of auto, no, bf16, fp16"),
         ({"hub_model_id": "me/it"}, "push_to_hub"),
+        ({"report_to": "trackio"}, "add --with_tracking"),
         ({"lr_scheduler_kwargs": "min=1"}, "not JSON"),
         ({"lr_scheduler_kwargs": "[1]"}, "JSON object"),
     ],

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
-from mingru_hf.data.text import build_tokenizer
+from mingru_hf.data.text import ShiftedBlocks, build_tokenizer
 from mingru_hf.training import checkpoints, loop
-from mingru_hf.training.arguments import TrainArguments
+from mingru_hf.training.arguments import SetupError, TrainArguments, option
 from mingru_hf.training.checkpoints import checkpoints_in, damage, find_checkpoint, write_checkpoint
 from mingru_hf.training.loop import BatchStream, start, train
 
@@ -37,7 +38,7 @@ SERVER.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text",
 LETTERS = "abcdefg"
 
 
-def train_counting(output_dir, stream=None, **changes):
+def train_counting(output_dir, stream=None, settings=(), **changes):
     """Train a tiny model with dropout on rows that count up, evaluating and saving all the time."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would outlive a killed process
@@ -58,7 +59,7 @@ def train_counting(output_dir, stream=None, **changes):
         "resume_from_checkpoint": "latest",
     }
     args = TrainArguments(**(values | changes))
-    accelerator = start(args)
+    accelerator = start(args, settings)
     torch.manual_seed(1)
     config = MinGRUConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, residual_dropout=0.3)
     starts = torch.arange(20).unsqueeze(1)
@@ -66,7 +67,15 @@ def train_counting(output_dir, stream=None, **changes):
     tokenizer = build_tokenizer("char", [LETTERS])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_loss", lambda *args: None)  # most of the time of such small runs
-        return train(MinGRUForCausalLM(config), stream or rows, rows, args, accelerator, processing_class=tokenizer)
+        return train(
+            MinGRUForCausalLM(config),
+            stream or rows,
+            rows,
+            args,
+            accelerator,
+            processing_class=tokenizer,
+            settings=settings,
+        )
 
 
 def die_in(writer, time, call, number, output_dir):
@@ -338,6 +347,74 @@ def test_a_stream_goes_on_where_it_was_left(tmp_path):
     assert result["step"] == 12
 
 
+def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
+    text = torch.randint(2, 9, (20, 10), generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    class Noted(ShiftedBlocks):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    blocks = Noted(Dataset.from_dict({"input_ids": text.tolist()}), seed=1)
+    options = {"max_train_steps": 18, "checkpoints_total_limit": 0}  # 2.7 passes
+    train_counting(tmp_path / "whole", blocks, **options)
+    assert sorted(seen[:40]) == list(range(40))  # in the second pass others than in the first
+    assert len(set(seen[40:])) == 14
+    assert min(seen[40:]) >= 40
+    del seen[:]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-10", tmp_path / "run" / "checkpoint-10")
+    train_counting(tmp_path / "run", blocks, **options)
+    assert min(seen) >= 20
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    weights = (load_file(tmp_path / name / "checkpoint-18" / "model.safetensors") for name in ("run", "whole"))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_what_has_changed_when_a_run_goes_on_takes_effect(tmp_path, capsys):
+    train_counting(tmp_path / "whole", max_train_steps=6, checkpoints_total_limit=0)
+    weights = {}
+    for name, change in {"same": {}, "decay": {"weight_decay": 0.9}, "beta": {"adam_beta1": 0.5}}.items():
+        shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / name / "checkpoint-4")
+        train_counting(tmp_path / name, max_train_steps=6, **change)
+        weights[name] = load_file(tmp_path / name / "checkpoint-6" / "model.safetensors")
+    out = capsys.readouterr().out
+    assert "weight_decay 0.1 -> 0.9" in out
+    whole = load_file(tmp_path / "whole" / "checkpoint-6" / "model.safetensors")
+    torch.testing.assert_close(weights["same"], whole, rtol=0, atol=0)
+    matrix, norm = "model.layers.0.mixer.gate_hidden.weight", "model.norm.weight"
+    assert weights["decay"][matrix].norm() < whole[matrix].norm()
+    assert not torch.equal(weights["beta"][norm], whole[norm])
+
+
+@dataclass(kw_only=True)
+class Task:
+    """Arguments of a script."""
+
+    noise: int = option(3, "what the examples are made of", fixed=True)
+    cache: str = option("here", "where they lie")
+
+
+def test_settings_are_recorded_and_the_fixed_ones_stay(tmp_path, capsys):
+    result = train_counting(tmp_path / "run", settings=[Task()], max_train_steps=2)
+    assert result["arguments"]["cache"] == "here"
+    assert result["data_settings"] == {"noise": 3}
+    assert "- `noise`: 3" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(SetupError, match="belongs to a run with noise 3, not 4"):
+        train_counting(tmp_path / "run", settings=[Task(noise=4)], max_train_steps=4)
+    train_counting(tmp_path / "run", settings=[Task(cache="there")], max_train_steps=4)
+    assert "changed: max_train_steps 2 -> 4, cache here -> there" in capsys.readouterr().out
+
+
+def test_nothing_left_to_do_and_nothing_evaluated_yet(tmp_path):
+    train_counting(tmp_path / "first", max_train_steps=4, checkpoints_total_limit=0)
+    shutil.copytree(tmp_path / "first" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    result = train_counting(tmp_path / "run", max_train_steps=2)
+    assert result["step"] == 2
+    weights = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "run/checkpoint-2"))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 def test_early_stopping_is_remembered(tmp_path):
     stop = {
         "learning_rate": 30.0,
@@ -348,6 +425,8 @@ def test_early_stopping_is_remembered(tmp_path):
     first = train_counting(tmp_path / "run", **stop)
     assert first["step"] < 20
     assert train_counting(tmp_path / "run", **stop)["step"] == first["step"]
+    longer = {"early_stopping_patience": 3, "max_train_steps": first["step"] + 1}
+    assert train_counting(tmp_path / "run", **stop | longer)["step"] == first["step"] + 1
 
 
 # ---- mistakes ----

@@ -22,7 +22,17 @@ SCHEDULES = (
 )
 
 
-def option(default: object, help: str, choices: Sequence[str] | None = None, group: str | None = None):
+class SetupError(ValueError):
+    """What keeps a run from beginning, and its user can mend: scripts show it in one line."""
+
+
+def option(
+    default: object,
+    help: str,
+    choices: Sequence[str] | None = None,
+    group: str | None = None,
+    fixed: bool = False,
+):
     """Give a dataclass field with the text, the choices and the heading that `--help` shows for it.
 
     Args:
@@ -30,8 +40,9 @@ def option(default: object, help: str, choices: Sequence[str] | None = None, gro
         help: what it means, with its unit.
         choices: the words allowed, None for any.
         group: heading in `--help` from this field on, None to stay under the last one.
+        fixed: whether it says what the examples are, so that a run must go on with the value it began with.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "fixed": fixed})
 
 
 @dataclass(kw_only=True)
@@ -42,7 +53,7 @@ class TrainArguments:
     `per_device_train_batch_size x gradient_accumulation_steps x processes` examples.
 
     Raises:
-        ValueError: if a value lies outside its range, or `hub_model_id` comes without `push_to_hub`.
+        ValueError: if a value lies outside its range, or an option does nothing without another that is missing.
     """
 
     output_dir: str = option(
@@ -66,8 +77,10 @@ class TrainArguments:
         "a directory, or latest",
     )
     with_tracking: bool = option(False, "log curves and samples to the tracker named by --report_to")
-    report_to: str = option(
-        "tensorboard", "tracker: tensorboard (under output_dir/runs), trackio, wandb, ..., or all that are installed"
+    report_to: str | None = option(
+        None,
+        "tracker: tensorboard (under output_dir/runs), trackio, wandb, ..., or all that are installed; default: "
+        "tensorboard",
     )
     push_to_hub: bool = option(
         False,
@@ -82,7 +95,9 @@ class TrainArguments:
     lr_scheduler_kwargs: str | None = option(
         None, "more arguments of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr"
     )
-    num_warmup_steps: int = option(100, "steps over which the learning rate rises from 0")
+    num_warmup_steps: int | None = option(
+        None, "steps over which the learning rate rises from 0; default: 100, or a tenth of a shorter run"
+    )
     weight_decay: float = option(0.1, "AdamW's decay of weight matrices; norms and biases have none")
     adam_beta1: float = option(0.9, "AdamW's beta1")
     adam_beta2: float = option(0.999, "AdamW's beta2")
@@ -149,8 +164,9 @@ class TrainArguments:
             "dataloader_num_workers",
             "seed",
         ):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {value}")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -160,6 +176,8 @@ class TrainArguments:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError("hub_model_id without push_to_hub does nothing: add --push_to_hub")
+        if self.report_to is not None and not self.with_tracking:
+            raise ValueError("report_to without with_tracking does nothing: add --with_tracking")
         steps = self.checkpointing_steps
         if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
             raise ValueError(f"checkpointing_steps must be a positive number of steps, or epoch, not {steps!r}")
@@ -169,6 +187,12 @@ class TrainArguments:
     def hub_name(self) -> str:
         """The repository's name on the Hub, with or without its owner."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    def warmup_steps(self, max_steps: int | None) -> int:
+        """Give `num_warmup_steps`, or its default for a run of `max_steps` (None: not known)."""
+        if self.num_warmup_steps is not None:
+            return self.num_warmup_steps
+        return 100 if max_steps is None else min(100, max_steps // 10)
 
     def scheduler_kwargs(self) -> dict:
         """Read `lr_scheduler_kwargs`.
@@ -195,14 +219,18 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
-    def user_errors(self) -> Iterator[None]:
+    def user_errors(self, *kinds: type[Exception]) -> Iterator[None]:
         """End the script with one line where the block raises what a wrong argument or file causes.
 
-        Wrap the set-up in it, not the training: a bug there must keep its traceback.
+        Wrap the set-up in it. Around the training give SetupError alone: a bug there must keep its traceback.
+
+        Args:
+            kinds: of errors; default: ValueError, OSError and ImportError.
         """
+        kinds = kinds or (ValueError, OSError, ImportError)
         try:
             yield
-        except (ValueError, OSError, ImportError) as error:
+        except kinds as error:
             self.error(str(error) or type(error).__name__)
 
 
@@ -249,6 +277,18 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, **defaults: object
             if choices:
                 help, metavar = f"{help}: {', '.join(choices)}", "NAME"
             group.add_argument(flag, type=kind, default=default, choices=choices, metavar=metavar, help=help)
+
+
+def as_settings(*parts: object) -> dict:
+    """Give the fields of dataclasses made with `option` as one dict."""
+    return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+
+def fixed_settings(*parts: object) -> dict:
+    """Give those of them that a run must not change when it goes on."""
+    return {
+        f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part) if f.metadata.get("fixed")
+    }
 
 
 def from_namespace(cls: type, namespace: argparse.Namespace):

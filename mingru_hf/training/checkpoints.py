@@ -6,7 +6,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,10 +81,20 @@ def check_output_dir(
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON under a temporary name, then rename it to `path`."""
+    """Write JSON, whole or not at all."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Have `write` write a file under a temporary name, then rename it to `path`.
+
+    Raises:
+        OSError: if it cannot be written; the file that lay there stays.
+    """
     temporary = Path(path).with_name(f"{STAGING}-{Path(path).name}")
     with writing(path):
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
 
@@ -296,7 +306,7 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
         metrics = json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    ways = {"resume_from_checkpoint": None, "overwrite_output_dir": None}
+    ways = {"resume_from_checkpoint": None, "overwrite_output_dir": None, "hub_model_id": None}
     return "final" not in metrics and metrics.get("arguments", {}) | ways == arguments | ways
 
 

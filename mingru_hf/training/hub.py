@@ -1,12 +1,18 @@
 """Upload the directory of a trained model to the Hugging Face Hub."""
 
 import json
+import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
+
+from .checkpoints import write_whole
+
+# The tag of a model card that training wrote.
+GENERATED = "generated-by-mingru-hf"
 
 # Hidden files, and what a run needs to go on but a user of the model does not.
 IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*")
@@ -62,10 +68,29 @@ def make_repository(name: str, private: bool = True) -> str:
         raise OSError(f"the Hub gave no repository {name}: {error}") from error
 
 
+def name_model_card(path: str | Path, name: str) -> None:
+    """Have a model card that training wrote load the model from the repository; others stay as they are.
+
+    Args:
+        path: the README.md, which need not exist.
+        name: of the repository.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    if GENERATED not in (card.data.tags or []):
+        return
+    text = re.sub(r'(from_pretrained\(|model=)"[^"]*"', rf'\1"{name}"', str(card))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def push_directory(
     directory: str | Path, name: str, private: bool = True, commit_message: str = "Trained with mingru-hf"
 ) -> str:
     """Upload a model directory as one commit: all of it arrives, or nothing.
+
+    A model card that training wrote loads the model from the repository from then on.
 
     Args:
         directory: the model's directory.
@@ -81,6 +106,7 @@ def push_directory(
     """
     files_to_upload(directory)
     repository = make_repository(name, private)
+    name_model_card(Path(directory) / "README.md", repository)
     api = HfApi()
     try:
         api.upload_folder(

@@ -17,7 +17,7 @@ import random
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from .arguments import TrainArguments
+from .arguments import SetupError, TrainArguments, as_settings, fixed_settings
 from .checkpoints import (
     METRICS_FILE,
     check_output_dir,
@@ -66,23 +66,31 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
-def start(args: TrainArguments) -> Accelerator:
+def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
     """Set up device, processes, precision, trackers and seed; call it before data and model are made.
+
+    Args:
+        args: how to train; with `push_to_hub`, `hub_model_id` becomes the repository's full name.
+        settings: as for `train`.
 
     Raises:
         ValueError: if `output_dir` holds another run, `resume_from_checkpoint` is no whole checkpoint, or device and
-            precision do not go together, or the launcher shards the model.
+            precision do not go together, the tracker is not installed, or the launcher shards the model.
     """
-    check_output_dir(args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, dataclasses.asdict(args))
+    check_output_dir(
+        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
+    )
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=resolve_mixed_precision(args.mixed_precision, args.use_cpu),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to if args.with_tracking else None,
+        log_with=args.report_to or "tensorboard" if args.with_tracking else None,
         project_dir=args.output_dir,
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU: on a CPU use bf16 or no")
+    if args.with_tracking and not accelerator.log_with:
+        raise ValueError(f"the tracker {args.report_to or 'tensorboard'} is not installed: install it with pip")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
             f"{accelerator.distributed_type.value} does not run here, where every process holds the whole model "
@@ -96,7 +104,8 @@ def start(args: TrainArguments) -> Accelerator:
         )
     accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     if args.push_to_hub and accelerator.is_main_process:
-        make_repository(args.hub_name)  # now rather than after hours of training: no login is an error here
+        # now rather than after hours of training: no login is an error here
+        args.hub_model_id = make_repository(args.hub_name)
     set_seed(args.seed)
     return accelerator
 
@@ -111,6 +120,7 @@ def train(
     processing_class: object | None = None,
     collate_fn: Callable[[list], dict] | None = None,
     metrics: dict[str, Metric] | None = None,
+    settings: Sequence[object] = (),
     characters_per_token: float | None = None,
     unit: str = "token",
     dataset_name: str = "custom data",
@@ -120,7 +130,9 @@ def train(
     """Train a model, keep its best weights in `args.output_dir`, and evaluate what was saved.
 
     Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only). The model is
-    left with its best weights, which every process reads from `output_dir`: machines must share a disk.
+    left with its best weights, which every process reads from `output_dir`: machines must share a disk. Weights of
+    16 bits become float32 first, since rounding would swallow most updates; `mixed_precision` says what the matrix
+    products run in.
 
     Args:
         model: returns `.loss`, a mean over targets, and `.logits`.
@@ -133,28 +145,34 @@ def train(
         processing_class: tokenizer or processor to save beside the weights.
         collate_fn: makes a batch of a list of items; default: stacks tensors.
         metrics: name -> f(logits, labels), a mean over targets; reported as `eval_NAME`.
+        settings: the script's other arguments, dataclasses made with `option`: recorded with `args`, and those that
+            are fixed must be those of the checkpoint.
         characters_per_token: characters of the validation text to a token, to report nats a character.
         unit: what has one target, for the reader: token, or clip (whose frames are then counted for the speed).
         dataset_name, task, auto_class: for the model card.
 
     Returns:
-        What metrics.json holds: `arguments`, `parameters`, `examples_per_step`, `mixed_precision`, `history`
+        What metrics.json holds: `arguments` (settings included), `data_settings` (the fixed ones of them),
+        `parameters`, `examples_per_step`, `num_warmup_steps`, `mixed_precision`, `history`
         (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`, `epoch`, `train_seconds`,
         `tokens_per_second` (evaluations not counted), `best` (record) and `final` (`eval_*` of the saved
         weights over the whole of `eval_dataset`). Losses in nats a target.
 
     Raises:
-        ValueError: if a dataset is empty, a stream is to be read by epochs, or the schedule is impossible.
+        SetupError: if a dataset is empty, a stream is to be read by epochs, the schedule is impossible, or the
+            checkpoint belongs to another run.
         FloatingPointError: if the loss is no longer finite.
     """
     streamed = isinstance(train_dataset, IterableDataset)
     for name, dataset in (("training", train_dataset), ("validation", eval_dataset)):
         if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-            raise ValueError(f"the {name} set has no examples")
+            raise SetupError(f"the {name} set has no examples")
     if streamed and ((args.max_train_steps or args.max_train_seconds) is None or args.checkpointing_steps == "epoch"):
-        raise ValueError("a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps")
+        raise SetupError("a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps")
     if streamed and args.dataloader_num_workers:
-        raise ValueError("a stream is read by each process itself: leave dataloader_num_workers out")
+        raise SetupError("a stream is read by each process itself: leave dataloader_num_workers out")
+    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+        model.float()
     num_examples = None if streamed else len(train_dataset)
     train_dataset, eval_dataset = map(_as_tensors, (train_dataset, eval_dataset))
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
@@ -172,7 +190,9 @@ def train(
 
     # Where do we start?
     now, loss_sum, saved = Progress(patience=args.early_stopping_patience), torch.zeros(()), None
+    arguments, data_settings = as_settings(args, *settings), fixed_settings(*settings)
     identity = {"seed": args.seed, "examples_per_step": examples_per_step, "training_examples": num_examples}
+    identity |= data_settings
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
     if checkpoint is not None:
         state, saved = read_checkpoint(checkpoint)
@@ -181,12 +201,14 @@ def train(
         model.load_state_dict(load_pretrained(type(model), checkpoint).state_dict())
         if is_main and now.best is not None:
             restore_best(checkpoint, output_dir)
-        changed = [
-            f"{name} {state['arguments'][name]} -> {value}"
-            for name, value in dataclasses.asdict(args).items()
+        changed = {
+            name: f"{name} {state['arguments'][name]} -> {value}"
+            for name, value in arguments.items()
             if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
-        ]
-        accelerator.print(f"going on from {checkpoint}{'; changed: ' * bool(changed)}{', '.join(changed)}")
+        }
+        if "early_stopping_patience" in changed:
+            now.patience = args.early_stopping_patience
+        accelerator.print(f"going on from {checkpoint}{'; changed: ' * bool(changed)}{', '.join(changed.values())}")
     elif args.resume_from_checkpoint is not None:
         accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
@@ -200,7 +222,8 @@ def train(
     set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
     if args.with_tracking:
         named = {tracker: {"name": output_dir.name} for tracker in ("trackio", "wandb")}
-        accelerator.init_trackers("runs", config=_tracker_config(args), init_kwargs=named)
+        named["trackio"]["resume"] = "never" if checkpoint is None else "allow"
+        accelerator.init_trackers("runs", config=_tracker_config(arguments), init_kwargs=named)
     place = (batch_size, accelerator.process_index, world_size, now.step * batches_per_step)
     if streamed:
         batches = map(collate_fn or default_collate, _batches_of_stream(train_dataset, *place))
@@ -217,7 +240,10 @@ def train(
             )
         )
     if saved is not None:
+        asked = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, values in zip(optimizer.param_groups, asked, strict=True):
+            group.update(values)  # those of the arguments, which may have changed
         if accelerator.scaler is not None and saved["scaler"] is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
         loss_sum = torch.stack([process["loss_sum"] for process in saved["processes"]]).mean()
@@ -228,9 +254,11 @@ def train(
 
     def report() -> dict:
         return {
-            "arguments": dataclasses.asdict(args),
+            "arguments": arguments,
+            "data_settings": data_settings,
             "parameters": sum(p.numel() for p in model.parameters()),
             "examples_per_step": examples_per_step,
+            "num_warmup_steps": args.warmup_steps(max_steps),
             "mixed_precision": accelerator.mixed_precision,
             "history": now.history,
             "step": now.step,
@@ -363,12 +391,14 @@ def train(
                             "run": identity,
                             "best": now.best,
                             "progress": dataclasses.asdict(now),
-                            "arguments": dataclasses.asdict(args),
+                            "arguments": arguments,
                         },
                         args.checkpoints_total_limit or None,
                     )
         now.pauses += time.perf_counter() - pause
     bar.close()
+    if is_main and now.best is None:  # nothing was left to do, and nothing has been evaluated
+        save_pretrained(output_dir, model, processing_class)
 
     # Evaluate what lies on the disk, over the whole validation set.
     accelerator.wait_for_everyone()
@@ -574,11 +604,11 @@ def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:
     """Refuse to go on with other data, in another order, than a checkpoint's run saw.
 
     Raises:
-        ValueError: if seed, examples a step or the size of the training set differ.
+        SetupError: if seed, examples a step, the size of the training set or a fixed setting differ.
     """
     for name, value in present.items():
-        if saved[name] != value:
-            raise ValueError(
+        if saved.get(name, value) != value:
+            raise SetupError(
                 f"{checkpoint} belongs to a run with {name.replace('_', ' ')} {saved[name]}, not {value}: go on with "
                 "the same data, seed and per_device_train_batch_size x gradient_accumulation_steps x processes"
             )
@@ -633,9 +663,6 @@ def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator
     return broadcast(torch.tensor(seconds, device=accelerator.device)).item()
 
 
-def _tracker_config(args: TrainArguments) -> dict:
+def _tracker_config(arguments: dict) -> dict:
     """Give the arguments as trackers take them: numbers and strings alone."""
-    return {
-        name: value if isinstance(value, (int, float, str)) else str(value)
-        for name, value in dataclasses.asdict(args).items()
-    }
+    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}

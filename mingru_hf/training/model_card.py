@@ -10,6 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from .arguments import TrainArguments
+from .checkpoints import write_whole
+from .hub import GENERATED
 
 METRIC_NAMES = {
     "eval_loss": ("loss", "Validation loss (nats a token)"),
@@ -45,7 +47,6 @@ model = {auto_class}.from_pretrained("{name}")""",
 HYPERPARAMETERS = (
     "learning_rate",
     "lr_scheduler_type",
-    "num_warmup_steps",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -79,6 +80,7 @@ def write_model_card(
         unit: what has one target: a token, or a clip.
     """
     name = args.hub_name
+    place = name if args.push_to_hub else args.output_dir  # from where the example loads
     metrics = [
         (kind, title.replace("token", unit), results["final"][key])
         for key, (kind, title) in METRIC_NAMES.items()
@@ -87,7 +89,7 @@ def write_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=[model.config.model_type, "generated-by-mingru-hf"],
+        tags=[model.config.model_type, GENERATED],
         model_name=name,
         eval_results=[
             EvalResult(
@@ -132,7 +134,7 @@ def write_model_card(
         "## Use",
         "",
         "```python",
-        LOADING.get(task, LOADING[None]).format(name=name, auto_class=auto_class),
+        LOADING.get(task, LOADING[None]).format(name=place, auto_class=auto_class),
         "```",
         "",
         "Where mingru-hf is not installed, leave its import out and pass `trust_remote_code=True` to every call that "
@@ -145,9 +147,11 @@ def write_model_card(
         f"mixed precision {results['mixed_precision']}.",
         "",
         *(f"- `{key}`: {getattr(args, key)}" for key in HYPERPARAMETERS),
+        f"- `num_warmup_steps`: {results['num_warmup_steps']}",
+        *(f"- `{key}`: {value}" for key, value in results["data_settings"].items()),
         "",
         f"Transformers {transformers.__version__}, PyTorch {torch.__version__}, "
         f"Datasets {datasets.__version__}, Accelerate {accelerate.__version__}.",
         "",
     ]
-    Path(path).write_text("\n".join(lines), encoding="utf-8")
+    write_whole(path, lambda temporary: temporary.write_text("\n".join(lines), encoding="utf-8"))

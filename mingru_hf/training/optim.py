@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from .arguments import TrainArguments
+from .arguments import SetupError, TrainArguments
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -52,27 +52,28 @@ def make_schedule(args: TrainArguments, max_steps: int | None) -> Callable[[int,
         max_steps: updates in all; unused with `max_train_seconds`.
 
     Raises:
-        ValueError: if the schedule refuses `lr_scheduler_kwargs`.
+        SetupError: if the schedule refuses `lr_scheduler_kwargs`.
     """
     by_time = args.max_train_seconds is not None
     length = 1000 if by_time else max_steps  # by time: in thousandths of the run
+    num_warmup_steps = args.warmup_steps(None if by_time else max_steps)
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         schedule = get_scheduler(
             args.lr_scheduler_type,
             dummy,
-            num_warmup_steps=0 if by_time else args.num_warmup_steps,
+            num_warmup_steps=0 if by_time else num_warmup_steps,
             num_training_steps=length,
             scheduler_specific_kwargs=args.scheduler_kwargs(),
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type}: {error}") from None
+        raise SetupError(f"lr_scheduler_type {args.lr_scheduler_type}: {error}") from None
     factor = schedule.lr_lambdas[0]
 
     def rate(step: int, progress: float) -> float:
         if not by_time:
             return args.learning_rate * factor(step)
-        warmup = min(1.0, (step + 1) / (args.num_warmup_steps + 1))
+        warmup = min(1.0, (step + 1) / (num_warmup_steps + 1))
         return args.learning_rate * warmup * factor(length * progress)
 
     return rate

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .checkpoints import write_whole
+
 
 def plot_loss(history: list[dict], path: str | Path, unit: str = "nats a token") -> None:
     """Draw training and validation loss over the optimizer steps and save it as PNG.
@@ -27,7 +29,7 @@ def plot_loss(history: list[dict], path: str | Path, unit: str = "nats a token")
         axes.legend()
     axes.set(xlabel="optimizer steps", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
-    figure.savefig(path)
+    write_whole(path, figure.savefig)
 
 
 def plot_confusion(matrix, names: list[str], path: str | Path) -> None:
@@ -53,4 +55,4 @@ def plot_confusion(matrix, names: list[str], path: str | Path) -> None:
         for row, column in zip(*matrix.nonzero(), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=color)
-    figure.savefig(path)
+    write_whole(path, figure.savefig)

@@ -37,7 +37,10 @@ class VideoDataArguments:
     )
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
     frame_order: str = option(
-        "forward", "order of a clip's frames; shuffled is a control without the order of time", FRAME_ORDERS
+        "forward",
+        "order of a clip's frames; shuffled is a control without the order of time",
+        FRAME_ORDERS,
+        fixed=True,
     )
 
     def load(self, seed: int) -> DatasetDict:
