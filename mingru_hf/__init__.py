@@ -19,7 +19,7 @@ from transformers.utils import is_torchvision_available
 from .cache_mingru import MinGRUCacheLayer
 from .configuration_minconvgru import MinConvGRUConfig
 from .configuration_mingru import MinGRUConfig
-from .layers import Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell
+from .layers import Bidirectional, MinConv2dGRU, MinConv2dGRUCell, MinGRU, MinGRUCell, spread_memory_
 from .modeling_minconvgru import (
     MinConvGRUCache,
     MinConvGRUForVideoClassification,
@@ -70,4 +70,5 @@ __all__ = [
     "MinGRUModel",
     "MinGRUPreTrainedModel",
     "mingru_scan",
+    "spread_memory_",
 ]

@@ -11,6 +11,7 @@ Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing 
 """
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -576,4 +577,44 @@ class Bidirectional(nn.Module):
         return self.rnn.init_hidden_state(x) + self.rnn.init_hidden_state(x)
 
 
-__all__ = ["Bidirectional", "MinConv2dGRU", "MinConv2dGRUCell", "MinGRU", "MinGRUCell"]
+def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
+    """Draw anew, in place, for how many steps the channels of all MinGRU layers in a module remember at first.
+
+    Each channel draws its memory m log-uniformly between 1 and `num_steps` and gets the gate bias -log(m), so that z
+    is near 1 / (1 + m); the candidates' biases become 0. As they are made the layers forget in a few steps, and learn
+    slowly what has to be remembered for longer. After Tallec and Ollivier 2018, arXiv:1804.11188, who draw m
+    uniformly. For the text models there is `MinGRUConfig.initial_memory`.
+
+    Args:
+        module: a layer, a stack, or anything that holds some.
+        num_steps: the longest memory, in time steps; at least 1.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: if num_steps is below 1, or no layer is found, or one has no bias.
+
+    Example:
+        >>> rnn = spread_memory_(MinGRU(3, [32, 64]), 1024)
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    found = False
+    for child in module.modules():
+        projection = getattr(child, "gate_hidden", getattr(child, "to_gate_hidden", None))
+        if projection is None:
+            continue
+        if projection.bias is None:
+            raise ValueError("Memory is set by the gates' biases: build the layers with bias=True.")
+        with torch.no_grad():
+            gate, candidate = projection.bias.chunk(2)
+            gate.uniform_(-math.log(num_steps), 0.0)
+            candidate.zero_()
+        found = True
+    if not found:
+        raise ValueError(f"{type(module).__name__} holds no MinGRU layer.")
+    return module
+
+
+__all__ = ["Bidirectional", "MinConv2dGRU", "MinConv2dGRUCell", "MinGRU", "MinGRUCell", "spread_memory_"]

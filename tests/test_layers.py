@@ -232,3 +232,38 @@ def test_bidirectional_draws_its_own_backward_weights_unless_shared():
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kwargs: mingru.MinGRUCell(3, 512, **kwargs),
+        lambda **kwargs: mingru.MinGRU(3, [512, 256], **kwargs),
+        lambda **kwargs: mingru.Bidirectional(mingru.MinConv2dGRU(3, [512, 64], 3, **kwargs)),
+        lambda **kwargs: torch.nn.Sequential(torch.nn.Linear(3, 3), mingru.MinConv2dGRUCell(3, 512, 3, **kwargs)),
+    ],
+    ids=["cell", "stack", "bidirectional", "inside"],
+)
+def test_spread_memory(make):
+    module = make()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert mingru.spread_memory_(module, 64) is module
+    after = module.state_dict()
+    biases = [name for name in after if name.endswith("gate_hidden.bias")]
+    assert biases
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in biases)
+    gates, candidates = zip(*(after[name].chunk(2) for name in biases), strict=True)
+    assert not torch.cat(candidates).any()
+    memory = 1 / torch.sigmoid(torch.cat(gates)) - 1  # z = 1 / (1 + m)
+    assert 0.999 < memory.min() < 1.5
+    assert 50 < memory.max() < 64.1
+    assert (memory < 8).float().mean().item() == pytest.approx(0.5, abs=0.1)  # log-uniform
+    with pytest.raises(ValueError, match="bias=True"):
+        mingru.spread_memory_(make(bias=False), 64)
+
+
+def test_spread_memory_needs_a_layer_and_a_step():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        mingru.spread_memory_(mingru.MinGRU(3, 4), 0)
+    with pytest.raises(ValueError, match="Linear holds no MinGRU layer"):
+        mingru.spread_memory_(torch.nn.Linear(3, 4), 8)
