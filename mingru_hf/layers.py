@@ -11,12 +11,11 @@ Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing 
 """
 
 import copy
-import math
 
 import torch
 from torch import Tensor, nn
 
-from .scan import initial_state, mingru_scan, scan_reference
+from .scan import draw_memory_, initial_state, mingru_scan, scan_reference
 
 
 def _scan(gate_and_candidate: Tensor, h0: Tensor) -> Tensor:
@@ -580,10 +579,9 @@ class Bidirectional(nn.Module):
 def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
     """Draw anew, in place, for how many steps the channels of all MinGRU layers in a module remember at first.
 
-    Each channel draws its memory m log-uniformly between 1 and `num_steps` and gets the gate bias -log(m), so that z
-    is near 1 / (1 + m); the candidates' biases become 0. As they are made the layers forget in a few steps, and learn
-    slowly what has to be remembered for longer. After Tallec and Ollivier 2018, arXiv:1804.11188, who draw m
-    uniformly. For the text models there is `MinGRUConfig.initial_memory`.
+    The biases become those of `draw_memory_` in scan.py, which names the source. As they are made the layers forget in
+    a few steps, and learn slowly what has to be remembered for longer. For the text models there is
+    `MinGRUConfig.initial_memory`.
 
     Args:
         module: a layer, a stack, or anything that holds some.
@@ -608,9 +606,7 @@ def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
         if projection.bias is None:
             raise ValueError("Memory is set by the gates' biases: build the layers with bias=True.")
         with torch.no_grad():
-            gate, candidate = projection.bias.chunk(2)
-            gate.uniform_(-math.log(num_steps), 0.0)
-            candidate.zero_()
+            draw_memory_(projection.bias, num_steps)
         found = True
     if not found:
         raise ValueError(f"{type(module).__name__} holds no MinGRU layer.")

@@ -6,7 +6,6 @@ Legend: B batch, T tokens, E width of a block's input, D of its state, F of its 
 K taps of the convolution, R steps whose state the cache records.
 """
 
-import math
 from itertools import islice
 
 import torch
@@ -35,7 +34,7 @@ from .cache_mingru import MinGRUCacheLayer
 from .configuration_mingru import MinGRUConfig
 from .head_loss import head_loss, is_plain
 from .loading import LoadingMixin
-from .scan import mingru_scan
+from .scan import draw_memory_, mingru_scan
 
 
 def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
@@ -293,10 +292,7 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=5**0.5)
         memory = getattr(module, "initial_memory", 1)
         if memory > 1:
-            bias = torch.zeros_like(module.bias)
-            gate = bias.chunk(2)[0]
-            gate.uniform_(-math.log(memory), 0.0)  # z = sigmoid(-log(m)) = 1 / (1 + m)
-            init.copy_(module.bias, bias)
+            init.copy_(module.bias, draw_memory_(torch.empty_like(module.bias), memory))
 
 
 class MinGRUModel(MinGRUPreTrainedModel):

@@ -105,6 +105,25 @@ def initial_state(like: Tensor, shape: list[int], value: float = INITIAL_STATE) 
     return like.new_full(shape, value)
 
 
+def draw_memory_(bias: Tensor, num_steps: float) -> Tensor:
+    """Draw, in place, how many steps each channel remembers: m log-uniformly between 1 and `num_steps`.
+
+    A gate bias of -log(m) makes z = sigmoid(-log(m)) = 1 / (1 + m) while the inputs say nothing. After Tallec and
+    Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
+
+    Args:
+        bias: (2D,) of the projection to gate and candidate; the candidate half becomes 0.
+        num_steps: the longest memory, in time steps; at least 1.
+
+    Returns:
+        The bias.
+    """
+    gate, candidate = bias.chunk(2)
+    gate.uniform_(-math.log(num_steps), 0.0)
+    candidate.zero_()
+    return bias
+
+
 def scan_reference(
     gate_and_candidate: Tensor,
     h0: Tensor | None = None,
@@ -619,4 +638,4 @@ _LIBRARY = _register()
 _scan_op = getattr(torch.ops, _NAMESPACE).scan
 
 
-__all__ = ["BACKENDS", "INITIAL_STATE", "initial_state", "mingru_scan", "scan_reference"]
+__all__ = ["BACKENDS", "INITIAL_STATE", "draw_memory_", "initial_state", "mingru_scan", "scan_reference"]

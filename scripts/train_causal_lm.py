@@ -28,14 +28,7 @@ from mingru_hf.data.text import (
     load_text_datasets,
     load_text_stream,
 )
-from mingru_hf.training.arguments import (
-    ArgumentParser,
-    SetupError,
-    TrainArguments,
-    add_arguments,
-    from_namespace,
-    option,
-)
+from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
 
@@ -225,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}"
     )
-    with parser.user_errors(SetupError):
+    with parser.setup_errors():
         result = train(
             model,
             training,

@@ -14,14 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.copying import make_selective_copying_dataset, selective_copying_accuracy
-from mingru_hf.training.arguments import (
-    ArgumentParser,
-    SetupError,
-    TrainArguments,
-    add_arguments,
-    from_namespace,
-    option,
-)
+from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
 
@@ -97,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{model.num_parameters():,} parameters; {description}; "
         f"{accelerator.num_processes} x {accelerator.device.type}"
     )
-    with parser.user_errors(SetupError):
+    with parser.setup_errors():
         result = train(
             model,
             train_dataset,

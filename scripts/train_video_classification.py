@@ -16,14 +16,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, make_augmentation
-from mingru_hf.training.arguments import (
-    ArgumentParser,
-    SetupError,
-    TrainArguments,
-    add_arguments,
-    from_namespace,
-    option,
-)
+from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import load_pretrained, make_config
 from mingru_hf.training.video import VideoDataArguments
@@ -152,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{processor.frame_stride}; {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
         f"{accelerator.mixed_precision}"
     )
-    with parser.user_errors(SetupError):
+    with parser.setup_errors():
         result = train(
             model,
             train_clips,

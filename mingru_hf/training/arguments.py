@@ -219,19 +219,23 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
     @contextmanager
-    def user_errors(self, *kinds: type[Exception]) -> Iterator[None]:
+    def user_errors(self) -> Iterator[None]:
         """End the script with one line where the block raises what a wrong argument or file causes.
 
-        Wrap the set-up in it. Around the training give SetupError alone: a bug there must keep its traceback.
-
-        Args:
-            kinds: of errors; default: ValueError, OSError and ImportError.
+        Wrap the set-up in it, not the training: a bug there must keep its traceback.
         """
-        kinds = kinds or (ValueError, OSError, ImportError)
         try:
             yield
-        except kinds as error:
+        except (ValueError, OSError, ImportError) as error:
             self.error(str(error) or type(error).__name__)
+
+    @contextmanager
+    def setup_errors(self) -> Iterator[None]:
+        """The same for SetupError alone: wrap the training in it."""
+        try:
+            yield
+        except SetupError as error:
+            self.error(str(error))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
@@ -76,12 +76,9 @@ def name_model_card(path: str | Path, name: str) -> None:
         name: of the repository.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() or GENERATED.encode() not in path.read_bytes():
         return
-    card = ModelCard.load(path)
-    if GENERATED not in (card.data.tags or []):
-        return
-    text = re.sub(r'(from_pretrained\(|model=)"[^"]*"', rf'\1"{name}"', str(card))
+    text = re.sub(r'(from_pretrained\(|model=)"[^"]*"', rf'\1"{name}"', path.read_text(encoding="utf-8"))
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
