@@ -60,12 +60,6 @@ def head_loss(
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 
-def is_plain(head: nn.Module) -> bool:
-    """Say whether calling a head means no more than its weight and bias: no adapter, hook or quantisation."""
-    changed = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    return type(head) is nn.Linear and not changed
-
-
 class _HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies, and its gradients with respect to rows, weight and bias."""
 

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, E width of a block's input, D of its state, F of its 
 K taps of the convolution, R steps whose state the cache records.
 """
 
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -31,10 +32,11 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_mingru import MinGRUCacheLayer
+from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
-from .head_loss import head_loss, is_plain
+from .head_loss import head_loss
 from .loading import LoadingMixin
-from .scan import draw_memory_, mingru_scan
+from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
 
 
 def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
@@ -49,6 +51,7 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
 _KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index"}
 
 
+@calls_directly
 class _Taps(nn.Conv1d):
     """The depthwise convolution itself: its weights are read in its forward alone, where offloading hooks bring them.
 
@@ -77,6 +80,7 @@ class _Taps(nn.Conv1d):
         return out
 
 
+@calls_directly
 class MinGRUConv(nn.Module):
     """Causal depthwise convolution over the last K real tokens of the same document, padding skipped."""
 
@@ -85,7 +89,13 @@ class MinGRUConv(nn.Module):
         self.conv = _Taps(size, kernel_size, bias)
 
     def forward(
-        self, x: Tensor, window: Tensor | None, mask: Tensor | None, reset: Tensor | None, num_recorded: int
+        self,
+        x: Tensor,
+        window: Tensor | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        num_recorded: int,
+        call: Callable = module_call,
     ) -> tuple[Tensor, Tensor | None]:
         """Convolve x (B, T, E) behind the inputs before it.
 
@@ -95,6 +105,7 @@ class MinGRUConv(nn.Module):
             mask: (B, T) False where a token is to be skipped; None for all real.
             reset: (B, T) True where a document starts; what lies before does not count.
             num_recorded: R, the steps at the end for which the window after the step is returned; 0 for none.
+            call: how the modules within are called.
 
         Returns:
             (B, T, E) outputs, undefined at masked tokens, and (B, R, K - 1, E) windows or None.
@@ -113,7 +124,7 @@ class MinGRUConv(nn.Module):
         document = None
         if reset is not None:
             document = F.pad(reset.cumsum(1), (taps - 1, 0))  # (B, K - 1 + T), 0 for what came before
-        out = self.conv(padded, document)
+        out = call(self.conv, padded, document)
 
         windows = self._windows(padded, mask, document, num_recorded, steps) if num_recorded else None
         if mask is not None:  # back to the places of the tokens
@@ -143,6 +154,7 @@ class MinGRUConv(nn.Module):
         return windows
 
 
+@calls_directly
 class MinGRUMixer(nn.Module):
     """The recurrence of a block: project to gate and candidate, scan over time, project back."""
 
@@ -151,7 +163,7 @@ class MinGRUMixer(nn.Module):
         state_size = int(config.expand * output_size)
         self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
         self.gate_hidden.initial_memory = config.initial_memory  # for _init_weights, which sees the modules alone
-        self.out_proj = None
+        self.register_module("out_proj", None)
         if config.use_out_proj:
             self.out_proj = nn.Linear(state_size, output_size, bias=config.use_bias)
 
@@ -163,24 +175,36 @@ class MinGRUMixer(nn.Module):
         reset: Tensor | None,
         keep_states: bool,
         backend: str,
+        call: Callable = module_call,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, T, E), state (B, 1, D) -> outputs (B, T, F) and, if `keep_states`, the states (B, T, D) in float32."""
-        gate_and_candidate = self.gate_hidden(x)  # (B, T, 2D)
-        dtype = gate_and_candidate.dtype
-        states = mingru_scan(
-            gate_and_candidate,
-            state,
-            mask,
-            reset,
-            backend=backend,
+        modules = self._modules
+        gate_hidden, out_proj = modules["gate_hidden"], modules["out_proj"]
+        linear = plain_linear(gate_hidden) if adds_bias(backend, x) else None
+        if linear is None:
+            gate_and_candidate, bias = call(gate_hidden, x), None  # (B, T, 2D)
+        else:  # the scan adds the bias on its way: a pass over all of (B, T, 2D) less
+            weight, bias = linear
+            gate_and_candidate = F.linear(x, weight)
+        # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
+        out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
+        states_dtype = out_dtype
+        if keep_states and out_dtype != torch.float64:
             # The cache holds what a 16-bit state would round, so that decoding goes on from the exact state.
-            dtype=torch.float32 if keep_states and dtype != torch.float64 else dtype,
-        )
-        out = states if states.dtype == dtype else states.to(dtype)
-        out = out if self.out_proj is None else self.out_proj(out)
+            states_dtype = torch.float32
+        if call is direct_call and mask is None and reset is None:
+            states = mingru_step(gate_and_candidate, state, bias=bias, backend=backend, dtype=states_dtype)
+        else:
+            states = mingru_scan(
+                gate_and_candidate, state, mask, reset, bias=bias, backend=backend, dtype=states_dtype
+            )
+        out = states if states_dtype == out_dtype else states.to(out_dtype)
+        if out_proj is not None:
+            out = call(out_proj, out)
         return out, states if keep_states else None
 
 
+@calls_directly
 class MinGRUMLP(nn.Module):
     """Two linear maps with an activation between them."""
 
@@ -191,10 +215,11 @@ class MinGRUMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, size, bias=config.use_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+    def forward(self, x: Tensor, call: Callable = module_call) -> Tensor:
+        return call(self.down_proj, self.act_fn(call(self.up_proj, x)))
 
 
+@calls_directly
 class MinGRUBlock(GradientCheckpointingLayer):
     """[x + conv(x)] -> x + out_proj(mingru(norm(x))) -> [x + mlp(norm(x))]"""
 
@@ -204,15 +229,15 @@ class MinGRUBlock(GradientCheckpointingLayer):
         sizes = [config.hidden_size, *config.block_sizes]
         input_size, output_size = sizes[layer_idx], sizes[layer_idx + 1]
         self.residual = config.residual
-        self.conv = None
+        self.register_module("conv", None)
         if config.conv_kernel:
             self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias)
         self.norm = _norm(config, input_size, config.norm_bias)
         self.mixer = MinGRUMixer(config, input_size, output_size)
-        self.res_align = None
+        self.register_module("res_align", None)
         if config.residual and input_size != output_size:
             self.res_align = nn.Linear(input_size, output_size, bias=False)
-        self.mlp = None
+        self.register_module("mlp", None)
         if config.use_mlp:
             self.mlp_norm = _norm(config, output_size, config.norm_bias)
             self.mlp = MinGRUMLP(config, output_size)
@@ -227,6 +252,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         reset: Tensor | None = None,
         num_recorded: int | None = None,
         backend: str = "auto",
+        call: Callable = module_call,
         cache: Cache | None = None,
     ) -> Tensor:
         """Run the block and leave its state in the cache.
@@ -237,11 +263,13 @@ class MinGRUBlock(GradientCheckpointingLayer):
             reset: (B, T) True at the first token of a document; None for none.
             num_recorded: states that a cache recording its past is to keep at least; None: all of this call's.
             backend: of the scan, as in `mingru_scan`.
+            call: how the modules within are called, `call(module, *args)`.
             cache: the model's cache, or None.
 
         Returns:
             (B, T, F) hidden states.
         """
+        modules = self._modules  # a look into it is a fraction of one through nn.Module.__getattr__
         steps = hidden_states.shape[1]
         layer = state = window = windows = None
         if cache is None:
@@ -250,25 +278,28 @@ class MinGRUBlock(GradientCheckpointingLayer):
             layer = cache.layers[self.layer_idx]
             num_recorded = layer.num_to_record(num_recorded, steps)
             state, window = layer.state, layer.window
-        if self.conv is not None:
-            conv, windows = self.conv(hidden_states, window, mask, reset, num_recorded)
+        if modules["conv"] is not None:
+            conv, windows = call(modules["conv"], hidden_states, window, mask, reset, num_recorded, call)
             hidden_states = hidden_states + conv
-        mixed, states = self.mixer(self.norm(hidden_states), state, mask, reset, layer is not None, backend)
+        normed = call(modules["norm"], hidden_states)
+        mixed, states = call(modules["mixer"], normed, state, mask, reset, layer is not None, backend, call)
         if layer is not None:
             layer.append(states if num_recorded == steps else states[:, -num_recorded:], windows, num_steps=steps)
         # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
-        if self.branch_dropout.training:
-            mixed = self.branch_dropout(mixed)
+        branch_dropout, block_dropout = modules["branch_dropout"], modules["block_dropout"]
+        if branch_dropout.training:
+            mixed = branch_dropout(mixed)
         if self.residual:
-            mixed = mixed + (hidden_states if self.res_align is None else self.res_align(hidden_states))
+            res_align = modules["res_align"]
+            mixed = mixed + (hidden_states if res_align is None else call(res_align, hidden_states))
         hidden_states = mixed
-        if self.mlp is not None:
-            mlp = self.mlp(self.mlp_norm(hidden_states))
-            if self.branch_dropout.training:
-                mlp = self.branch_dropout(mlp)
+        if modules["mlp"] is not None:
+            mlp = call(modules["mlp"], call(modules["mlp_norm"], hidden_states), call)
+            if branch_dropout.training:
+                mlp = branch_dropout(mlp)
             hidden_states = hidden_states + mlp
-        if self.block_dropout.training:
-            hidden_states = self.block_dropout(hidden_states)
+        if block_dropout.training:
+            hidden_states = block_dropout(hidden_states)
         return hidden_states
 
 
@@ -295,6 +326,7 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
             init.copy_(module.bias, draw_memory_(torch.empty_like(module.bias), memory))
 
 
+@calls_directly
 class MinGRUModel(MinGRUPreTrainedModel):
     """The bare MinGRU text model: embedding, blocks, final norm.
 
@@ -355,10 +387,30 @@ class MinGRUModel(MinGRUPreTrainedModel):
         if not _KNOWN_KWARGS.issuperset(kwargs):
             unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
             raise TypeError(f"{type(self).__name__}.forward() knows no argument {unknown}.")
+        call = choose_call(input_ids if inputs_embeds is None else inputs_embeds)
+        hidden_states, cache = self.run(
+            call, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, num_recorded, **kwargs
+        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
+
+    def run(
+        self,
+        call: Callable,
+        input_ids: torch.LongTensor | None,
+        attention_mask: Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+        num_recorded: int | None,
+        **kwargs,
+    ) -> tuple[Tensor, Cache | None]:
+        """The same as `forward`, as (last_hidden_state, cache): no output object, and none of the states between."""
+        modules = self._modules
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
+            inputs_embeds = self._embed(input_ids, call)
         elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"inputs_embeds must have shape (B, T, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}."
@@ -377,25 +429,31 @@ class MinGRUModel(MinGRUPreTrainedModel):
         mask = self._padding_mask(attention_mask, batch, steps)
         reset = self._document_starts(mask, position_ids, cache, batch, steps, **kwargs)
 
+        blocks = modules["layers"]._modules
+        if depth != len(blocks):
+            self._check_early_exit(depth)
+        hidden_states = inputs_embeds
+        if modules["embedding_dropout"].training:
+            hidden_states = self.embedding_dropout(hidden_states)
+        backend = requested_backend(self.config.scan_backend)
+        for block in islice(blocks.values(), depth):
+            # The cache by name: that is where transformers looks for it when activations are recomputed.
+            hidden_states = call(block, hidden_states, mask, reset, num_recorded, backend, call, cache=cache)
+        return call(modules["norm"], hidden_states), cache if use_cache else None
+
+    def _check_early_exit(self, depth: int) -> None:
         sizes = self.config.hidden_sizes
         if sizes is not None and sizes[depth - 1] != sizes[-1]:
             raise ValueError(
                 f"Early exit after {depth} blocks needs a block as wide as the last; they are {sizes[depth - 1]} "
                 f"and {sizes[-1]} wide."
             )
-        hidden_states = inputs_embeds
-        if self.embedding_dropout.training:
-            hidden_states = self.embedding_dropout(hidden_states)
-        backend = self.config.scan_backend
-        for block in islice(self.layers, depth):
-            hidden_states = block(hidden_states, mask, reset, num_recorded, backend, cache=cache)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), cache=cache if use_cache else None)
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def _embed(self, input_ids: Tensor, call: Callable) -> Tensor:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape (B, T), got {tuple(input_ids.shape)}.")
         try:
-            return self.embed_tokens(input_ids)
+            return call(self._modules["embed_tokens"], input_ids)
         except IndexError as error:
             low, high = input_ids.aminmax()
             raise ValueError(
@@ -584,29 +642,40 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             raise ValueError("skip_logits leaves nothing to return without labels: give labels, or leave it out.")
         # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.
         num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            num_recorded=num_recorded,
-            **kwargs,
-        )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "num_recorded": num_recorded,
+        }
+        call = choose_call(input_ids if inputs_embeds is None else inputs_embeds)
+        modules = self._modules
+        model, between = modules["model"], None
+        if call is direct_call and not kwargs and is_plain(model) and not self.config.output_hidden_states:
+            hidden_states, cache = model.run(call, **arguments)
+        else:
+            outputs = model(**arguments, **kwargs)
+            hidden_states, cache, between = outputs.last_hidden_state, outputs.cache, outputs.hidden_states
+        if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < hidden_states.shape[1]:
+            hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
         loss = logits = None
-        if skip_logits and is_plain(self.lm_head):
+        if skip_logits and plain_linear(modules["lm_head"]) is not None:
             loss = head_loss(hidden_states, self.lm_head, labels, **kwargs)
         else:
-            logits = self.lm_head(hidden_states)  # (B, T, V)
+            logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        make = direct_output if call is direct_call else module_call
+        return make(
+            CausalLMOutputWithPast,
             loss=loss,
             logits=None if skip_logits else logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
+            cache=cache,
+            hidden_states=between,
+            attentions=None,
         )
 
 

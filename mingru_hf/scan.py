@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .scan_numba import numba_backward, numba_forward, numba_supports
+from .scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward, numba_step, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
 from .scan_triton import triton_backward, triton_forward
 from .scan_triton import unavailable_reason as triton_unavailable_reason
@@ -39,6 +39,7 @@ def mingru_scan(
     mask: Tensor | None = None,
     reset: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -50,6 +51,8 @@ def mingru_scan(
         mask: (B, T) boolean; where False the state passes through the step unchanged.
         reset: (B, T) boolean; where True the state is 0.5 before this step, whatever came earlier, and no gradient
             flows back across it. It is applied before the mask: a masked reset step leaves 0.5.
+        bias: (2D,) added to the pre-activations. "numba" adds it on the way, which saves the projection in front the
+            pass over memory that its own bias takes.
         backend: "auto" obeys the environment variable MINGRU_SCAN where that is set, and else takes the fastest one
             that applies; under torch.export always torch's own operators, so that the program runs without this
             package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch" (blocks
@@ -59,7 +62,7 @@ def mingru_scan(
             would round.
 
     Returns:
-        (B, T, D, *) states h_1..h_T. Differentiable once in `gate_and_candidate` and `h0`.
+        (B, T, D, *) states h_1..h_T. Differentiable once in `gate_and_candidate`, `h0` and `bias`.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
@@ -70,11 +73,17 @@ def mingru_scan(
     float32, but in "numba", which adds up what rounding leaves out, still about 1e-6.
     Cost: O(T) time; memory of the states alone, since the backward pass recomputes z and g.
     """
-    _check_inputs(gate_and_candidate, h0, mask, reset)
+    _check_inputs(gate_and_candidate, h0, mask, reset, bias)
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
-    if backend == "auto" and torch.compiler.is_exporting():
+    plain = backend == "auto" and _wants_plain_operators(gate_and_candidate)
+    if not plain:
+        backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
+    if bias is not None and (plain or backend != "numba"):
+        bias = bias.to(gate_and_candidate.dtype)
+        gate_and_candidate = gate_and_candidate + bias.reshape(-1, *[1] * (gate_and_candidate.dim() - 3))
+        bias = None
+    if plain:
         return _scan_exported(gate_and_candidate, h0, mask, reset).to(out_dtype)
-    backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
     if 0 in gate_and_candidate.shape[:3]:
@@ -84,9 +93,63 @@ def mingru_scan(
     if backend == "reference":
         return scan_reference(gate_and_candidate, h0, mask, reset).to(out_dtype)
     if not torch.is_grad_enabled() and _nobody_watches(gate_and_candidate):
-        # Decoding one step at a time, the operator's dispatch would cost as much as the step.
-        return _forward_impl(gate_and_candidate, h0, mask, reset, backend, out_dtype)
-    return _scan_op(gate_and_candidate, h0, mask, reset, backend, out_dtype)
+        # The operator's dispatch would cost as much as a short scan.
+        return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+    return _scan_op(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+
+
+def _wants_plain_operators(x: Tensor) -> bool:
+    """Whether a graph is made that must run without this package, or whose compiler does best with a single step."""
+    if torch.compiler.is_exporting():
+        return True
+    return torch.compiler.is_compiling() and isinstance(x.shape[1], int) and x.shape[1] == 1
+
+
+def mingru_step(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`mingru_scan` over one token where nobody but the caller looks: no autograd, compiler, tracer or transform.
+
+    Args:
+        gate_and_candidate: (B, 1, 2D, *) pre-activations.
+        h0: (B, 1, D, *) state before the token; g(0) = 0.5 if None.
+        bias: (2D,) added to the pre-activations.
+        backend: as in `mingru_scan`, but "auto" does not look at the environment: see `requested_backend`.
+        dtype: as in `mingru_scan`.
+
+    Returns:
+        (B, 1, D, *) state after the token.
+
+    Raises:
+        ValueError: as `mingru_scan`.
+    """
+    fused = backend == "auto" or backend == "numba"
+    if fused and type(gate_and_candidate) is Tensor and gate_and_candidate.is_cpu:
+        state = numba_step(gate_and_candidate, h0, bias, gate_and_candidate.dtype if dtype is None else dtype)
+        if state is not None:
+            return state
+    return mingru_scan(gate_and_candidate, h0, bias=bias, backend=backend, dtype=dtype)
+
+
+def requested_backend(backend: str) -> str:
+    """The backend that was asked for: "auto" leaves it to the environment variable MINGRU_SCAN, where that is set."""
+    return os.environ.get("MINGRU_SCAN", backend) if backend == "auto" else backend
+
+
+def adds_bias(backend: str, x: Tensor) -> bool:
+    """Whether the scan adds a bias at no cost, so that the projection of x need not.
+
+    Args:
+        backend: "auto" or any other, as `requested_backend` returns it.
+        x: what the projection reads.
+    """
+    fused = backend == "auto" or backend == "numba"
+    return fused and NUMBA_AVAILABLE and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def _nobody_watches(x: Tensor) -> bool:
@@ -225,7 +288,9 @@ def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor |
     return (log_decay + torch.logcumsumexp(log_values - log_decay, dim=1)).exp()[:, 1:]
 
 
-def _check_inputs(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> None:
+def _check_inputs(
+    x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, bias: Tensor | None
+) -> None:
     shape = x.shape
     if len(shape) < 3 or not x.is_floating_point():
         raise ValueError(
@@ -244,22 +309,25 @@ def _check_inputs(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tens
         raise ValueError(f"mask must have shape {tuple(shape[:2])} (B, T), got {tuple(mask.shape)}.")
     if reset is not None and reset.shape != shape[:2]:
         raise ValueError(f"reset must have shape {tuple(shape[:2])} (B, T), got {tuple(reset.shape)}.")
+    if bias is not None and bias.shape != shape[2:3]:
+        raise ValueError(f"bias must have shape {tuple(shape[2:3])} (2D,), got {tuple(bias.shape)}.")
 
 
 def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
     """Choose what runs, or say why the choice made cannot."""
-    source = "scan backend"
-    if backend == "auto" and "MINGRU_SCAN" in os.environ:
-        source, backend = "environment variable MINGRU_SCAN", os.environ["MINGRU_SCAN"]
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    backend = requested_backend(backend)
     if backend == "auto":
         fused = "triton" if x.device.type == "cuda" else "numba"
         if _why_not(fused, x, dtype) is None:
             return fused
         return "reference" if x.shape[1] == 1 else "torch"  # one step gains nothing from blocks
-    problem = _why_not(backend, x, dtype)
-    if problem is not None:
+    unknown = backend not in BACKENDS
+    problem = None if unknown else _why_not(backend, x, dtype)
+    if unknown or problem is not None:
+        from_environment = backend == os.environ.get("MINGRU_SCAN")
+        source = "environment variable MINGRU_SCAN" if from_environment else "scan backend"
+        if unknown:
+            raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
         raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. 'auto' takes another one.")
     return backend
 
@@ -553,15 +621,23 @@ _KERNELS = {
 
 # The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
 # installed package) finds the operator and uses it.
-_NAMESPACE = "mingru_hf_v1"
+_NAMESPACE = "mingru_hf_v2"
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.dim() == 3 else tensor.flatten(2)
 
 
+def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+    """The bias for the kernels that take one, repeated over the trailing axes of x (B, T, 2D, *)."""
+    if bias is None:
+        return {}
+    return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
+
+
 def _forward_impl(
     gate_and_candidate: Tensor,
+    bias: Tensor | None,
     h0: Tensor | None,
     mask: Tensor | None,
     reset: Tensor | None,
@@ -569,15 +645,16 @@ def _forward_impl(
     dtype: torch.dtype,
 ) -> Tensor:
     forward, _ = _KERNELS[backend]
-    if gate_and_candidate.dim() == 3:
-        return forward(gate_and_candidate, h0, mask, reset, dtype)
-    states = forward(_flat(gate_and_candidate), _flat(h0), mask, reset, dtype)
-    return states.unflatten(2, (gate_and_candidate.shape[2] // 2, *gate_and_candidate.shape[3:]))
+    x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
+    if x.dim() == 3:
+        return forward(x, h0, mask, reset, dtype, **more)
+    return forward(_flat(x), _flat(h0), mask, reset, dtype, **more).unflatten(2, (x.shape[2] // 2, *x.shape[3:]))
 
 
 def _backward_impl(
     grad: Tensor,
     gate_and_candidate: Tensor,
+    bias: Tensor | None,
     h0: Tensor | None,
     states: Tensor,
     mask: Tensor | None,
@@ -585,16 +662,17 @@ def _backward_impl(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     _, backward = _KERNELS[backend]
-    grad_x, grad_h0 = backward(_flat(grad), _flat(gate_and_candidate), _flat(h0), _flat(states), mask, reset)
-    return grad_x.reshape(gate_and_candidate.shape), grad_h0.reshape(states[:, :1].shape)
+    x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
+    grad_x, grad_h0 = backward(_flat(grad), _flat(x), _flat(h0), _flat(states), mask, reset, **more)
+    return grad_x.reshape(x.shape), grad_h0.reshape(states[:, :1].shape)
 
 
-def _forward_fake(gate_and_candidate, h0, mask, reset, backend, dtype):
+def _forward_fake(gate_and_candidate, bias, h0, mask, reset, backend, dtype):
     x = gate_and_candidate
     return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2, *x.shape[3:]), dtype=dtype)
 
 
-def _backward_fake(grad, gate_and_candidate, h0, states, mask, reset, backend):
+def _backward_fake(grad, gate_and_candidate, bias, h0, states, mask, reset, backend):
     accumulate = _accumulation_dtype(gate_and_candidate)
     return (
         torch.empty_like(gate_and_candidate, memory_format=torch.contiguous_format),
@@ -603,16 +681,20 @@ def _backward_fake(grad, gate_and_candidate, h0, states, mask, reset, backend):
 
 
 def _setup_context(ctx, inputs, output):
-    gate_and_candidate, h0, mask, reset, backend, _ = inputs
-    ctx.save_for_backward(gate_and_candidate, h0, mask, reset, output)
+    gate_and_candidate, bias, h0, mask, reset, backend, _ = inputs
+    ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, output)
     ctx.backend = backend
 
 
 def _autograd_backward(ctx, grad):
-    gate_and_candidate, h0, mask, reset, states = ctx.saved_tensors
+    gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
     backward = getattr(torch.ops, _NAMESPACE).scan_backward
-    grad_x, grad_h0 = backward(grad, gate_and_candidate, h0, states, mask, reset, ctx.backend)
-    return grad_x, None if h0 is None else grad_h0.to(h0.dtype), None, None, None, None
+    grad_x, grad_h0 = backward(grad, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
+    grad_bias = None
+    if bias is not None and ctx.needs_input_grad[1]:
+        rows = grad_x.flatten(0, 1)  # torch sums a matrix by columns faster than the first two axes of three
+        grad_bias = (rows.sum(0) if rows.dim() == 2 else rows.flatten(2).sum((0, 2))).to(bias.dtype)
+    return grad_x, grad_bias, None if h0 is None else grad_h0.to(h0.dtype), None, None, None, None
 
 
 def _register() -> torch.library.Library | None:
@@ -620,7 +702,7 @@ def _register() -> torch.library.Library | None:
     if hasattr(getattr(torch.ops, _NAMESPACE), "scan"):
         return None
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    inputs = "Tensor gate_and_candidate, Tensor? h0, "
+    inputs = "Tensor gate_and_candidate, Tensor? bias, Tensor? h0, "
     flags = "Tensor? mask, Tensor? reset, str backend"
     library.define(f"scan({inputs}{flags}, ScalarType dtype) -> Tensor")
     library.define(f"scan_backward(Tensor grad, {inputs}Tensor states, {flags}) -> (Tensor, Tensor)")

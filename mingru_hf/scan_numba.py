@@ -16,6 +16,7 @@ import functools
 import os
 import threading
 from array import array
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -55,7 +56,7 @@ def unavailable_reason() -> str | None:
 
 def numba_supports(input_dtype: torch.dtype, states_dtype: torch.dtype) -> bool:
     """Whether there is a kernel for inputs and states of these dtypes."""
-    return (input_dtype, states_dtype) in _VARIANTS
+    return (input_dtype, states_dtype, False) in _VARIANTS
 
 
 # --- Loads, stores and exp as LLVM instructions. Arrays are plain addresses (int64). Tags, values whose type alone
@@ -169,6 +170,20 @@ def _store(typing_context, base, index, value, tag, scope):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, value, tag, scope), generate
+
+
+@intrinsic
+def _biased(typing_context, value, base, index, tag):
+    """The value and element `index` of the bias at `base`; the value as it is where the tag is None."""
+
+    def generate(context, builder, signature, args):
+        if tag == types.none:
+            return args[0]
+        bias = builder.load(_pointer(builder, args[1], args[2], tag))
+        _declare_disjoint(builder, bias, "read")
+        return builder.fadd(args[0], bias, flags=_FLAGS)
+
+    return value(value, types.int64, types.int64, tag), generate
 
 
 @intrinsic
@@ -320,7 +335,8 @@ _H0, _MASK, _RESET = 16, 17, 18
 # carry: (pieces + 1, B, N), what one step hands to the next; low: elements from there to as many numbers again, what
 # rounding has left out of each.
 _CARRY, _LOW = 19, 20
-_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 21, 22, 23, 24, 25  # half: a row of N times 0.5
+_BIAS = 21  # (2N,), added to gates and candidates
+_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 22, 23, 24, 25, 26  # half: a row of N times 0.5
 
 # Rows are worked through in chunks of this many channels, each after a request for its like of _AHEAD steps on: the
 # processor's own prefetching starts anew with every row, and does not see the next one coming.
@@ -357,14 +373,15 @@ def _same(first, second, low, count, A):
 
 
 @_compiled
-def _forward_row(gate_row, candidate_row, h_row, low_row, out_row, first, last, X, Y, A):
+def _forward_row(gate_row, candidate_row, gate_bias, candidate_bias, h_row, low_row, out_row, first, last, X, Y, A, W):
     """One step of the equation. With e = exp(-|gate|) the sigmoids of gate and -gate are 1 and e over 1 + e.
 
     g as a fraction, too, leaves one division. For a negative gate h + z (g - h) is computed, and what rounding leaves
     out of the sum is added to the next one (Kahan): a state that changes by one part in 10^8 a step does change.
     """
     for c in range(first, last):
-        gate, candidate = _load(gate_row, c, X, "read"), _load(candidate_row, c, X, "read")
+        gate = _biased(_load(gate_row, c, X, "read"), gate_bias, c, W)
+        candidate = _biased(_load(candidate_row, c, X, "read"), candidate_bias, c, W)
         one = _as(1.0, A)
         e = _exp_minus(abs(gate), Y)  # in [0, 1]: nothing overflows
         s = _exp_minus(abs(candidate), Y)
@@ -383,7 +400,7 @@ def _forward_row(gate_row, candidate_row, h_row, low_row, out_row, first, last, 
 
 
 @_compiled
-def _forward_step(a, b, t, first, count, h_row, X, Y, A):
+def _forward_step(a, b, t, first, count, h_row, X, Y, A, W):
     """One step of channels first..first + count of batch row b: h_row goes from h_{t-1} to h_t, and is written out."""
     flag = b * _argument(a, _STEPS) + t
     reset, mask = _argument(a, _RESET), _argument(a, _MASK)
@@ -399,18 +416,21 @@ def _forward_step(a, b, t, first, count, h_row, X, Y, A):
         x = b * _argument(a, _X_BATCH) + t * _argument(a, _X_STEP) + first
         gate_row = _address(_argument(a, _X), x, X)
         candidate_row = _address(gate_row, _argument(a, _CHANNELS), X)
+        gate_bias = _address(_argument(a, _BIAS), first, A)
+        candidate_bias = _address(gate_bias, _argument(a, _CHANNELS), A)
+        rows = (gate_row, candidate_row, gate_bias, candidate_bias, h_row, low_row, out_row)
         x_ahead, out_ahead = _AHEAD * _argument(a, _X_STEP), _AHEAD * _argument(a, _STATES_STEP)
         whole = count // _CHUNK * _CHUNK
         for c in range(0, whole, _CHUNK):
             _prefetch(gate_row, c + x_ahead, X)
             _prefetch(candidate_row, c + x_ahead, X)
             _prefetch(out_row, c + out_ahead, Y)
-            _forward_row(gate_row, candidate_row, h_row, low_row, out_row, c, c + _CHUNK, X, Y, A)
-        _forward_row(gate_row, candidate_row, h_row, low_row, out_row, whole, count, X, Y, A)
+            _forward_row(*rows, c, c + _CHUNK, X, Y, A, W)
+        _forward_row(*rows, whole, count, X, Y, A, W)
 
 
 @_compiled
-def _forward_piece(a, b, piece, first, count, X, Y, A):
+def _forward_piece(a, b, piece, first, count, X, Y, A, W):
     """A piece of time from the true state if it is the first one, from a guess if not."""
     batch, channels, h0 = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _H0)
     h_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
@@ -419,11 +439,11 @@ def _forward_piece(a, b, piece, first, count, X, Y, A):
         _copy(_address(h0, b * channels + first, A), h_row, count, A)
     start = piece * _argument(a, _PIECE)
     for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
-        _forward_step(a, b, t, first, count, h_row, X, Y, A)
+        _forward_step(a, b, t, first, count, h_row, X, Y, A, W)
 
 
 @_compiled
-def _repair_forward(a, b, first, count, X, Y, A):
+def _repair_forward(a, b, first, count, X, Y, A, W):
     """Make pieces that began with a guess exact: run them again from the true state until nothing changes.
 
     Two states under the same gates approach each other, and rounding makes them equal after some tens of steps for
@@ -438,8 +458,8 @@ def _repair_forward(a, b, first, count, X, Y, A):
         start = piece * _argument(a, _PIECE)
         met = False
         for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
-            _forward_step(a, b, t, first, count, guess_row, X, Y, A)
-            _forward_step(a, b, t, first, count, h_row, X, Y, A)
+            _forward_step(a, b, t, first, count, guess_row, X, Y, A, W)
+            _forward_step(a, b, t, first, count, h_row, X, Y, A, W)
             if _same(guess_row, h_row, _argument(a, _LOW), count, A):
                 met = True
                 break
@@ -460,14 +480,14 @@ def _take_task(a):
 
 
 @_compiled
-def _forward(a, X, Y, A):
+def _forward(a, X, Y, A, W):
     """Take tasks until none is left; as many threads at a time as like."""
     more, b, piece, first, count = _take_task(a)
     while more:
         if _argument(a, _PHASE) == 0:
-            _forward_piece(a, b, piece, first, count, X, Y, A)
+            _forward_piece(a, b, piece, first, count, X, Y, A, W)
         else:
-            _repair_forward(a, b, first, count, X, Y, A)
+            _repair_forward(a, b, first, count, X, Y, A, W)
         more, b, piece, first, count = _take_task(a)
 
 
@@ -475,6 +495,8 @@ def _forward(a, X, Y, A):
 def _backward_row(
     gate_row,
     candidate_row,
+    gate_bias,
+    candidate_bias,
     grad_row,
     previous_row,
     r_row,
@@ -487,13 +509,15 @@ def _backward_row(
     Y,
     P,
     A,
+    W,
 ):
     """The gradients of one step, r from dL/dh_t to dL/dh_{t-1}, with dh the sum of r and the output's own gradient.
 
     dL/dcandidate = dh z g', dL/dh_{t-1} = dh (1 - z), dL/dgate = dh z (1 - z) (g - h_{t-1}).
     """
     for c in range(first, last):
-        gate, candidate = _load(gate_row, c, X, "read"), _load(candidate_row, c, X, "read")
+        gate = _biased(_load(gate_row, c, X, "read"), gate_bias, c, W)
+        candidate = _biased(_load(candidate_row, c, X, "read"), candidate_bias, c, W)
         one = _as(1.0, A)
         e = _exp_minus(abs(gate), Y)
         s = _exp_minus(abs(candidate), Y)
@@ -522,7 +546,7 @@ def _backward_row(
 
 
 @_compiled
-def _backward_step(a, b, t, first, count, r_row, X, Y, A):
+def _backward_step(a, b, t, first, count, r_row, X, Y, A, W):
     """One step back: r_row goes from the gradient that h_t has from later steps to that of h_{t-1}."""
     channels = _argument(a, _CHANNELS)
     flag = b * _argument(a, _STEPS) + t
@@ -545,13 +569,14 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A):
         x = b * _argument(a, _X_BATCH) + t * _argument(a, _X_STEP) + first
         gate_row = _address(_argument(a, _X), x, X)
         candidate_row = _address(gate_row, channels, X)
-        rows = (gate_row, candidate_row, grad_row)
+        gate_bias = _address(_argument(a, _BIAS), first, A)
+        rows = (gate_row, candidate_row, gate_bias, _address(gate_bias, channels, A), grad_row)
         grad_rows = (r_row, low_row, grad_gate_row, grad_candidate_row)
         if reset or t == 0:
             initial_row = _address(_argument(a, _HALF), first, A)
             if not reset and _argument(a, _H0) != 0:
                 initial_row = _address(_argument(a, _H0), b * channels + first, A)
-            _backward_row(*rows, initial_row, *grad_rows, 0, count, X, Y, A, A)
+            _backward_row(*rows, initial_row, *grad_rows, 0, count, X, Y, A, A, W)
         else:
             states = b * _argument(a, _STATES_BATCH) + (t - 1) * _argument(a, _STATES_STEP) + first
             previous_row = _address(_argument(a, _STATES), states, Y)
@@ -565,25 +590,25 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A):
                 _prefetch(previous_row, c - states_ahead, Y)
                 _prefetch(grad_gate_row, c - grad_x_ahead, X)
                 _prefetch(grad_candidate_row, c - grad_x_ahead, X)
-                _backward_row(*rows, previous_row, *grad_rows, c, c + _CHUNK, X, Y, Y, A)
-            _backward_row(*rows, previous_row, *grad_rows, whole, count, X, Y, Y, A)
+                _backward_row(*rows, previous_row, *grad_rows, c, c + _CHUNK, X, Y, Y, A, W)
+            _backward_row(*rows, previous_row, *grad_rows, whole, count, X, Y, Y, A, W)
     if reset:
         _fill(r_row, low_row, count, 0.0, A)
 
 
 @_compiled
-def _backward_piece(a, b, piece, first, count, X, Y, A):
+def _backward_piece(a, b, piece, first, count, X, Y, A, W):
     """A piece of time, backwards; all but the last one begin with a guess, a gradient of 0 from later steps."""
     batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
     r_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
     _fill(r_row, _address(r_row, _argument(a, _LOW), A), count, 0.0, A)
     start = piece * _argument(a, _PIECE)
     for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
-        _backward_step(a, b, t, first, count, r_row, X, Y, A)
+        _backward_step(a, b, t, first, count, r_row, X, Y, A, W)
 
 
 @_compiled
-def _repair_backward(a, b, first, count, X, Y, A):
+def _repair_backward(a, b, first, count, X, Y, A, W):
     """As `_repair_forward`, from the last piece to the first; the gradient of h0 ends up in piece 0's carry."""
     batch, channels, pieces = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _PIECES)
     carry = _argument(a, _CARRY)
@@ -594,8 +619,8 @@ def _repair_backward(a, b, first, count, X, Y, A):
         start = piece * _argument(a, _PIECE)
         met = False
         for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
-            _backward_step(a, b, t, first, count, guess_row, X, Y, A)
-            _backward_step(a, b, t, first, count, r_row, X, Y, A)
+            _backward_step(a, b, t, first, count, guess_row, X, Y, A, W)
+            _backward_step(a, b, t, first, count, r_row, X, Y, A, W)
             if _same(guess_row, r_row, _argument(a, _LOW), count, A):
                 met = True
                 break
@@ -607,14 +632,14 @@ def _repair_backward(a, b, first, count, X, Y, A):
 
 
 @_compiled
-def _backward(a, X, Y, A):
+def _backward(a, X, Y, A, W):
     """Take tasks until none is left; as many threads at a time as like."""
     more, b, piece, first, count = _take_task(a)
     while more:
         if _argument(a, _PHASE) == 0:
-            _backward_piece(a, b, piece, first, count, X, Y, A)
+            _backward_piece(a, b, piece, first, count, X, Y, A, W)
         else:
-            _repair_backward(a, b, first, count, X, Y, A)
+            _repair_backward(a, b, first, count, X, Y, A, W)
         more, b, piece, first, count = _take_task(a)
 
 
@@ -623,43 +648,79 @@ _F32, _F64, _BF16 = (numba.float32, numba.float64, numba.uint16) if NUMBA_AVAILA
 
 
 def _forward_float32(a):
-    _forward(a, _F32(0), _F32(0), _F32(0))
+    _forward(a, _F32(0), _F32(0), _F32(0), None)
+
+
+def _forward_float32_bias(a):
+    _forward(a, _F32(0), _F32(0), _F32(0), _F32(0))
 
 
 def _forward_bfloat16(a):
-    _forward(a, _BF16(0), _BF16(0), _F32(0))
+    _forward(a, _BF16(0), _BF16(0), _F32(0), None)
+
+
+def _forward_bfloat16_bias(a):
+    _forward(a, _BF16(0), _BF16(0), _F32(0), _F32(0))
 
 
 def _forward_bfloat16_float32(a):
-    _forward(a, _BF16(0), _F32(0), _F32(0))
+    _forward(a, _BF16(0), _F32(0), _F32(0), None)
+
+
+def _forward_bfloat16_float32_bias(a):
+    _forward(a, _BF16(0), _F32(0), _F32(0), _F32(0))
 
 
 def _forward_float64(a):
-    _forward(a, _F64(0), _F64(0), _F64(0))
+    _forward(a, _F64(0), _F64(0), _F64(0), None)
+
+
+def _forward_float64_bias(a):
+    _forward(a, _F64(0), _F64(0), _F64(0), _F64(0))
 
 
 def _backward_float32(a):
-    _backward(a, _F32(0), _F32(0), _F32(0))
+    _backward(a, _F32(0), _F32(0), _F32(0), None)
+
+
+def _backward_float32_bias(a):
+    _backward(a, _F32(0), _F32(0), _F32(0), _F32(0))
 
 
 def _backward_bfloat16(a):
-    _backward(a, _BF16(0), _BF16(0), _F32(0))
+    _backward(a, _BF16(0), _BF16(0), _F32(0), None)
+
+
+def _backward_bfloat16_bias(a):
+    _backward(a, _BF16(0), _BF16(0), _F32(0), _F32(0))
 
 
 def _backward_bfloat16_float32(a):
-    _backward(a, _BF16(0), _F32(0), _F32(0))
+    _backward(a, _BF16(0), _F32(0), _F32(0), None)
+
+
+def _backward_bfloat16_float32_bias(a):
+    _backward(a, _BF16(0), _F32(0), _F32(0), _F32(0))
 
 
 def _backward_float64(a):
-    _backward(a, _F64(0), _F64(0), _F64(0))
+    _backward(a, _F64(0), _F64(0), _F64(0), None)
 
 
-# (dtype of the inputs, dtype of the states) -> forward, backward
+def _backward_float64_bias(a):
+    _backward(a, _F64(0), _F64(0), _F64(0), _F64(0))
+
+
+# (dtype of the inputs, dtype of the states, with a bias) -> forward, backward
 _VARIANTS = {
-    (torch.float32, torch.float32): (_forward_float32, _backward_float32),
-    (torch.bfloat16, torch.bfloat16): (_forward_bfloat16, _backward_bfloat16),
-    (torch.bfloat16, torch.float32): (_forward_bfloat16_float32, _backward_bfloat16_float32),
-    (torch.float64, torch.float64): (_forward_float64, _backward_float64),
+    (torch.float32, torch.float32, False): (_forward_float32, _backward_float32),
+    (torch.float32, torch.float32, True): (_forward_float32_bias, _backward_float32_bias),
+    (torch.bfloat16, torch.bfloat16, False): (_forward_bfloat16, _backward_bfloat16),
+    (torch.bfloat16, torch.bfloat16, True): (_forward_bfloat16_bias, _backward_bfloat16_bias),
+    (torch.bfloat16, torch.float32, False): (_forward_bfloat16_float32, _backward_bfloat16_float32),
+    (torch.bfloat16, torch.float32, True): (_forward_bfloat16_float32_bias, _backward_bfloat16_float32_bias),
+    (torch.float64, torch.float64, False): (_forward_float64, _backward_float64),
+    (torch.float64, torch.float64, True): (_forward_float64_bias, _backward_float64_bias),
 }
 _COMPILING = threading.Lock()
 
@@ -754,44 +815,116 @@ def _plan(batch: int, steps: int, channels: int, threads: int) -> tuple[int, int
     return -(-channels // width), width, -(-steps // length), length
 
 
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def _data_ptr(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _prepare(
-    x: Tensor, h0: Tensor | None, states: Tensor, mask: Tensor | None, reset: Tensor | None
+    x: Tensor,
+    h0: Tensor | None,
+    states: Tensor,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    bias: Tensor | None,
 ) -> tuple[array, Tensor, int, tuple]:
     """Arguments that both kernels share, the carry, the number of threads, and what must stay alive meanwhile."""
     batch, steps, channels = states.shape
     threads = torch.get_num_threads() if states.numel() >= _SERIAL_ELEMENTS else 1
     blocks, block, pieces, piece = (1, channels, 1, steps) if threads == 1 else _plan(batch, steps, channels, threads)
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = _accumulation_dtype(x)
     rows = 1 if pieces == 1 else pieces + 1
     carry = x.new_empty(2 * rows, batch, channels, dtype=accumulate)
     if h0 is not None:
         h0 = (h0 if h0.dtype == accumulate else h0.to(accumulate)).contiguous()
     mask = None if mask is None else mask.bool().contiguous()
     reset = None if reset is None else reset.bool().contiguous()
+    bias = None if bias is None else bias.to(accumulate).contiguous()
     x_strides, states_strides = x.stride(), states.stride()
     sizes = (0, 0, 0, batch, steps, channels, blocks, block, pieces, piece)
     inputs = (x.data_ptr(), x_strides[0], x_strides[1], states.data_ptr(), states_strides[0], states_strides[1])
     optional = (_data_ptr(h0), _data_ptr(mask), _data_ptr(reset))
-    # One array at once: this is a tenth of a decoding step's call.
-    arguments = array("q", (*sizes, *inputs, *optional, carry.data_ptr(), rows * batch * channels))
-    return arguments, carry, threads, (h0, mask, reset)
+    arguments = array("q", (*sizes, *inputs, *optional, carry.data_ptr(), rows * batch * channels, _data_ptr(bias)))
+    return arguments, carry, threads, (h0, mask, reset, bias)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that lives on from call to call."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
+    size = address = 0
+
+    def at_least(self, size: int) -> int:
+        """The address of so many bytes."""
+        if size > self.size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.size, self.address = size, self.memory.data_ptr()
+        return self.address
+
+
+_scratch = _Scratch()
+_step_calls: dict[tuple[torch.dtype, torch.dtype, bool], Callable] = {}
+
+
+def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`numba_forward` for one token, whose arithmetic takes less time than the preparations there.
+
+    Args:
+        x: (B, 1, 2N) pre-activations on the CPU.
+        h0: (B, 1, N) state before the step, or None.
+        bias: (2N,) added to the pre-activations, or None.
+        dtype: of the state after it.
+
+    Returns:
+        (B, 1, N) state after the step; None if the arguments are not of the usual kind: `numba_forward` takes care
+        of the rest.
+    """
+    kind = x.dtype, dtype, bias is not None
+    call = _step_calls.get(kind)
+    if call is None:
+        if numba is None or kind not in _VARIANTS or dtype != _accumulation_dtype(x):
+            return None
+        call = _step_calls[kind] = _compiled_entry(_VARIANTS[kind][0]).call
+    shape = x.shape
+    if len(shape) != 3 or shape[1] != 1 or shape[2] % 2 or not x.is_contiguous():
+        return None
+    batch, channels = shape[0], shape[2] // 2
+    size = batch * channels
+    if not 0 < size < _SERIAL_ELEMENTS:
+        return None
+    if h0 is None:
+        h0_address, states = 0, x.new_empty((batch, 1, channels), dtype=dtype)
+    else:
+        if h0.dtype != dtype or not h0.is_contiguous() or h0.shape != (batch, 1, channels):
+            return None
+        h0_address, states = h0.data_ptr(), torch.empty_like(h0)
+    bias_address = 0
+    if bias is not None:
+        if bias.dtype != dtype or not bias.is_contiguous() or len(bias) != shape[2]:
+            return None
+        bias_address = bias.data_ptr()
+    carry = _scratch.at_least(16 * size)  # two rows of at most 8 bytes a number
+    sizes = 0, 0, batch, batch, 1, channels, 1, channels, 1, 1
+    inputs = x.data_ptr(), shape[2], 0, states.data_ptr(), channels, 0, h0_address, 0, 0
+    arguments = array("q", (*sizes, *inputs, carry, size, bias_address))
+    call(arguments.buffer_info()[0])
+    return states
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor, copied only if its last axis is not contiguous."""
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _require_variant(x: Tensor, states_dtype: torch.dtype) -> tuple:
+def _require_variant(x: Tensor, states_dtype: torch.dtype, bias: Tensor | None) -> tuple:
     if not NUMBA_AVAILABLE:
         raise ValueError(f"The numba scan is not available: {_REASON}.")
     if not numba_supports(x.dtype, states_dtype):
         raise ValueError(f"The numba scan has no kernel for {x.dtype} inputs and {states_dtype} states.")
-    return _VARIANTS[x.dtype, states_dtype]
+    return _VARIANTS[x.dtype, states_dtype, bias is not None]
 
 
 def numba_forward(
@@ -801,6 +934,7 @@ def numba_forward(
     reset: Tensor | None,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """States h_1..h_T of the recurrence; the contract is that of `mingru_scan`.
 
@@ -812,6 +946,7 @@ def numba_forward(
         reset: (B, T) boolean; where True the state is 0.5 before this step, before the mask is looked at.
         dtype: of the states: the inputs' dtype, or float32 for bfloat16 inputs.
         out: (B, T, N) tensor of that dtype to write to, last axis contiguous; a new one if None.
+        bias: (2N,) added to the pre-activations, unrounded; None for none.
 
     Returns:
         (B, T, N) states.
@@ -823,13 +958,13 @@ def numba_forward(
     about 1e-6 after a million steps, also where the state hardly changes from one to the next.
     Cost: O(B T N), one pass over memory.
     """
-    forward, _ = _require_variant(gate_and_candidate, dtype)
+    forward, _ = _require_variant(gate_and_candidate, dtype, bias)
     x = _rows(gate_and_candidate)
     batch, steps, width = x.shape
-    states = x.new_empty(batch, steps, width // 2, dtype=dtype) if out is None else out
+    states = x.new_empty((batch, steps, width // 2), dtype=dtype) if out is None else out
     if states.numel() == 0:
         return states
-    arguments, _carry, threads, _alive = _prepare(x, h0, states, mask, reset)
+    arguments, _carry, threads, _alive = _prepare(x, h0, states, mask, reset, bias)
     entry, blocks, pieces = _compiled_entry(forward), arguments[_BLOCKS], arguments[_PIECES]
     _run(entry, arguments, 0, batch * blocks * pieces, threads)
     if pieces > 1:
@@ -845,30 +980,30 @@ def numba_backward(
     mask: Tensor | None,
     reset: Tensor | None,
     out: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the recurrence; z and g are computed again from the pre-activations.
 
     Args:
         grad: (B, T, N) gradient of the states, in their dtype.
-        gate_and_candidate, h0, mask, reset: as given to `numba_forward`.
+        gate_and_candidate, h0, mask, reset, bias: as given to `numba_forward`.
         states: (B, T, N) what it returned.
         out: (B, T, 2N) contiguous tensor of the inputs' dtype to write to; a new one if None.
 
     Returns:
-        (B, T, 2N) gradient of the pre-activations in their dtype; (B, 1, N) gradient of the initial state in
-        float32 (float64 for float64).
+        (B, T, 2N) gradient of the pre-activations in their dtype, whose sum over B and T is that of the bias;
+        (B, 1, N) gradient of the initial state in float32 (float64 for float64).
 
     Raises:
         ValueError: if numba is missing or the dtypes have no kernel.
     """
-    _, backward = _require_variant(gate_and_candidate, states.dtype)
+    _, backward = _require_variant(gate_and_candidate, states.dtype, bias)
     x, states, grad = _rows(gate_and_candidate), _rows(states), _rows(grad.to(states.dtype))
     batch, steps, channels = states.shape
     grad_x = x.new_empty((batch, steps, 2 * channels)) if out is None else out
     if states.numel() == 0:
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return grad_x, grad.new_zeros((batch, 1, channels), dtype=accumulate)
-    arguments, carry, threads, _alive = _prepare(x, h0, states, mask, reset)
+        return grad_x, grad.new_zeros((batch, 1, channels), dtype=_accumulation_dtype(x))
+    arguments, carry, threads, _alive = _prepare(x, h0, states, mask, reset, bias)
     half = carry.new_full((channels,), _INITIAL_STATE)
     arguments.extend((grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()))
     entry, blocks, pieces = _compiled_entry(backward), arguments[_BLOCKS], arguments[_PIECES]
@@ -879,4 +1014,4 @@ def numba_backward(
     return grad_x, carry[0].unsqueeze(1)
 
 
-__all__ = ["NUMBA_AVAILABLE", "numba_backward", "numba_forward", "numba_supports", "unavailable_reason"]
+__all__ = ["NUMBA_AVAILABLE", "numba_backward", "numba_forward", "numba_step", "numba_supports", "unavailable_reason"]

@@ -337,10 +337,14 @@ def print_speed(args: argparse.Namespace) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(**common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest)).eval()
     mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval()
     products = Products(size, depth)
-    compiled = torch.compile(MinGRUForCausalLM(config).eval(), fullgraph=True, dynamic=False)
+    compiled, unguarded = (
+        torch.compile(MinGRUForCausalLM(config).eval(), fullgraph=True, dynamic=False, options=options)
+        for options in (None, {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True})
+    )
     print(f"torch {torch.__version__}, {args.threads} threads; {depth} layers, {size} wide, float32")
 
     for batch_size in (1, 16):
+        torch._dynamo.reset()  # a graph without guards is taken for any batch
         x, prompt = torch.randn(batch_size, 1, size), torch.ones(batch_size, 1, dtype=torch.long)
 
         @torch.inference_mode()
@@ -366,6 +370,7 @@ def print_speed(args: argparse.Namespace) -> None:
             "MinGRU, raw loop": raw_loop(mingru, dynamic(mingru), batch_size, steps),
             "MinGRU, generate()": generated,
             "MinGRU, static + compile": raw_loop(compiled, static_cache, batch_size, steps),
+            "the same, no guards, C++": raw_loop(unguarded, static_cache, batch_size, steps),
             "Mamba, raw loop": raw_loop(mamba, dynamic(mamba), batch_size, steps),
             "GPT-2, raw loop": raw_loop(gpt2, dynamic(gpt2), batch_size, steps),
         }

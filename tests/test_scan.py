@@ -11,7 +11,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mingru_hf.scan
-from mingru_hf.scan import mingru_scan, scan_reference
+from mingru_hf.scan import mingru_scan, mingru_step, scan_reference
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
 
 needs_numba = pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
@@ -63,6 +63,60 @@ def test_states_and_gradients_equal_the_float64_loop(backend, steps, flags):
     assert relative_error(states, expected[0]) <= FLOAT32_RELATIVE
     assert error_over_largest(grad_x, expected[1]) <= GRADIENT_RELATIVE
     assert error_over_largest(grad_h0, expected[2]) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("flags", ["", "mask reset"])
+@pytest.mark.parametrize("shape", [(3, 1, 7), (2, 63, 130), (1, 1000, 5), (2, 6, 3, (4, 5)), (1, 3000, 300)])
+@pytest.mark.parametrize("backend", ["reference", "auto", *FAST_BACKENDS])
+def test_a_bias_in_the_scan_is_one_in_front_of_it(backend, shape, flags):
+    x, h0, mask, reset = make_inputs(*shape, flags=flags)
+    bias, weight = torch.randn(x.shape[2]), torch.randn(*x.shape[:2], *h0.shape[2:])
+    spread = bias.reshape(-1, *[1] * (x.dim() - 3))
+    expected = run((x + spread).double(), h0.double(), mask, reset, weight, scan_reference)
+    bias.requires_grad_()
+    actual = run(x, h0, mask, reset, weight, mingru_scan, bias=bias, backend=backend)
+    for result, reference in zip(actual, expected, strict=True):
+        assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
+    expected_grad = expected[1].sum((0, 1)).flatten(1).sum(1) if x.dim() > 3 else expected[1].sum((0, 1))
+    assert error_over_largest(bias.grad, expected_grad) <= GRADIENT_RELATIVE
+    with torch.no_grad():
+        without_autograd = mingru_scan(x, h0, mask, reset, bias=bias, backend=backend)
+    torch.testing.assert_close(without_autograd, actual[0])
+
+
+@pytest.mark.parametrize("states_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_bias_meets_bfloat16_inputs(backend, states_dtype):
+    x, h0, _, _ = make_inputs(2, 63, 33)
+    x, bias = x.bfloat16(), torch.randn(66)
+    exact = scan_reference((x.double() + bias), h0.double())
+    states = mingru_scan(x, h0, bias=bias, backend=backend, dtype=states_dtype)
+    assert states.dtype == states_dtype
+    # The torch backend adds in bfloat16, as a projection would: three roundings, of the bias, the sum and the state.
+    assert error_over_largest(states, exact) <= (3 if backend == "torch" else 1) * BFLOAT16_RELATIVE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 257), (2, 4, (3, 2)), (300, 512)])
+@pytest.mark.parametrize("backend", ["auto", "reference", *FAST_BACKENDS])
+def test_a_single_step_is_a_scan_of_one_step(backend, shape, dtype):
+    batch, channels, *trailing = shape
+    x, h0, _, _ = make_inputs(batch, 1, channels, *trailing)
+    x, bias = x.to(dtype), torch.randn(2 * channels).to(dtype)
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    h0 = h0.to(state_dtype)
+    for h in (h0, None, h0.transpose(0, 2).contiguous().transpose(0, 2)):
+        for inputs in (x, x.transpose(0, 2).contiguous().transpose(0, 2)):
+            for b in (None, bias, bias.to(state_dtype)):
+                for out_dtype in {state_dtype, dtype}:
+                    state = mingru_step(inputs, h, bias=b, backend=backend, dtype=out_dtype)
+                    expected = mingru_scan(inputs, h, bias=b, backend=backend, dtype=out_dtype)
+                    assert state.dtype == out_dtype
+                    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="h0 must have shape"):
+        mingru_step(x, torch.ones(batch, 2, channels, dtype=state_dtype), backend=backend)
+    with pytest.raises(ValueError, match="bias must have shape"):
+        mingru_step(x, h0, bias=torch.ones(2 * channels + 1, dtype=state_dtype), backend=backend)
 
 
 # The last three are cut into chunks of time by the torch scan, two of them with a rest.
@@ -336,9 +390,13 @@ def test_environment_variable_forces_a_backend(monkeypatch):
 
 def test_operator_passes_opcheck():
     x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
-    operator = torch.ops.mingru_hf_v1.scan.default
-    torch.library.opcheck(operator, (x.requires_grad_(), h0.requires_grad_(), mask, reset, "torch", torch.float32))
-    torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, "torch", torch.bfloat16))
+    operator = torch.ops.mingru_hf_v2.scan.default
+    options = mask, reset, "torch", torch.float32
+    torch.library.opcheck(operator, (x.requires_grad_(), None, h0.requires_grad_(), *options))
+    torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, None, "torch", torch.bfloat16))
+    if "numba" in FAST_BACKENDS:
+        bias = torch.randn(6, requires_grad=True)
+        torch.library.opcheck(operator, (x, bias, h0, mask, reset, "numba", torch.float32))
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")

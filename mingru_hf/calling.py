@@ -1,0 +1,168 @@
+"""A single token's way through a model's modules, where torch's and transformers' detours outweigh the arithmetic.
+
+`nn.Module.__call__` looks for hooks and compilers, every `self.weight` goes through `__getattr__`, and a ModelOutput
+checks its fields one by one: together that was more than half of a small model's decoding step. `direct_call` goes
+straight to the operator where nothing hangs on a module (no hook, no adapter, no quantisation, no offloading), and is
+`module(x)` everywhere else.
+"""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
+from torch.nn.modules import module as nn_module
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
+# Parameters are looked up where they are registered; a wrapper that has taken them from there (FSDP) is asked itself.
+
+
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
+    parameters = module._parameters
+    if "weight" not in parameters:
+        return module(x)
+    return F.linear(x, parameters["weight"], parameters["bias"])
+
+
+def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    parameters = module._parameters
+    if "weight" not in parameters:
+        return module(x)
+    return torch.layer_norm(x, module.normalized_shape, parameters["weight"], parameters["bias"], module.eps)
+
+
+def _rms_norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
+    parameters = module._parameters
+    if "weight" not in parameters:
+        return module(x)
+    return torch.rms_norm(x, module.normalized_shape, parameters["weight"], module.eps)
+
+
+def _identity(module: nn.Identity, x: Tensor) -> Tensor:
+    return x
+
+
+def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
+    parameters = module._parameters
+    if "weight" not in parameters or module.max_norm is not None:
+        return module(ids)
+    return torch.embedding(parameters["weight"], ids)
+
+
+_DIRECT: dict[type, Callable] = {
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.Identity: _identity,
+    nn.Embedding: _embedding,
+}
+
+
+def calls_directly(module_class: type) -> type:
+    """Class decorator: `direct_call` may go to this class's forward."""
+    _DIRECT[module_class] = inspect.unwrap(module_class.forward)
+    return module_class
+
+
+def module_call(module: Callable, *args, **kwargs):
+    """module(*args), the way torch goes: what `direct_call` stands in for."""
+    return module(*args, **kwargs)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Say whether calling a module means no more than its class's forward on its parameters.
+
+    No class of its own (adapter, quantisation), no hook, no forward put upon it (offloading), not compiled.
+    """
+    own = module.__dict__
+    return not (
+        type(module) not in _DIRECT
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear map that is no more than these; None for any other module."""
+    parameters = module._parameters
+    if type(module) is nn.Linear and "weight" in parameters and is_plain(module):
+        return parameters["weight"], parameters["bias"]
+    return None
+
+
+def direct_call(module: nn.Module, *args, **kwargs):
+    """module(*args) without the way there, where that makes no difference; see `choose_call`."""
+    own = module.__dict__
+    direct = _DIRECT.get(type(module))
+    # `is_plain`, written out as far as it matters without gradients: this is called for every module of every token.
+    if (
+        direct is None
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own
+    ):
+        return module(*args, **kwargs)
+    return direct(module, *args, **kwargs)
+
+
+def choose_call(tokens: Tensor | None) -> Callable:
+    """`direct_call` for a single step that no autograd, compiler, tracer, mode, transform or global hook has to see.
+
+    Args:
+        tokens: (B, T, *) the model's input.
+
+    Returns:
+        The function to call the model's modules with, `call(module, *args)`.
+    """
+    if (
+        tokens is not None
+        and tokens.dim() > 1
+        and tokens.shape[1] == 1
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not is_in_torch_dispatch_mode()
+        and maybe_current_level() is None
+        and not any(_GLOBAL_HOOKS)
+    ):
+        return direct_call
+    return module_call
+
+
+_made: set[type] = set()
+
+
+def direct_output(output_class: type, **fields):
+    """output_class(**fields), with every field of the ModelOutput given, past its checks.
+
+    The first of a class is made the usual way, which registers it with torch's pytrees.
+    """
+    if output_class not in _made:
+        _made.add(output_class)
+        return output_class(**fields)
+    output = output_class.__new__(output_class)
+    output.__dict__.update(fields)
+    for name, value in fields.items():
+        if value is not None:
+            OrderedDict.__setitem__(output, name, value)
+    return output
+
+
+__all__ = ["calls_directly", "choose_call", "direct_call", "direct_output", "is_plain", "module_call", "plain_linear"]

@@ -1,0 +1,183 @@
+"""A single token's way through the modules: the same numbers, and nothing that hangs on a module is passed over."""
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, stack_module_state
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.calling import direct_output
+from mingru_hf.scan_numba import NUMBA_AVAILABLE
+
+# As in test_modeling_mingru: matrix products of other row counts round differently.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+KINDS = {
+    "all parts": {},
+    "rms norms, untied, narrow": {
+        "norm_type": "rms_norm",
+        "hidden_sizes": [24, 40],
+        "expand": 1,
+        "lm_head_bias": True,
+    },
+    "bare": {
+        "norm_type": "none",
+        "use_bias": False,
+        "use_out_proj": False,
+        "expand": 1,
+        "conv_kernel": 0,
+        "use_mlp": False,
+        "residual": False,
+    },
+    "no biases of norms": {"norm_bias": False, "final_norm_bias": False, "expand": 1, "conv_kernel": 0},
+}
+
+
+@torch.no_grad()
+def decode(model, ids):
+    """(B, T, V) logits, a token at a time."""
+    cache = DynamicCache(config=model.config)
+    return torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in range(ids.shape[1])], dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_one_by_one_equal_the_whole(kind, dtype, input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, initializer_range=0.3, **KINDS[kind])
+    model = MinGRUForCausalLM(config).eval().to(dtype)
+    whole = model(input_ids).logits
+    assert whole.std() > 0.3
+    tolerance = {"rtol": 2e-2, "atol": 2e-2 * whole.abs().max().item()} if dtype == torch.bfloat16 else CLOSE
+    torch.testing.assert_close(decode(model, input_ids), whole, **tolerance)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_autocast = decode(model, input_ids)
+    if dtype == torch.float32:
+        torch.testing.assert_close(in_autocast.float(), whole, rtol=2e-2, atol=3e-2 * whole.abs().max().item())
+
+
+def test_every_hook_sees_every_token(model, input_ids):
+    expected, calls = decode(model, input_ids), []
+    unused = {module for module in model.modules() if isinstance(module, (nn.Dropout, nn.ModuleList))}
+    names = [name for name, module in model.named_modules() if module not in unused]
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda *args, name=name: calls.append((name, "before")))
+        module.register_forward_hook(lambda *args, name=name: calls.append((name, "after")))
+    torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
+    assert Counter(calls) == {(name, when): 12 for name in names for when in ("before", "after")}
+
+
+def test_a_hook_on_all_modules_sees_every_token(model, input_ids):
+    expected, seen = decode(model, input_ids), []
+    with register_module_forward_hook(lambda module, args, output: seen.append(type(module))):
+        torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
+    assert seen.count(nn.LayerNorm) == 12 * sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mixer.gate_hidden", "lm_head", "model.norm", "model.embed_tokens"])
+@pytest.mark.parametrize("change", ["another class", "a hook", "a forward of its own", "compiled"])
+def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
+    """In decoding, in the pass over the whole and in training: adapters, quantisation, offloading."""
+    original = copy.deepcopy(model)
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+
+    def louder(*args):
+        return 2 * type(module).forward(module, *args)
+
+    if change == "another class":
+        wrapper = nn.Sequential(module, nn.Linear(1, 1))  # of any class that torch does not know
+        wrapper.forward = louder
+        setattr(parent, name.rpartition(".")[2], wrapper)
+    elif change == "a hook":
+        module.register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "a forward of its own":
+        module.forward = louder
+    else:
+        module._compiled_call_impl = louder  # as module.compile() leaves it
+    with torch.no_grad():
+        whole, before = model(input_ids).logits, original(input_ids).logits
+    assert (whole - before).abs().max() > 0.1
+    torch.testing.assert_close(decode(model, input_ids), whole, **CLOSE)
+    torch.testing.assert_close(model(input_ids).logits, whole, **CLOSE)
+
+
+def test_gradients_meet_a_backward_hook(model, input_ids):
+    mixer = model.model.layers[0].mixer
+    model(input_ids, labels=input_ids).loss.backward()
+    expected = mixer.gate_hidden.weight.grad.clone()
+    model.zero_grad()
+    mixer.gate_hidden.register_full_backward_pre_hook(lambda module, grads: tuple(3 * grad for grad in grads))
+    model(input_ids, labels=input_ids).loss.backward()
+    torch.testing.assert_close(mixer.gate_hidden.weight.grad, 3 * expected, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_or_missing_biases_need_no_gradient(model, input_ids):
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            module.bias.requires_grad_(False)
+    model(input_ids, labels=input_ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
+
+
+def test_transforms_and_modes_see_every_operator(model, input_ids):
+    token = input_ids[:, :1]
+    others = [model, copy.deepcopy(model)]
+    with torch.no_grad():
+        for parameter in others[1].parameters():
+            parameter.mul_(0.5)
+        parameters, buffers = stack_module_state(others)
+        together = torch.vmap(
+            lambda p, b: functional_call(model, (p, b), (token,), {"use_cache": False}).logits, randomness="error"
+        )(parameters, buffers)
+        for result, other in zip(together, others, strict=True):
+            torch.testing.assert_close(result, other(token, use_cache=False).logits, **CLOSE)
+        with FlopCounterMode(display=False) as counter:
+            model(token)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert counter.get_total_flops() == 2 * len(token) * weights
+
+
+@torch.no_grad()
+def test_an_output_made_directly_is_like_any_other(model, input_ids):
+    fields = {"loss": None, "logits": torch.ones(2, 3), "cache": DynamicCache(config=model.config)}
+    fields |= {"hidden_states": None, "attentions": None}
+    for _ in range(2):
+        output, expected = direct_output(CausalLMOutputWithPast, **fields), CausalLMOutputWithPast(**fields)
+        assert type(output) is type(expected)
+        assert list(output) == list(expected) == ["logits", "cache"]
+        assert vars(output) == vars(expected)
+        assert output[0] is output["logits"] is output.logits is fields["logits"]
+        assert output.to_tuple() == expected.to_tuple()
+        assert pytree.tree_structure(output) == pytree.tree_structure(expected)
+        assert list(pickle.loads(pickle.dumps(output))) == list(expected)
+        output["loss"] = torch.zeros(())
+        assert list(output) == ["logits", "cache", "loss"]
+        assert output.loss is output["loss"]
+    step = model(input_ids[:, :1])
+    assert list(step) == ["logits", "cache"]
+    assert model(input_ids[:, :1], return_dict=False)[0] is not None
+
+
+@pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
+def test_decoding_goes_the_short_way(model, input_ids):
+    """No module is called on the way, but for the model: what the speed of decoding rests on."""
+    called = []
+    original = nn.Module.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.Module, "__call__", lambda self, *args, **kwargs: called.append(self) or original(self, *args, **kwargs)
+        )
+        decode(model, input_ids)
+    activation = [module for module in called if module is not model]
+    assert all(not list(module.parameters()) for module in activation)
+    assert called.count(model) == 12
