@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+import uuid
 
 import pytest
 import torch
@@ -519,12 +520,14 @@ def test_a_tracker_that_is_not_installed_is_named(args):
 
 @pytest.mark.clients("trackio")
 def test_tracking_with_trackio(args, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # heard only if no one has imported trackio yet
     trackio = pytest.importorskip("trackio")
-    tokenizer = build_tokenizer("char", ["abcde"])
-    run(args(with_tracking=True, report_to="trackio", eval_steps=2, sample_tokens=9), processing_class=tokenizer)
-    [logged] = trackio.Api().runs("runs")
-    assert logged.name == "run"
+    name = f"run-{uuid.uuid4()}"
+    tracked = args(
+        output_dir=str(tmp_path / name), with_tracking=True, report_to="trackio", eval_steps=2, sample_tokens=9
+    )
+    run(tracked, processing_class=build_tokenizer("char", ["abcde"]))
+    assert [logged.name for logged in trackio.Api().runs("runs")].count(name) == 1
 
 
 def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, tmp_path, monkeypatch):
