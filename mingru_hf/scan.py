@@ -11,6 +11,7 @@ tested against it.
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame), N = D x prod(*).
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from .scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward, numba_step, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
@@ -311,6 +312,10 @@ def _check_inputs(
         raise ValueError(f"reset must have shape {tuple(shape[:2])} (B, T), got {tuple(reset.shape)}.")
     if bias is not None and bias.shape != shape[2:3]:
         raise ValueError(f"bias must have shape {tuple(shape[2:3])} (2D,), got {tuple(bias.shape)}.")
+    device = x.device
+    for name, tensor in (("h0", h0), ("mask", mask), ("reset", reset), ("bias", bias)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, where gate_and_candidate is, got {tensor.device}.")
 
 
 def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
@@ -335,7 +340,7 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
 def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
     """Why a fused backend cannot take these inputs; None where it can."""
     if backend == "triton":
-        return triton_unavailable_reason(x.device)
+        return triton_unavailable_reason(x.device) or _fails_trial(x.device)
     if backend != "numba":
         return None
     if x.device.type != "cpu":
@@ -343,6 +348,46 @@ def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
     if not numba_supports(x.dtype, dtype):
         return f"it has no kernel for {x.dtype} inputs and {dtype} states"
     return numba_unavailable_reason()
+
+
+@torch.compiler.assume_constant_result
+def _fails_trial(device: torch.device) -> str | None:
+    """Why the Triton kernels must not be used on a device, found out at their first use there; None if they may.
+
+    What a driver, a compiler or a card does to them shows at the first launch and not before.
+    """
+    if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
+        return None  # fake tensors, and graphs: what they capture has run before, and must not be waited for
+    return _trial(device)
+
+
+@functools.cache
+def _trial(device: torch.device) -> str | None:
+    problem = None
+    with _disable_current_modes(), torch.inference_mode():
+        steps, channels = (130, 128) if device.type == "cuda" else (20, 4)  # Triton's interpreter is slow
+        numbers = torch.arange(2 * steps * 2 * channels, dtype=torch.float32, device="cpu")
+        wave = 3.0 * numbers.sin()  # the user's random numbers stay as they are
+        x, grad = wave.reshape(2, steps, -1), wave[::2].reshape(2, steps, -1)
+        states = _torch_forward(x, None, None, None, x.dtype)
+        expected = states, *_torch_backward(grad, x, None, states, None, None)
+        try:
+            x, grad = x.to(device), grad.to(device)
+            forward, backward = _KERNELS["triton"]
+            states = forward(x, None, None, None, x.dtype)
+            actual = states, *backward(grad, x, None, states, None, None)
+            errors = [(a.cpu() - e).abs().max() / e.abs().max() for a, e in zip(actual, expected, strict=True)]
+        except torch.OutOfMemoryError:
+            raise  # no fault of the kernels
+        except Exception as error:  # the failures of Triton, the driver and the C compiler have no class in common
+            problem = f"its kernels fail on {device} ({type(error).__name__}: {str(error).strip()[:200]})"
+        else:
+            worst = torch.stack(errors).max().item()
+            if not worst < 1e-4:  # NaN is not
+                problem = f"its kernels give wrong numbers on {device} (off by {worst:.1e} of the largest)"
+    if problem is not None:
+        warnings.warn(f"MinGRU runs without its fused Triton scan: {problem}.", stacklevel=2)
+    return problem
 
 
 def _warn_of_broken_packages() -> None:

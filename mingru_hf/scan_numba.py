@@ -898,12 +898,12 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
     if h0 is None:
         h0_address, states = 0, x.new_empty((batch, 1, channels), dtype=dtype)
     else:
-        if h0.dtype != dtype or not h0.is_contiguous() or h0.shape != (batch, 1, channels):
+        if h0.dtype != dtype or not h0.is_cpu or not h0.is_contiguous() or h0.shape != (batch, 1, channels):
             return None
         h0_address, states = h0.data_ptr(), torch.empty_like(h0)
     bias_address = 0
     if bias is not None:
-        if bias.dtype != dtype or not bias.is_contiguous() or len(bias) != shape[2]:
+        if bias.dtype != dtype or not bias.is_cpu or not bias.is_contiguous() or len(bias) != shape[2]:
             return None
         bias_address = bias.data_ptr()
     carry = _scratch.at_least(16 * size)  # two rows of at most 8 bytes a number

@@ -119,6 +119,16 @@ def test_a_single_step_is_a_scan_of_one_step(backend, shape, dtype):
         mingru_step(x, h0, bias=torch.ones(2 * channels + 1, dtype=state_dtype), backend=backend)
 
 
+@pytest.mark.parametrize("scan", [mingru_scan, mingru_step])
+@pytest.mark.parametrize("name", ["h0", "bias"])
+def test_inputs_on_another_device_are_refused(scan, name):
+    """Not read as if they were here: a kernel gets no more than an address."""
+    inputs = {"h0": torch.ones(2, 1, 3), "bias": torch.ones(6)}
+    inputs[name] = inputs[name].to("meta")
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{name} must be on cpu, .* got meta"):
+        scan(torch.randn(2, 1, 6), **inputs)
+
+
 # The last three are cut into chunks of time by the torch scan, two of them with a rest.
 @pytest.mark.parametrize(
     "shape", [(1, 5, 1), (1, 70, 3), (2, 9, 257), (2, 5, 3, (4, 5)), (1, 16, 1), (2, 1003, 5, (2, 3)), (1, 1030, 130)]

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from mingru_hf import scan_triton
+from mingru_hf import mingru_scan, scan_triton
 from mingru_hf.scan import _torch_backward, _torch_forward, scan_reference
 from mingru_hf.scan_triton import triton_backward, triton_forward
 
@@ -369,6 +370,96 @@ assert not copy.TRITON_AVAILABLE
 assert {message!r} in copy.unavailable_reason(), copy.unavailable_reason()
 """
         subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+TRIAL = """
+import sys, warnings, torch
+from mingru_hf import mingru_scan, scan
+
+fault, x = sys.argv[1], torch.randn(2, 5, 6)
+forward, backward = scan._KERNELS["triton"]
+
+def does_not_compile(*args):
+    raise RuntimeError("Failed to find C compiler.")
+
+def one_off(*args):
+    grad_x, grad_h0 = backward(*args)
+    grad_x[-1, -1, -1] += 0.1
+    return grad_x, grad_h0
+
+def nothing_written(*args):
+    return torch.full_like(forward(*args), torch.nan)
+
+scan._KERNELS["triton"] = {
+    "none": (forward, backward),
+    "compiler": (does_not_compile, backward),
+    "gradient": (forward, one_off),
+    "states": (nothing_written, backward),
+}[fault]
+
+before = torch.get_rng_state()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        try:
+            states = mingru_scan(x, backend="triton")
+            torch.testing.assert_close(states, scan.scan_reference(x))
+            print("ran")
+        except ValueError as error:
+            print(error)
+assert torch.equal(torch.get_rng_state(), before)
+for warning in caught:
+    print("warned:", warning.message)
+if fault == "none":
+    scan._trial.cache_clear()  # the first use may be while the compiler traces, with tensors that hold nothing
+    compiled = torch.compile(lambda x: mingru_scan(x, backend="triton"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), states)
+    assert scan._trial.cache_info().misses == 1
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("none", None),
+        ("compiler", "its kernels fail on cpu (RuntimeError: Failed to find C compiler.)"),
+        ("gradient", "its kernels give wrong numbers on cpu (off by "),
+        ("states", "its kernels give wrong numbers on cpu (off by nan of the largest)"),
+    ],
+)
+def test_kernels_are_tried_at_first_use(fault, message):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment.pop("MINGRU_SCAN", None)
+    code = [sys.executable, "-c", TRIAL, fault]
+    process = subprocess.run(code, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    if message is None:
+        assert lines == ["ran", "ran"]
+    else:
+        assert len(lines) == 3  # both calls are refused, and one warning is enough
+        assert all(message in line for line in lines)
+        assert all(line.startswith("The scan backend 'triton' cannot run here: ") for line in lines[:2])
+        assert lines[2].startswith("warned: MinGRU runs without its fused Triton scan: ")
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a card that fails")
+def test_auto_goes_on_without_kernels_that_fail(monkeypatch):
+    """On a card that PyTorch says is there, and that fails at the first launch."""
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    with FakeTensorMode():
+        x = torch.randn(2, 5, 6, device="cuda")
+        assert mingru_scan(x).shape == (2, 5, 3)  # no card, and nothing to run
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        with pytest.warns(UserWarning, match="without its fused Triton scan: its kernels fail on cuda:0") as caught:
+            states = [mingru_scan(x) for _ in range(2)]
+        assert len(caught) == 1
+        assert all(state.shape == (2, 5, 3) and state.device.type == "cuda" for state in states)
+        with pytest.raises(ValueError, match="'triton' cannot run here: its kernels fail on cuda:0"):
+            mingru_scan(x, backend="triton")
 
 
 @needs_triton
