@@ -17,6 +17,8 @@ from torch._C._functorch import maybe_current_level
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .linear import CONVOLUTION_IS_FASTER, linear
+
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
     nn_module._global_forward_pre_hooks,
@@ -75,11 +77,6 @@ def calls_directly(module_class: type) -> type:
     return module_class
 
 
-def module_call(module: Callable, *args, **kwargs):
-    """module(*args), the way torch goes: what `direct_call` stands in for."""
-    return module(*args, **kwargs)
-
-
 def is_plain(module: nn.Module) -> bool:
     """Say whether calling a module means no more than its class's forward on its parameters.
 
@@ -104,6 +101,15 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if type(module) is nn.Linear and "weight" in parameters and is_plain(module):
         return parameters["weight"], parameters["bias"]
     return None
+
+
+def module_call(module: Callable, *args, **kwargs):
+    """module(*args), the way torch goes, but for the large linear maps that `linear` is faster at."""
+    if CONVOLUTION_IS_FASTER and type(module) is nn.Linear and not torch.compiler.is_compiling():
+        parameters = plain_linear(module)
+        if parameters is not None:
+            return linear(*args, *parameters)
+    return module(*args, **kwargs)
 
 
 def direct_call(module: nn.Module, *args, **kwargs):

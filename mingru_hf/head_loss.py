@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .linear import linear
+
 # Logits at once. At a vocabulary of a few hundred characters that is the whole batch, and nothing is lost.
 PIECE_ELEMENTS = 2**23
 
@@ -80,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[0], size):
                 piece = slice(start, start + size)
-                p = F.linear(x[piece], w, b).float()  # (n, V) logits, which become probabilities in place
+                p = linear(x[piece], w, b).float()  # (n, V) logits, which become probabilities in place
                 chosen = p.gather(1, index[piece])
                 top = p.amax(1, keepdim=True)
                 p.sub_(top).exp_()
@@ -94,7 +96,7 @@ class _HeadLoss(torch.autograd.Function):
                     bias_grad += p.sum(0)
                 p = p.to(dtype)
                 if need_rows:
-                    rows_grad[piece] = p @ w
+                    rows_grad[piece] = linear(p, w.t())
                 if need_weight and dtype == exact:
                     weight_grad.addmm_(p.t(), x[piece])
                 elif need_weight:

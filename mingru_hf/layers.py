@@ -15,6 +15,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .calling import module_call
 from .scan import draw_memory_, initial_state, mingru_scan, scan_reference
 
 
@@ -99,7 +100,11 @@ class MinGRUCell(nn.Module):
             h = self.init_hidden_state(x)
         else:
             _check_state(h, x, self.layer_sizes[1:])
-        out = _scan(self.to_gate_hidden(x), h[0])
+        if torch.jit.is_scripting():
+            gate_and_candidate = self.to_gate_hidden(x)
+        else:
+            gate_and_candidate = module_call(self.to_gate_hidden, x)
+        out = _scan(gate_and_candidate, h[0])
         return out, [out[:, -1:]]
 
     @torch.jit.export
@@ -125,7 +130,12 @@ class _MinGRULayer(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, D_in), h (B, 1, D) -> states (B, T, D) and the residual branch's (B, T, D)."""
-        return _scan(self.gate_hidden(self.norm(x)), h), self.res_align(x)
+        if torch.jit.is_scripting():
+            gate_and_candidate, aligned = self.gate_hidden(self.norm(x)), self.res_align(x)
+        else:
+            gate_and_candidate = module_call(self.gate_hidden, self.norm(x))
+            aligned = module_call(self.res_align, x)
+        return _scan(gate_and_candidate, h), aligned
 
 
 class MinGRU(nn.Module):

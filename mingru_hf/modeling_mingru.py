@@ -35,6 +35,7 @@ from .cache_mingru import MinGRUCacheLayer
 from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
 from .head_loss import head_loss
+from .linear import linear
 from .loading import LoadingMixin
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
 
@@ -180,12 +181,12 @@ class MinGRUMixer(nn.Module):
         """x (B, T, E), state (B, 1, D) -> outputs (B, T, F) and, if `keep_states`, the states (B, T, D) in float32."""
         modules = self._modules
         gate_hidden, out_proj = modules["gate_hidden"], modules["out_proj"]
-        linear = plain_linear(gate_hidden) if adds_bias(backend, x) else None
-        if linear is None:
+        parameters = plain_linear(gate_hidden) if adds_bias(backend, x) else None
+        if parameters is None:
             gate_and_candidate, bias = call(gate_hidden, x), None  # (B, T, 2D)
         else:  # the scan adds the bias on its way: a pass over all of (B, T, 2D) less
-            weight, bias = linear
-            gate_and_candidate = F.linear(x, weight)
+            weight, bias = parameters
+            gate_and_candidate = F.linear(x, weight) if call is direct_call else linear(x, weight)
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
         states_dtype = out_dtype

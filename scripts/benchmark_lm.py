@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
+from mingru_hf.calling import module_call
 
 
 class LogScanLM(nn.Module):
@@ -59,10 +60,14 @@ class GRULM(nn.Module):
 
 
 class MatrixProducts(nn.Module):
-    """The matrix products of the MinGRU model alone, with as little around them as gradients need: the roofline."""
+    """The matrix products of the MinGRU model alone, with as little around them as gradients need: the roofline.
 
-    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int):
+    `call` is how they are called: by torch, or as the model does.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int, call: Callable[..., Tensor]):
         super().__init__()
+        self.call = call
         self.projections = nn.ModuleList(
             nn.Linear(hidden_size, 2 * hidden_size, bias=False) for _ in range(num_layers)
         )
@@ -71,8 +76,8 @@ class MatrixProducts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for projection in self.projections:
-            x = projection(x)[..., : self.hidden_size]
-        return self.head(x)
+            x = self.call(projection, x)[..., : self.hidden_size]
+        return self.call(self.head, x)
 
 
 def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -207,14 +212,18 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     steps = {name: training_step(model, ids, autocast) for name, model in models.items()}
-    products = MatrixProducts(args.vocab_size, args.hidden_size, args.num_layers)
-    steps["matrix products"] = matrix_product_step(products, ids, args.hidden_size, autocast)
+    ways = {"products, torch's": lambda module, x: module(x), "products, ours": module_call}
+    products = {
+        name: MatrixProducts(args.vocab_size, args.hidden_size, args.num_layers, way) for name, way in ways.items()
+    }
+    for name, model in products.items():
+        steps[name] = matrix_product_step(model, ids, args.hidden_size, autocast)
     seconds = interleave(steps, args.rounds)
     reference = next(iter(models))
     report: dict[str, dict] = {"training": {}, "decoding": {}}
     print(f"\ntraining           parameters   tokens/s   time of a step over {reference}'s")
     for name, value in seconds.items():
-        module = models.get(name, products)
+        module = models[name] if name in models else products[name]
         count = sum(parameter.numel() for parameter in module.parameters())
         tokens = ids.numel() / value
         ratio = value / seconds[reference]

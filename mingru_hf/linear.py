@@ -1,0 +1,111 @@
+"""Linear maps of many rows in float32, where the library that torch takes for them leaves half of the processor idle.
+
+On x86 torch multiplies float32 matrices with MKL, which knows AMD's processors of 2024 and later (Zen 5) only by the
+vectors of 256 bits of their predecessors. Convolutions it gives to oneDNN, which uses all of the 512; and a linear map
+is a convolution with a kernel of 1 x 1. The numbers agree to rounding; `scripts/benchmark_lm.py` shows both speeds.
+"""
+
+import platform
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C._functorch import maybe_current_level
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+_ZEN_5 = 26  # the "family" of the processor
+
+# Fewer multiplications, or a larger weight beside as few rows, do not pay for the way there.
+_MIN_ROWS = 256
+_MIN_PRODUCTS = 1 << 24
+_MAX_WEIGHTS_PER_ROW = 2048
+# torch gives a convolution of a single thread to oneDNN from a batch of as many on.
+_BATCH = 16
+
+
+def amd_family(cpuinfo: str, processor: str) -> int:
+    """Family of an AMD processor, 0 for any other.
+
+    Args:
+        cpuinfo: what /proc/cpuinfo says, "" where there is none.
+        processor: what `platform.processor()` says, which Windows writes that way:
+            "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD".
+    """
+    family = re.search(r"^cpu family\s*: (\d+)", cpuinfo, re.MULTILINE) or re.search(r"Family (\d+)", processor)
+    return int(family[1]) if family and "AuthenticAMD" in cpuinfo + processor else 0
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+# Whether this machine is one where oneDNN multiplies float32 matrices faster than torch's own choice.
+CONVOLUTION_IS_FASTER = (
+    amd_family(_cpuinfo(), platform.processor()) >= _ZEN_5
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and torch.backends.mkl.is_available()
+    and torch.backends.mkldnn.is_available()
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, the faster way where there is one.
+
+    Args:
+        x: (*, E) of any dtype, on any device.
+        weight: (F, E).
+        bias: (F,), or None.
+
+    Returns:
+        (*, F) x weight^T + bias.
+    """
+    if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling() and _suits_a_convolution(x, weight):
+        batch = 1 if torch.get_num_threads() > 1 else _BATCH
+        rows = x.reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (batch, E, rows, 1), channels last
+        out = F.conv2d(rows, weight[:, :, None, None], None if bias is None else bias.detach())
+        out = out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+        return out if bias is None else _BiasGradient.apply(out, bias)
+    return F.linear(x, weight, bias)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """The gradient of a bias that has been added, by torch's sum: oneDNN's loses a digit or two over many rows."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, bias: Tensor) -> Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return grad, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+
+
+def _suits_a_convolution(x: Tensor, weight: Tensor) -> bool:
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return False
+    size = x.numel()
+    rows = size // x.shape[-1] if size else 0
+    return (
+        rows >= _MIN_ROWS
+        and size * weight.shape[0] >= _MIN_PRODUCTS
+        and weight.numel() <= _MAX_WEIGHTS_PER_ROW * rows
+        and (rows % _BATCH == 0 or torch.get_num_threads() > 1)
+        and x.dtype == weight.dtype == torch.float32
+        and x.is_cpu
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)  # not quantised, nor spread over machines
+        and torch.backends.mkldnn.enabled
+        and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
+        and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+        and not torch.is_autocast_enabled("cpu")
+        and not is_in_torch_dispatch_mode()
+        and maybe_current_level() is None
+    )
+
+
+__all__ = ["linear"]
