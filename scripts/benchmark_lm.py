@@ -4,8 +4,9 @@
     python scripts/benchmark_lm.py --dtype float32
     python scripts/benchmark_lm.py --dtype bfloat16 --threads 1 --json runs/lm.json
 
-The models take turns, so that a busy machine slows all of them alike; quoted are medians and their ratios. The
-log-scan model is torch-mingru's text model, rebuilt here over the log-space scan that it uses.
+The models take turns, so that a busy machine slows all of them alike; quoted are medians and their ratios. Freed
+memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's text model, rebuilt
+here over the log-space scan that it uses.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig,
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
 from mingru_hf.calling import module_call
+from mingru_hf.training.memory import keep_freed_memory
 
 
 class LogScanLM(nn.Module):
@@ -60,24 +62,19 @@ class GRULM(nn.Module):
 
 
 class MatrixProducts(nn.Module):
-    """The matrix products of the MinGRU model alone, with as little around them as gradients need: the roofline.
+    """The matrix products of the MinGRU model alone, each from an input of its own: the roofline.
 
     `call` is how they are called: by torch, or as the model does.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, num_layers: int, call: Callable[..., Tensor]):
         super().__init__()
+        widths = [2 * hidden_size] * num_layers + [vocab_size]
+        self.projections = nn.ModuleList(nn.Linear(hidden_size, width, bias=False) for width in widths)
         self.call = call
-        self.projections = nn.ModuleList(
-            nn.Linear(hidden_size, 2 * hidden_size, bias=False) for _ in range(num_layers)
-        )
-        self.head = nn.Linear(hidden_size, vocab_size, bias=False)
-        self.hidden_size = hidden_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        for projection in self.projections:
-            x = self.call(projection, x)[..., : self.hidden_size]
-        return self.call(self.head, x)
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [self.call(projection, x) for projection, x in zip(self.projections, inputs, strict=True)]
 
 
 def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -129,16 +126,19 @@ def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[],
     return step
 
 
-def matrix_product_step(model: nn.Module, ids: Tensor, hidden_size: int, autocast: bool) -> Callable[[], None]:
+def matrix_product_step(model: MatrixProducts, ids: Tensor, hidden_size: int, autocast: bool) -> Callable[[], None]:
     """Forward and backward of the matrix products alone."""
-    x = torch.randn(*ids.shape, hidden_size, requires_grad=True)
-    grad = torch.randn(*ids.shape, model.head.out_features)
+    dtype = torch.bfloat16 if autocast else torch.float32  # of what autocast leaves the other operators
+    inputs = [torch.randn(*ids.shape, hidden_size, dtype=dtype, requires_grad=True) for _ in model.projections]
+    grads = [torch.randn(*ids.shape, projection.out_features, dtype=dtype) for projection in model.projections]
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            out = model(x)
-        out.backward(grad.to(out.dtype))
+            outs = model(inputs)
+        torch.autograd.backward(outs, grads)
         model.zero_grad()
+        for x in inputs:
+            x.grad = None
 
     return step
 
@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", help="only these; default: all")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args(argv)
+    keep_freed_memory()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     try:

@@ -4,10 +4,13 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import shutil
 import socket
+import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +25,11 @@ from mingru_hf.training import loop
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace
 from mingru_hf.training.checkpoints import check_output_dir, save_pretrained, write_json
 from mingru_hf.training.loop import BatchStream, evaluate, resolve_mixed_precision, start, summary, train
+from mingru_hf.training.memory import keep_freed_memory
 from mingru_hf.training.models import load_pretrained, make_config, parse_overrides
 from mingru_hf.training.optim import make_optimizer, make_schedule, parameter_groups
+
+ROOT = Path(__file__).parent.parent
 
 # Sums of the same float32 numbers in another order, through a few steps of Adam, which divides by small roots.
 ORDER_OF_SUMS = {"rtol": 1e-3, "atol": 1e-5}
@@ -682,3 +688,39 @@ def test_a_directory_without_a_model_is_not_asked_for_on_the_hub(tmp_path):
         load_pretrained(AutoModelForCausalLM, tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory its own way")
+def test_freed_memory_is_kept_for_the_next_step(tmp_path):
+    """Pages that the system has to clear, counted in steps that make and free 160 MB of tensors each."""
+    code = f"""
+import resource, torch
+from mingru_hf.training.arguments import TrainArguments
+from mingru_hf.training.loop import start
+
+def faults(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        tensors = [torch.ones(2**21) for _ in range(20)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults(3)
+print(faults(3))
+start(TrainArguments(output_dir={str(tmp_path / "run")!r}, use_cpu=True, mixed_precision="no"))
+faults(3)
+print(faults(3))
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    before, after = (int(line) for line in process.stdout.splitlines())
+    assert before > 3 * 2**15  # each of them is 4 KiB
+    assert after < before / 20
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_who_has_set_up_malloc_keeps_it_so(variable, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    assert not keep_freed_memory()

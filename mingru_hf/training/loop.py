@@ -42,6 +42,7 @@ from .checkpoints import (
     write_json,
 )
 from .hub import make_repository, push_directory
+from .memory import keep_freed_memory
 from .model_card import write_model_card
 from .models import load_pretrained, prompt_ids
 from .optim import make_optimizer, make_schedule
@@ -102,6 +103,8 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
             "torchrun --nproc_per_node N, or accelerate launch --multi_gpu --num_processes N, with --use_cpu.",
             stacklevel=2,
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     if args.push_to_hub and accelerator.is_main_process:
         # now rather than after hours of training: no login is an error here
