@@ -62,29 +62,33 @@ def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
     return torch.embedding(parameters["weight"], ids)
 
 
-_DIRECT: dict[type, Callable] = {
-    nn.Linear: _linear,
-    nn.LayerNorm: _layer_norm,
-    nn.RMSNorm: _rms_norm,
-    nn.Identity: _identity,
-    nn.Embedding: _embedding,
+# class: the forward that it had when it was entered here (a later one is somebody's patch), and what stands in for it.
+_DIRECT: dict[type, tuple[Callable, Callable]] = {
+    nn.Linear: (nn.Linear.forward, _linear),
+    nn.LayerNorm: (nn.LayerNorm.forward, _layer_norm),
+    nn.RMSNorm: (nn.RMSNorm.forward, _rms_norm),
+    nn.Identity: (nn.Identity.forward, _identity),
+    nn.Embedding: (nn.Embedding.forward, _embedding),
 }
+_UNKNOWN = (None, None)
 
 
 def calls_directly(module_class: type) -> type:
     """Class decorator: `direct_call` may go to this class's forward."""
-    _DIRECT[module_class] = inspect.unwrap(module_class.forward)
+    _DIRECT[module_class] = module_class.forward, inspect.unwrap(module_class.forward)
     return module_class
 
 
 def is_plain(module: nn.Module) -> bool:
     """Say whether calling a module means no more than its class's forward on its parameters.
 
-    No class of its own (adapter, quantisation), no hook, no forward put upon it (offloading), not compiled.
+    No class of its own (adapter, quantisation), no hook, no forward put upon it or its class (offloading, patches),
+    not compiled.
     """
-    own = module.__dict__
+    own, module_class = module.__dict__, type(module)
     return not (
-        type(module) not in _DIRECT
+        module_class not in _DIRECT
+        or module_class.forward is not _DIRECT[module_class][0]
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
@@ -114,11 +118,11 @@ def module_call(module: Callable, *args, **kwargs):
 
 def direct_call(module: nn.Module, *args, **kwargs):
     """module(*args) without the way there, where that makes no difference; see `choose_call`."""
-    own = module.__dict__
-    direct = _DIRECT.get(type(module))
+    own, module_class = module.__dict__, type(module)
+    forward, direct = _DIRECT.get(module_class, _UNKNOWN)
     # `is_plain`, written out as far as it matters without gradients: this is called for every module of every token.
     if (
-        direct is None
+        module_class.forward is not forward
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or "forward" in own

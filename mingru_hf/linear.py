@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import maybe_current_level
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.autograd import forward_ad
 
 _ZEN_5 = 26  # the "family" of the processor
 
@@ -64,12 +64,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (*, F) x weight^T + bias.
     """
-    if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling() and _suits_a_convolution(x, weight):
+    if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling() and _suits_a_convolution(x, weight, bias):
         batch = 1 if torch.get_num_threads() > 1 else _BATCH
         rows = x.reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (batch, E, rows, 1), channels last
         out = F.conv2d(rows, weight[:, :, None, None], None if bias is None else bias.detach())
-        out = out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-        return out if bias is None else _BiasGradient.apply(out, bias)
+        # As F.linear's own output this is no view: it can be written to.
+        out = torch.ops.aten._unsafe_view(out.permute(0, 2, 3, 1), (*x.shape[:-1], weight.shape[0]))
+        return out if bias is None or not bias.requires_grad else _BiasGradient.apply(out, bias)
     return F.linear(x, weight, bias)
 
 
@@ -78,34 +79,38 @@ class _BiasGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, out: Tensor, bias: Tensor) -> Tensor:
-        return out
+        return torch.ops.aten._unsafe_view(out, out.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return grad, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return grad, grad.sum(tuple(range(grad.dim() - 1))) if ctx.needs_input_grad[1] else None
 
 
-def _suits_a_convolution(x: Tensor, weight: Tensor) -> bool:
+def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.jit.is_tracing():  # sizes are tensors there
         return False
-    size = x.numel()
-    rows = size // x.shape[-1] if size else 0
+    size, (outputs, inputs) = x.numel(), weight.shape
+    rows = size // inputs if inputs else 0
     return (
         rows >= _MIN_ROWS
-        and size * weight.shape[0] >= _MIN_PRODUCTS
-        and weight.numel() <= _MAX_WEIGHTS_PER_ROW * rows
+        and size * outputs >= _MIN_PRODUCTS
+        and outputs * inputs <= _MAX_WEIGHTS_PER_ROW * rows
         and (rows % _BATCH == 0 or torch.get_num_threads() > 1)
-        and x.dtype == weight.dtype == torch.float32
-        and x.is_cpu
-        and type(x) is Tensor
-        and type(weight) in (Tensor, nn.Parameter)  # not quantised, nor spread over machines
+        and x.shape[-1] == inputs
+        and (bias is None or bias.shape == (outputs,))
+        and all(_is_plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
         and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
         and not torch.is_autocast_enabled("cpu")
-        and not is_in_torch_dispatch_mode()
         and maybe_current_level() is None
+        and forward_ad._current_level < 0
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether this is float32 in this machine's memory; not quantised, fake, or spread over machines."""
+    return tensor.dtype == torch.float32 and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
 
 
 __all__ = ["linear"]

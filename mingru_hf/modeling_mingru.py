@@ -238,10 +238,11 @@ class MinGRUBlock(GradientCheckpointingLayer):
         self.register_module("res_align", None)
         if config.residual and input_size != output_size:
             self.res_align = nn.Linear(input_size, output_size, bias=False)
-        self.register_module("mlp", None)
         if config.use_mlp:
             self.mlp_norm = _norm(config, output_size, config.norm_bias)
             self.mlp = MinGRUMLP(config, output_size)
+        else:
+            self.register_module("mlp", None)
         self.branch_dropout = nn.Dropout(config.residual_dropout)
         is_last = layer_idx == config.num_hidden_layers - 1
         self.block_dropout = nn.Dropout(0.0 if is_last else config.block_dropout)
@@ -658,7 +659,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if call is direct_call and not kwargs and is_plain(model) and not self.config.output_hidden_states:
             hidden_states, cache = model.run(call, **arguments)
         else:
-            outputs = model(**arguments, **kwargs)
+            outputs = model(**arguments, return_dict=True, **kwargs)
             hidden_states, cache, between = outputs.last_hidden_state, outputs.cache, outputs.hidden_states
         if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < hidden_states.shape[1]:
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
@@ -729,6 +730,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         last = self._last_real_token(input_ids, attention_mask, outputs.last_hidden_state)  # (B,)
@@ -816,6 +818,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         logits = self.score(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)

@@ -20,7 +20,7 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import maybe_current_level
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from .scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward, numba_step, numba_supports
@@ -79,7 +79,8 @@ def mingru_scan(
     plain = backend == "auto" and _wants_plain_operators(gate_and_candidate)
     if not plain:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
-    if bias is not None and (plain or backend != "numba"):
+    empty = 0 in gate_and_candidate.shape[:3]
+    if bias is not None and (plain or empty or backend != "numba"):
         bias = bias.to(gate_and_candidate.dtype)
         gate_and_candidate = gate_and_candidate + bias.reshape(-1, *[1] * (gate_and_candidate.dim() - 3))
         bias = None
@@ -87,7 +88,7 @@ def mingru_scan(
         return _scan_exported(gate_and_candidate, h0, mask, reset).to(out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
-    if 0 in gate_and_candidate.shape[:3]:
+    if empty:
         return gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
     if backend == "log":
         return _scan_log(gate_and_candidate, h0, mask, reset).to(out_dtype)
@@ -160,7 +161,7 @@ def _nobody_watches(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
-        and not is_functorch_wrapped_tensor(x)
+        and maybe_current_level() is None
     )
 
 

@@ -854,13 +854,13 @@ def _prepare(
 class _Scratch(threading.local):
     """Memory of a thread that lives on from call to call."""
 
-    memory = torch.empty(0, dtype=torch.uint8)
+    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
     size = address = 0
 
     def at_least(self, size: int) -> int:
         """The address of so many bytes."""
         if size > self.size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
+            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default
             self.size, self.address = size, self.memory.data_ptr()
         return self.address
 

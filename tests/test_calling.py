@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.calling import direct_output
+from mingru_hf.modeling_mingru import MinGRUBlock, MinGRUMixer
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
 
 # As in test_modeling_mingru: matrix products of other row counts round differently.
@@ -108,6 +109,51 @@ def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
     assert (whole - before).abs().max() > 0.1
     torch.testing.assert_close(decode(model, input_ids), whole, **CLOSE)
     torch.testing.assert_close(model(input_ids).logits, whole, **CLOSE)
+
+
+@pytest.mark.parametrize("owner", [nn.LayerNorm, nn.Linear, nn.Embedding, MinGRUMixer, MinGRUBlock])
+def test_a_patch_on_a_class_takes_effect(model, input_ids, owner, monkeypatch):
+    """As libraries do that put faster or quantised versions in place."""
+    original, calls = owner.forward, []
+    monkeypatch.setattr(owner, "forward", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    decode(model, input_ids)
+    for_each_token, calls[:] = len(calls) / 12, []
+    model(input_ids)
+    assert for_each_token == len(calls) == sum(isinstance(module, owner) for module in model.modules())
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_default_device_does_not_matter(model, input_ids, device):
+    expected = decode(model, input_ids)
+    with torch.device(device):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            steps = [model(token, cache=cache).logits for token in input_ids.split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=0, atol=0)
+
+
+def test_parameters_keep_their_order():
+    """Optimizers save their moments by number: another order would break runs that go on."""
+    config = MinGRUConfig(vocab_size=8, hidden_size=8, hidden_sizes=[8, 12], num_hidden_layers=2)
+    names = [name for name, _ in MinGRUForCausalLM(config).named_parameters()]
+    linears = ["mixer.gate_hidden", "mixer.out_proj", "res_align", "mlp_norm", "mlp.up_proj", "mlp.down_proj"]
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    assert modules == [
+        "model.embed_tokens",
+        *(f"model.layers.0.{name}" for name in ("conv.conv", "norm", *linears) if name != "res_align"),
+        *(f"model.layers.1.{name}" for name in ("conv.conv", "norm", *linears)),
+        "model.norm",
+        "lm_head",
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 5])
+def test_outputs_are_tuples_if_the_config_says_so(model, input_ids, steps):
+    expected = model(input_ids[:, :steps], use_cache=False).logits
+    model.config.return_dict = False
+    (logits,) = model(input_ids[:, :steps], use_cache=False)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
 
 
 def test_gradients_meet_a_backward_hook(model, input_ids):

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import mingru_hf.calling
 import mingru_hf.linear
@@ -71,6 +74,49 @@ def test_any_strides(view, convolutions):
     assert convolutions == [(300, x.shape[-1], 1, 1)]
 
 
+@pytest.mark.parametrize("bias", [None, torch.ones(256)], ids=["no bias", "bias"])
+def test_the_output_can_be_written_to(bias, convolutions):
+    def function(x, weight, *bias):
+        return linear(x, weight, *bias).mul_(2).relu_()
+
+    tensors = [torch.randn(512, 200), torch.randn(256, 200)] + [bias] * (bias is not None)
+    expected = gradients(lambda *inputs: (2 * F.linear(*inputs)).relu(), *tensors)
+    for actual, other in zip(gradients(function, *tensors), expected, strict=True):
+        torch.testing.assert_close(actual, other, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        out = linear(*tensors)
+    assert not out._is_view()
+    assert len(convolutions) == 2
+
+
+def test_many_gradients_at_once(convolutions):
+    inputs = [torch.randn(512, 200), torch.randn(256, 200), torch.randn(256)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    weights = torch.randn(3, 512, 256)
+    actual = torch.autograd.grad(linear(*inputs), inputs, weights, is_grads_batched=True)
+    expected = torch.autograd.grad(F.linear(*inputs), inputs, weights, is_grads_batched=True)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert convolutions
+
+
+def test_recomputed_as_it_was_computed(convolutions):
+    """Counting the operations of the forward pass alone changes nothing for the backward pass."""
+    x, weight = torch.randn(512, 200, requires_grad=True), torch.randn(256, 200, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = checkpoint(linear, x, weight, use_reentrant=False)
+    assert counter.get_total_flops() == 2 * 512 * 200 * 256
+    out.sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(256, 200), rtol=1e-4, atol=1e-3)
+
+
+def test_forward_mode(convolutions):
+    x, weight, bias = torch.randn(512, 200), torch.randn(256, 200), torch.randn(256)
+    with forward_ad.dual_level():
+        out = linear(x, weight, forward_ad.make_dual(bias, bias))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, bias.expand(512, 256))
+
+
 def test_rows_do_not_touch_each_other(convolutions):
     x, weight = torch.randn(512, 200), torch.randn(256, 200)
     clean = linear(x, weight)
@@ -100,8 +146,19 @@ def cast(*dtypes):
         lambda x, w, b: (x[:0], w, b),
         lambda x, w, b: (x[:, :0], w[:, :0], b),
         lambda x, w, b: (x, w.as_subclass(Quantised), b),
+        lambda x, w, b: (x, w, b[:1]),
     ],
-    ids=["float64", "bfloat16", "few rows", "few products", "large weight", "no rows", "no channels", "quantised"],
+    ids=[
+        "float64",
+        "bfloat16",
+        "few rows",
+        "few products",
+        "large weight",
+        "no rows",
+        "no channels",
+        "quantised",
+        "one bias for all",
+    ],
 )
 def test_what_does_not_gain_is_left_to_torch(change, convolutions):
     x, weight, bias = change(torch.randn(512, 200), torch.randn(256, 200), torch.randn(256))

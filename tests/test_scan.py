@@ -119,6 +119,23 @@ def test_a_single_step_is_a_scan_of_one_step(backend, shape, dtype):
         mingru_step(x, h0, bias=torch.ones(2 * channels + 1, dtype=state_dtype), backend=backend)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["h0", "bias"])
+def test_a_batch_of_one_input_alone(name):
+    x, inputs = torch.randn(2, 5, 6), {"h0": torch.rand(2, 1, 3), "bias": torch.randn(6)}
+    many = torch.stack([inputs[name], inputs[name] + 1])
+    states = torch.vmap(lambda one: mingru_scan(x, **{**inputs, name: one}))(many)
+    for result, one in zip(states, many, strict=True):
+        torch.testing.assert_close(result, mingru_scan(x, **{**inputs, name: one}))
+
+
+def test_without_rows_a_bias_has_a_gradient_of_zero():
+    """Not None, which DistributedDataParallel takes for a parameter that is not used."""
+    bias = torch.randn(6, requires_grad=True)
+    mingru_scan(torch.randn(0, 5, 6), bias=bias).sum().backward()
+    assert torch.equal(bias.grad, torch.zeros(6))
+
+
 @pytest.mark.parametrize("scan", [mingru_scan, mingru_step])
 @pytest.mark.parametrize("name", ["h0", "bias"])
 def test_inputs_on_another_device_are_refused(scan, name):
