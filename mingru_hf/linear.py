@@ -25,28 +25,27 @@ _MAX_WEIGHTS_PER_ROW = 2048
 _BATCH = 16
 
 
-def amd_family(cpuinfo: str, processor: str) -> int:
+def amd_family(processor: str) -> int:
     """Family of an AMD processor, 0 for any other.
 
     Args:
-        cpuinfo: what /proc/cpuinfo says, "" where there is none.
-        processor: what `platform.processor()` says, which Windows writes that way:
-            "AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD".
+        processor: what Linux says of it in /proc/cpuinfo, or Windows in such words as "AMD64 Family 26 Model 68
+            Stepping 0, AuthenticAMD".
     """
-    family = re.search(r"^cpu family\s*: (\d+)", cpuinfo, re.MULTILINE) or re.search(r"Family (\d+)", processor)
-    return int(family[1]) if family and "AuthenticAMD" in cpuinfo + processor else 0
+    family = re.search(r"^cpu family\s*: (\d+)", processor, re.MULTILINE) or re.search(r"Family (\d+)", processor)
+    return int(family[1]) if family and "AuthenticAMD" in processor else 0
 
 
-def _cpuinfo() -> str:
+def _processor() -> str:
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return ""
+        return platform.processor()
 
 
 # Whether this machine is one where oneDNN multiplies float32 matrices faster than torch's own choice.
 CONVOLUTION_IS_FASTER = (
-    amd_family(_cpuinfo(), platform.processor()) >= _ZEN_5
+    amd_family(_processor()) >= _ZEN_5
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
