@@ -20,7 +20,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from .scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward, numba_step, numba_supports
@@ -63,7 +64,9 @@ def mingru_scan(
             would round.
 
     Returns:
-        (B, T, D, *) states h_1..h_T. Differentiable once in `gate_and_candidate`, `h0` and `bias`.
+        (B, T, D, *) states h_1..h_T. Differentiable in `gate_and_candidate`, `h0` and `bias`; the kernels in reverse
+        mode, and "auto" takes the loop of "reference" where torch.func or forward mode differentiate. Second
+        and higher derivatives come from that loop, too.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
@@ -77,7 +80,9 @@ def mingru_scan(
     _check_inputs(gate_and_candidate, h0, mask, reset, bias)
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
     plain = backend == "auto" and _wants_plain_operators(gate_and_candidate)
-    if not plain:
+    if backend == "auto" and not plain and _differentiates_in_a_transform():
+        backend = "reference"
+    elif not plain:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     empty = 0 in gate_and_candidate.shape[:3]
     if bias is not None and (plain or empty or backend != "numba"):
@@ -105,6 +110,17 @@ def _wants_plain_operators(x: Tensor) -> bool:
     if torch.compiler.is_exporting():
         return True
     return torch.compiler.is_compiling() and isinstance(x.shape[1], int) and x.shape[1] == 1
+
+
+def _differentiates_in_a_transform() -> bool:
+    """Whether torch.func or forward mode have to see through the scan; with a registered operator they cannot."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    return maybe_current_level() is not None and any(
+        level.key() in (TransformType.Grad, TransformType.Jvp) for level in get_interpreter_stack()
+    )
 
 
 def mingru_step(
@@ -743,6 +759,34 @@ def _autograd_backward(ctx, grad):
     return grad_x, grad_bias, None if h0 is None else grad_h0.to(h0.dtype), None, None, None, None
 
 
+def _setup_second(ctx, inputs, output):
+    grad, gate_and_candidate, bias, h0, _, mask, reset, _ = inputs
+    ctx.save_for_backward(grad, gate_and_candidate, bias, h0, mask, reset)
+
+
+def _second_backward(ctx, *grads):
+    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop."""
+    *inputs, mask, reset = ctx.saved_tensors
+    create_graph = torch.is_grad_enabled()  # for third derivatives
+    with torch.enable_grad():
+        # Names of their own for the inputs, since one may depend on another, which is not what is asked here.
+        inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        grad, x, bias, h0 = inputs
+        wide = x.to(_accumulation_dtype(x))
+        if bias is not None:
+            wide = wide + bias.reshape(-1, *[1] * (x.dim() - 3))
+        start = initial_state(wide, grad[:, :1].shape).requires_grad_() if h0 is None else h0
+        states = scan_reference(wide, start, mask, reset)
+        first = torch.autograd.grad(states, (x, start), grad.to(states.dtype), create_graph=True)
+        grads = [torch.zeros_like(f) if g is None else g.to(f.dtype) for f, g in zip(first, grads, strict=True)]
+        wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+        targets = [inputs[i] for i in wanted]
+        second = torch.autograd.grad(first, targets, grads, create_graph=create_graph, allow_unused=True)
+    results = dict(zip(wanted, second, strict=True))
+    return *(results.get(i) for i in range(4)), None, None, None, None
+
+
 def _register() -> torch.library.Library | None:
     """Define the operator unless another copy of this file already has; the library must be kept alive."""
     if hasattr(getattr(torch.ops, _NAMESPACE), "scan"):
@@ -758,6 +802,9 @@ def _register() -> torch.library.Library | None:
     torch.library.register_fake(f"{_NAMESPACE}::scan_backward", _backward_fake, lib=library)
     torch.library.register_autograd(
         f"{_NAMESPACE}::scan", _autograd_backward, setup_context=_setup_context, lib=library
+    )
+    torch.library.register_autograd(
+        f"{_NAMESPACE}::scan_backward", _second_backward, setup_context=_setup_second, lib=library
     )
     return library
 

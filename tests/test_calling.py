@@ -193,6 +193,22 @@ def test_transforms_and_modes_see_every_operator(model, input_ids):
     assert counter.get_total_flops() == 2 * len(token) * weights
 
 
+def test_gradients_of_each_row(model, input_ids, monkeypatch):
+    """The usual way to them in torch.func, as for training with differential privacy."""
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, row):
+        return functional_call(model, parameters, (row[None],), {"labels": row[None]}).loss
+
+    together = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, input_ids)
+    for i, row in enumerate(input_ids):
+        model.zero_grad()
+        model(row[None], labels=row[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(together[name][i], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 @torch.no_grad()
 def test_an_output_made_directly_is_like_any_other(model, input_ids):
     fields = {"loss": None, "logits": torch.ones(2, 3), "cache": DynamicCache(config=model.config)}

@@ -208,6 +208,65 @@ def test_gradcheck(backend, flags):
     assert torch.autograd.gradcheck(lambda x, h0: mingru_scan(x, h0, mask, reset, backend=backend), inputs)
 
 
+@pytest.mark.parametrize("flags", ["", "mask reset"])
+@pytest.mark.parametrize("shape", [(2, 5, 2), (2, 3, 1, (2, 2))])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_second_derivatives(backend, shape, flags):
+    batch, steps, channels, *trailing = shape
+    x, h0, mask, reset = make_inputs(batch, steps, channels, *trailing, flags=flags)
+    inputs = x.double(), h0.double(), torch.randn(2 * channels, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def scan(x, h0=None, bias=None):
+        return mingru_scan(x, h0, mask, reset, bias=bias, backend=backend)
+
+    assert torch.autograd.gradgradcheck(scan, inputs)
+    assert torch.autograd.gradgradcheck(scan, inputs[:1])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_penalty_on_gradients_and_third_derivatives(backend):
+    """Where what comes into the backward pass depends on the inputs as well."""
+
+    def derivatives(backend):
+        inputs = [tensor.clone().requires_grad_() for tensor in originals]
+        value = (mingru_scan(inputs[0], inputs[1], bias=inputs[2], backend=backend) ** 3).sum()
+        results = []
+        for _ in range(3):
+            grads = torch.autograd.grad(value, inputs, create_graph=True)
+            results += [grad.detach() for grad in grads]
+            value = sum((grad**2).sum() for grad in grads)
+        return results
+
+    originals = torch.randn(2, 6, 4), torch.rand(2, 1, 2), torch.randn(4)
+    for actual, expected in zip(derivatives(backend), derivatives("reference"), strict=True):
+        assert expected.any()
+        assert error_over_largest(actual, expected.double()) <= GRADIENT_RELATIVE
+
+
+def test_derivatives_by_torch_func_and_in_forward_mode(monkeypatch):
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    x, h0, tangent = torch.randn(3, 5, 4), torch.rand(3, 1, 2), torch.randn(3, 5, 4)
+
+    def loss(x, h0, backend="auto"):
+        return (mingru_scan(x, h0, backend=backend) ** 2).sum()
+
+    def for_each_row(backend):
+        return torch.vmap(torch.func.grad(lambda x, h0: loss(x[None], h0[None], backend)))(x, h0)
+
+    leaf = x.clone().requires_grad_()
+    loss(leaf, h0).backward()
+    torch.testing.assert_close(for_each_row("auto"), leaf.grad)
+    torch.testing.assert_close(
+        torch.func.hessian(loss)(x, h0), torch.autograd.functional.hessian(lambda x: loss(x, h0), x)
+    )
+    expected = (leaf.grad * tangent).sum()
+    torch.testing.assert_close(torch.func.jvp(lambda x: loss(x, h0), (x,), (tangent,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, h0)).tangent, expected)
+
+
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_saturated_gates_stay_finite_with_true_gradients(backend):
     levels = torch.tensor([-100.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 100.0])
