@@ -101,15 +101,14 @@ def is_plain(module: nn.Module) -> bool:
 
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear map that is no more than these; None for any other module."""
-    parameters = module._parameters
-    if type(module) is nn.Linear and "weight" in parameters and is_plain(module):
-        return parameters["weight"], parameters["bias"]
+    if type(module) is nn.Linear and "weight" in module._parameters and is_plain(module):
+        return module._parameters["weight"], module._parameters["bias"]
     return None
 
 
-def module_call(module: Callable, *args, **kwargs):
+def module_call(module: nn.Module, *args, **kwargs):
     """module(*args), the way torch goes, but for the large linear maps that `linear` is faster at."""
-    if CONVOLUTION_IS_FASTER and type(module) is nn.Linear and not torch.compiler.is_compiling():
+    if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling():
         parameters = plain_linear(module)
         if parameters is not None:
             return linear(*args, *parameters)

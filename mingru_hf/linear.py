@@ -2,7 +2,8 @@
 
 On x86 torch multiplies float32 matrices with MKL, which knows AMD's processors of 2024 and later (Zen 5) only by the
 vectors of 256 bits of their predecessors. Convolutions it gives to oneDNN, which uses all of the 512; and a linear map
-is a convolution with a kernel of 1 x 1. The numbers agree to rounding; `scripts/benchmark_lm.py` shows both speeds.
+is a convolution with a kernel of 1 x 1. The numbers agree to rounding; LOG.md has the speeds of both, and
+`scripts/benchmark_lm.py` shows them.
 """
 
 import platform
@@ -62,6 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         (*, F) x weight^T + bias.
+
+    Raises:
+        RuntimeError: as F.linear, if the shapes, types or devices do not fit.
     """
     if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling() and _suits_a_convolution(x, weight, bias):
         batch = 1 if torch.get_num_threads() > 1 else _BATCH
@@ -97,7 +101,7 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         and (rows % _BATCH == 0 or torch.get_num_threads() > 1)
         and x.shape[-1] == inputs
         and (bias is None or bias.shape == (outputs,))
-        and all(_is_plain(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        and all(_is_float32_here(tensor) for tensor in (x, weight, bias) if tensor is not None)
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
         and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
@@ -107,8 +111,8 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether this is float32 in this machine's memory; not quantised, fake, or spread over machines."""
+def _is_float32_here(tensor: Tensor) -> bool:
+    """Whether these are float32 numbers in this machine's memory; not quantised, fake, or spread over machines."""
     return tensor.dtype == torch.float32 and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
 
 

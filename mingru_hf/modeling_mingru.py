@@ -186,7 +186,7 @@ class MinGRUMixer(nn.Module):
             gate_and_candidate, bias = call(gate_hidden, x), None  # (B, T, 2D)
         else:  # the scan adds the bias on its way: a pass over all of (B, T, 2D) less
             weight, bias = parameters
-            gate_and_candidate = F.linear(x, weight) if call is direct_call else linear(x, weight)
+            gate_and_candidate = linear(x, weight)
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
         states_dtype = out_dtype
@@ -670,15 +670,11 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        make = direct_output if call is direct_call else module_call
-        return make(
-            CausalLMOutputWithPast,
-            loss=loss,
-            logits=None if skip_logits else logits,
-            cache=cache,
-            hidden_states=between,
-            attentions=None,
-        )
+        fields = {"loss": loss, "logits": None if skip_logits else logits, "cache": cache}
+        fields |= {"hidden_states": between, "attentions": None}
+        if call is direct_call:
+            return direct_output(CausalLMOutputWithPast, **fields)
+        return CausalLMOutputWithPast(**fields)
 
 
 class MinGRUForSequenceClassification(MinGRUPreTrainedModel):

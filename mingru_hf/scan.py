@@ -86,9 +86,7 @@ def mingru_scan(
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     empty = 0 in gate_and_candidate.shape[:3]
     if bias is not None and (plain or empty or backend != "numba"):
-        bias = bias.to(gate_and_candidate.dtype)
-        gate_and_candidate = gate_and_candidate + bias.reshape(-1, *[1] * (gate_and_candidate.dim() - 3))
-        bias = None
+        gate_and_candidate, bias = _add_bias(gate_and_candidate, bias), None
     if plain:
         return _scan_exported(gate_and_candidate, h0, mask, reset).to(out_dtype)
     mask = None if mask is None else mask.bool()
@@ -103,6 +101,11 @@ def mingru_scan(
         # The operator's dispatch would cost as much as a short scan.
         return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
     return _scan_op(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+
+
+def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """(B, T, 2D, *) + (2D,), in the dtype of x."""
+    return x + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 3))
 
 
 def _wants_plain_operators(x: Tensor) -> bool:
@@ -774,8 +777,7 @@ def _second_backward(ctx, *grads):
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         grad, x, bias, h0 = inputs
         wide = x.to(_accumulation_dtype(x))
-        if bias is not None:
-            wide = wide + bias.reshape(-1, *[1] * (x.dim() - 3))
+        wide = wide if bias is None else _add_bias(wide, bias)
         start = initial_state(wide, grad[:, :1].shape).requires_grad_() if h0 is None else h0
         states = scan_reference(wide, start, mask, reset)
         first = torch.autograd.grad(states, (x, start), grad.to(states.dtype), create_graph=True)

@@ -690,9 +690,11 @@ def test_a_directory_without_a_model_is_not_asked_for_on_the_hub(tmp_path):
         load_pretrained(AutoModelForCausalLM, tmp_path)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory its own way")
 def test_freed_memory_is_kept_for_the_next_step(tmp_path):
     """Pages that the system has to clear, counted in steps that make and free 160 MB of tensors each."""
+    if platform.libc_ver()[0] != "glibc":  # has its own way, and is left to it
+        assert not keep_freed_memory()
+        return
     code = f"""
 import resource, torch
 from mingru_hf.training.arguments import TrainArguments

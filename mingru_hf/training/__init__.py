@@ -1,8 +1,9 @@
 """What the training scripts share: one Accelerate loop and what surrounds it.
 
 Read `loop.py` first; the other files are what it calls: `arguments.py` (the options), `optim.py` (AdamW and
-the learning rate), `memory.py` (of a CPU), `checkpoints.py` (what is written, and how), `plots.py` and
-`model_card.py` (what a reader sees). Needs the extra `train`: `pip install "mingru-hf[train]"`.
+the learning rate), `memory.py` (what becomes of the memory that a step frees), `checkpoints.py` (what is
+written, and how), `plots.py` and `model_card.py` (what a reader sees). Needs the extra `train`:
+`pip install "mingru-hf[train]"`.
 """
 
 import importlib.util

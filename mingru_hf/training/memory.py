@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Have the memory of tensors that are freed kept for the next ones, instead of handed back to the system.
 
     A step of training frees all of its activations. glibc then returns them to the system, which clears every page
-    anew in the next step: a quarter to a third of a small model's training (LOG.md). The process holds on to as
+    anew in the next step: 15 to 40 % of a small model's training time (LOG.md). The process holds on to as
     much memory as it had in use at most, up to 2 GiB more than it needs.
 
     Environment variables that say how memory is to be handled (MALLOC_*, GLIBC_TUNABLES) have precedence.
