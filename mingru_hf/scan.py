@@ -72,9 +72,10 @@ def mingru_scan(
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
 
     Precision: state and accumulation are float32 for 16-bit inputs, else the inputs' dtype. The state is a convex
-    combination of positive numbers, so it forgets errors as it forgets the past: after a million steps the relative
-    error is about 1e-6 for gates around 0 (that of "log" grows with T). Where z stays tiny it is up to 6e-8 / z in
-    float32, but in "numba", which adds up what rounding leaves out, still about 1e-6.
+    combination of positive numbers, so it forgets errors as it forgets the past: the relative error is below 1e-5
+    after a million steps, about 1e-6 for gates around 0 (that of "log" grows with T). Where z stays tiny, 1 - z has
+    few of its digits: "numba" and "triton" add up what rounding leaves out, "torch" goes over to float64 on a CPU;
+    "reference", and "torch" on other devices, are off by up to 6e-8 / z there.
     Cost: O(T) time; memory of the states alone, since the backward pass recomputes z and g.
     """
     _check_inputs(gate_and_candidate, h0, mask, reset, bias)
@@ -437,6 +438,9 @@ _BLOCK_ELEMENTS = 1 << 16
 _SMALL_ROW = 512
 _CHUNKED_ROW = 1 << 14
 _MIN_CHUNKS = 4
+# A channel whose z is below 1 / 256 on average of that many steps, of which every 16th is looked at.
+_LONG_MEMORY = 256
+_LOOK_EVERY = 16
 
 
 class _Layout:
@@ -477,24 +481,28 @@ def _fill(array: Tensor, flags: Tensor | None, number: float) -> None:
 
 
 class _Block:
-    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype."""
+    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype; carry and drive in `dtype`."""
 
     def __init__(self, steps: int, like: Tensor, dtype: torch.dtype):
         shape = (2, steps, *like.shape[2:])
-        self.inputs, self.sigmoids = (like.new_empty(shape, dtype=dtype) for _ in range(2))
-        self.carry, self.candidate = self.inputs.unbind(0)
+        self.inputs, self.sigmoids = (like.new_empty(shape, dtype=_accumulation_dtype(like)) for _ in range(2))
+        self.one_minus_z, self.candidate = self.inputs.unbind(0)
         self.z, self.sigmoid_candidate = self.sigmoids.unbind(0)
+        self.carry, self.drive = self.one_minus_z, self.sigmoid_candidate
+        self.is_wide = dtype != self.z.dtype
+        if self.is_wide:
+            self.carry, self.drive = like.new_empty(shape, dtype=dtype).unbind(0)
         # A row each step, so that the loops over time need not make them anew for every block.
-        self.carry_rows, self.drive_rows = self.carry.unbind(0), self.sigmoid_candidate.unbind(0)
+        self.carry_rows, self.drive_rows = self.carry.unbind(0), self.drive.unbind(0)
         self.cuts: list[Tensor | None] = [None] * steps
         self.passing: Tensor | None = None
 
     def load(self, x: Tensor, mask: Tensor | None, reset: Tensor | None, carry_only: bool) -> None:
-        if carry_only:
-            self.carry.copy_(x[0])
-        else:
+        if not carry_only:
             torch.sigmoid(self.inputs.copy_(x), out=self.sigmoids)
-        self.carry.neg_().sigmoid_()
+            self.one_minus_z.neg_().sigmoid_()
+        if carry_only or self.is_wide:
+            self.carry.copy_(x[0]).neg_().sigmoid_()
         self.passing = None if mask is None else ~mask
         _fill(self.carry, self.passing, 1.0)
         if reset is not None:
@@ -505,8 +513,9 @@ class _Block:
 def _blocks(x, mask, reset, dtype, *, backwards=False, carry_only=False):
     """Yield slices of time and their gates, in buffers that the next block overwrites.
 
-    carry_t = 1 - z_t is the factor of h_{t-1}, 1 where the step is masked (`passing`). `cuts` holds for each step the
-    rows that a reset cuts off from their past, None where it cuts none: a factor of 0 would let NaN and Inf through.
+    carry_t = 1 - z_t is the factor of h_{t-1}, in `dtype`, 1 where the step is masked (`passing`). `cuts` holds for
+    each step the rows that a reset cuts off from their past, None where it cuts none: a factor of 0 would let NaN and
+    Inf through.
     """
     steps, row_elements = x.shape[1], x[0, 0].numel()
     length = max(1, min(steps, _BLOCK_ELEMENTS * torch.get_num_threads() // row_elements))
@@ -528,6 +537,8 @@ def _forward_steps(x, mask, reset, h, states, product=None):
         drive = block.sigmoid_candidate
         torch.maximum(drive, block.candidate.add_(0.5), out=drive).mul_(block.z)
         _fill(drive, block.passing, 0.0)
+        if block.is_wide:
+            drive = block.drive.copy_(drive)
         if product is not None:
             product *= block.carry.prod(0)
         for carry_t, drive_t, cut in zip(block.carry_rows, block.drive_rows, block.cuts, strict=True):
@@ -541,7 +552,7 @@ def _forward_steps(x, mask, reset, h, states, product=None):
 
 def _add_start(x, mask, reset, start, states):
     """Add to states that began with 0 what comes from another start (B, chunks, N)."""
-    negligible = torch.finfo(start.dtype).eps / 8
+    negligible = torch.finfo(states.dtype).eps / 8
     for now, block in _blocks(x, mask, reset, start.dtype, carry_only=True):
         for carry_t, cut in zip(block.carry_rows, block.cuts, strict=True):
             if cut is not None:
@@ -587,9 +598,9 @@ def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
     for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True):
         r = _copy(grad[now], inflow.dtype)
         inflow = _flow_back(block, r, inflow)
-        dz = r.mul_(block.z)
+        dz = r.to(block.z.dtype).mul_(block.z)
 
-        before = start if now.start == 0 else states[now.start - 1]
+        before = (start if now.start == 0 else states[now.start - 1]).to(block.z.dtype)
         previous = torch.cat([before.unsqueeze(0), states[now.start : now.stop - 1]])
         if reset is not None:
             _fill(previous, reset[now], INITIAL_STATE)
@@ -600,7 +611,7 @@ def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
         slope = torch.maximum(sigmoid.addcmul_(sigmoid, sigmoid, value=-1.0), rising, out=sigmoid)
 
         slope.mul_(dz)
-        torch.mul(difference, block.carry, out=block.z).mul_(dz)
+        torch.mul(difference, block.one_minus_z, out=block.z).mul_(dz)
         _fill(block.z, block.passing, 0.0)
         _fill(slope, block.passing, 0.0)
         grad_x[:, now] = block.sigmoids
@@ -623,11 +634,25 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _recurrence_dtype(x: Tensor) -> torch.dtype:
+    """float64 if a channel of x (B, T, 2N) has a long memory, else the accumulation dtype.
+
+    In float32, 1 - z has few of the digits of a small z, and a state that hardly changes forgets the error no faster
+    than all else. Of fewer steps it stays small. Not on other devices, where the answer would have to be waited for.
+    """
+    accumulate = _accumulation_dtype(x)
+    if not x.is_cpu or accumulate == torch.float64 or x.shape[1] <= _LONG_MEMORY:
+        return accumulate
+    window = _LONG_MEMORY // _LOOK_EVERY
+    z = x[:, ::_LOOK_EVERY, : x.shape[2] // 2].to(accumulate).sigmoid()
+    z = z[:, : z.shape[1] // window * window].unflatten(1, (-1, window))
+    return torch.float64 if z.mean(2).amin() < 1 / _LONG_MEMORY else accumulate
+
+
 def _initial_state(x: Tensor, h0: Tensor | None) -> Tensor:
-    shape, accumulate = (x.shape[0], x.shape[2] // 2), _accumulation_dtype(x)
-    if h0 is None:
-        return initial_state(x, shape).to(accumulate)
-    return h0.reshape(shape).to(accumulate)
+    """(B, N), in the dtype of the recurrence."""
+    shape, dtype = (x.shape[0], x.shape[2] // 2), _recurrence_dtype(x)
+    return x.new_full(shape, INITIAL_STATE, dtype=dtype) if h0 is None else h0.reshape(shape).to(dtype)
 
 
 def _torch_forward(
@@ -638,7 +663,7 @@ def _torch_forward(
     h = _initial_state(x, h0)  # (B, N)
     layouts = _layouts(batch, steps, channels)
     # Chunks come back to their states, which must not be rounded until then.
-    states = x.new_empty((batch, steps, channels), dtype=h.dtype if layouts[0].chunks > 1 else dtype)
+    states = x.new_empty((batch, steps, channels), dtype=_accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
     for layout in layouts:
         inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
         out = layout.time_first(states)
@@ -672,7 +697,7 @@ def _torch_backward(
             inflows = _chain(inflow, ends.flip(1), products.flip(1), cut)[0].flip(1)
         outflows = _backward_steps(grad_piece, *inputs, starts, states_piece, inflows, layout.halves_first(grad_x))
         inflow = outflows[:, 0]
-    return grad_x, inflow.unsqueeze(1)
+    return grad_x, inflow.unsqueeze(1).to(_accumulation_dtype(x))
 
 
 _KERNELS = {

@@ -9,14 +9,18 @@ Where rows x channels alone fill the card, the chunk is the whole sequence: one 
 do not (long sequences, small batches), time is cut into chunks: a first pass composes the maps of each chunk into
 one, a second runs through these summaries for the state at each boundary, a third is the pass above from there.
 
+Where z is small, carry = 1 - z has few of its digits left, and a state that hardly changes forgets the error no
+faster than all else. So a map also holds less = 1 - carry, as precise as z itself; the state moves by drive - less h
+from tile to tile, and what rounding leaves out of the sum is added to the next one (Kahan).
+
 A reset is a map that forgets its input. It is marked by carry = -1, which no sigmoid gives, and selected instead of
 multiplied, so that not even a NaN crosses it.
 
 State and accumulation are float32 (float64 for float64 inputs); the backward pass recomputes z and g and runs the
 same scan in reverse. Offsets are 64 bits wide.
 
-Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 (no
-register is spilled in 16 and 32 bits at 128 channels or more). Block sizes come from arithmetic and not from
+Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 (at
+512 channels a thread spills at most 12 bytes of registers). Block sizes come from arithmetic and not from
 measurements: nothing here has been run or timed on a card yet.
 
 Legend: B batch, T time steps, N channels (trailing axes flattened into them), C chunks of time.
@@ -60,7 +64,7 @@ _PROGRAMS_PER_PROCESSOR = 8
 _MIN_TILES_PER_CHUNK = 4
 _MIN_CHUNKS = 3
 # Tiles of the pass over the summaries, which has only rows x channels to run in parallel.
-_SUMMARY_BLOCK_C = 64
+_SUMMARY_BLOCK_C = 32
 _SUMMARY_BLOCK_N = 32
 # Said aloud because Triton 3.9 warns where it is left open.
 _OPTIONS = {"enable_fp_fusion": True}
@@ -113,36 +117,60 @@ def _candidate(value):
 
 
 @_jit
-def _compose(carry_1, drive_1, carry_2, drive_2):
+def _compose(carry_1, less_1, drive_1, carry_2, less_2, drive_2):
     """The map of step 1 and then step 2."""
-    return carry_1 * carry_2, carry_2 * drive_1 + drive_2
+    return carry_1 * carry_2, carry_1 * less_2 + less_1, carry_2 * drive_1 + drive_2
 
 
 @_jit
-def _compose_reset(carry_1, drive_1, carry_2, drive_2):
+def _compose_reset(carry_1, less_1, drive_1, carry_2, less_2, drive_2):
     """The map of step 1 and then step 2, where a negative carry marks a map that forgets its input."""
-    carry = tl.where(carry_1 < 0, carry_1, carry_1 * carry_2)
+    carry, less, drive = _compose(carry_1, less_1, drive_1, carry_2, less_2, drive_2)
     forgets = carry_2 < 0
-    return tl.where(forgets, carry_2, carry), tl.where(forgets, drive_2, carry_2 * drive_1 + drive_2)
+    carry = tl.where(carry_1 < 0, carry_1, carry)
+    return tl.where(forgets, carry_2, carry), tl.where(forgets, less_2, less), tl.where(forgets, drive_2, drive)
 
 
 @_jit
-def _scan(carry, drive, HAS_RESET: tl.constexpr):
+def _scan(carry, less, drive, HAS_RESET: tl.constexpr):
     """Maps from before the tile to after each of its steps."""
     if HAS_RESET:
-        carry, drive = tl.associative_scan((carry, drive), 0, _compose_reset)
+        carry, less, drive = tl.associative_scan((carry, less, drive), 0, _compose_reset)
     else:
-        carry, drive = tl.associative_scan((carry, drive), 0, _compose)
-    return carry, drive
+        carry, less, drive = tl.associative_scan((carry, less, drive), 0, _compose)
+    return carry, less, drive
 
 
 @_jit
-def _apply(carry, drive, state, HAS_RESET: tl.constexpr):
-    """The maps of a tile, applied to one state (BLOCK_N)."""
-    result = carry * state[None, :] + drive
+def _apply(carry, less, drive, state, HAS_RESET: tl.constexpr):
+    """The maps, applied to a state."""
+    result = tl.where(carry >= 0.5, state + (drive - less * state), carry * state + drive)
     if HAS_RESET:
         result = tl.where(carry < 0, drive, result)
     return result
+
+
+@_jit
+def _advance(carry, less, drive, state, low, HAS_RESET: tl.constexpr):
+    """The map of a tile, applied to the state before it and what rounding has left out of that (BLOCK_N)."""
+    slow = carry >= 0.5
+    change = drive - less * state + low
+    moved = state + change
+    low = tl.where(slow, change - (moved - state), 0.0)
+    return tl.where(slow, moved, _apply(carry, less, drive, state, HAS_RESET)), low
+
+
+@_jit
+def _append(total_carry, total_less, total_drive, carry, less, drive, HAS_RESET: tl.constexpr):
+    """The map of all tiles so far and then one more."""
+    total_drive = _apply(carry, less, drive, total_drive, HAS_RESET)
+    forgets = (carry < 0) | (total_carry < 0)
+    total_less = total_carry * less + total_less
+    # As long as it has them, `less` knows the digits that a long product has lost.
+    total_carry = tl.where(total_less <= 0.5, 1.0 - total_less, total_carry * carry)
+    if HAS_RESET:
+        total_carry = tl.where(forgets, -1.0, total_carry)
+    return total_carry, total_less, total_drive
 
 
 @_jit
@@ -198,7 +226,7 @@ def _maps(
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The steps of a tile as maps h -> carry h + drive; steps from `stop` on are the identity."""
+    """The steps of a tile as maps h -> carry h + drive, less = 1 - carry; steps from `stop` on are the identity."""
     valid = t < stop
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
@@ -207,12 +235,13 @@ def _maps(
     if HAS_MASK:
         keep = keep & _flags(mask, t, mask_stride_t, valid)
     carry = tl.where(keep, one_minus_z, 1.0)
+    less = tl.where(keep, z, 0.0)
     drive = tl.where(keep, z * g, 0.0)
     if HAS_RESET:
         forget = _flags(reset, t, reset_stride_t, valid)
         drive = tl.where(forget, 0.5 * carry + drive, drive)
         carry = tl.where(forget, -1.0, carry)
-    return carry, drive
+    return carry, less, drive
 
 
 @_jit
@@ -231,16 +260,16 @@ def _carries(
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The carries alone, 1 where a step is not valid."""
+    """The carries alone, and less = 1 - carry; 1 and 0 where a step is not valid."""
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
-    _, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
+    z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
     if HAS_MASK:
         keep = keep & _flags(mask, t, mask_stride_t, valid)
     carry = tl.where(keep, one_minus_z, 1.0)
     if HAS_RESET:
         carry = tl.where(_flags(reset, t, reset_stride_t, valid), -1.0, carry)
-    return carry
+    return carry, tl.where(keep, z, 0.0)
 
 
 # --- The kernels.
@@ -286,20 +315,22 @@ def _forward_kernel(
         h = tl.load(boundaries + n, mask=n < num_channels, other=0.0)
     else:
         h = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, ACCUMULATE, BLOCK_N)
+    low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
     for t_0 in range(start, stop, BLOCK_T):
         t = t_0 + tl.arange(0, BLOCK_T)
-        carry, drive = _maps(
+        carry, less, drive = _maps(
             x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
             HAS_MASK, HAS_RESET, ACCUMULATE,
         )  # fmt: skip
-        carry, drive = _scan(carry, drive, HAS_RESET)
-        tile = _apply(carry, drive, h, HAS_RESET)
+        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+        tile = _apply(carry, less, drive, h[None, :], HAS_RESET)
         offsets = t.to(tl.int64)[:, None] * num_channels + n[None, :]
         inside = (t < stop)[:, None] & (n < num_channels)[None, :]
         tl.store(states + offsets, tile.to(states.dtype.element_ty), mask=inside)
-        h = _last(tile, BLOCK_T)
+        carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
+        h, low = _advance(carry, less, drive, h, low, HAS_RESET)
 
 
 @_jit
@@ -308,6 +339,7 @@ def _forward_summary_kernel(
     mask,
     reset,
     carries,
+    lesses,
     drives,
     x_stride_b,
     x_stride_t,
@@ -326,37 +358,38 @@ def _forward_summary_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One map for each chunk, state before it to state after it: carries and drives (B, C, N)."""
+    """One map for each chunk, state before it to state after it: carries, lesses and drives (B, C, N)."""
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     x += row * x_stride_b
     mask += row * mask_stride_b
     reset += row * reset_stride_b
     total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
+    total_less = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
     for t_0 in range(start, stop, BLOCK_T):
         t = t_0 + tl.arange(0, BLOCK_T)
-        carry, drive = _maps(
+        carry, less, drive = _maps(
             x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
             HAS_MASK, HAS_RESET, ACCUMULATE,
         )  # fmt: skip
-        carry, drive = _scan(carry, drive, HAS_RESET)
-        carry = _last(carry, BLOCK_T)
-        drive = _last(drive, BLOCK_T)
-        if HAS_RESET:
-            total_carry, total_drive = _compose_reset(total_carry, total_drive, carry, drive)
-        else:
-            total_carry, total_drive = _compose(total_carry, total_drive, carry, drive)
+        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+        total_carry, total_less, total_drive = _append(
+            total_carry, total_less, total_drive,
+            _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+        )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
     tl.store(carries + offsets, total_carry, mask=n < num_channels)
+    tl.store(lesses + offsets, total_less, mask=n < num_channels)
     tl.store(drives + offsets, total_drive, mask=n < num_channels)
 
 
 @_jit
 def _boundary_kernel(
     carries,
+    lesses,
     drives,
     h0,
     boundaries,
@@ -375,12 +408,14 @@ def _boundary_kernel(
     row, _, block = _locate(1, num_blocks)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     carries += row * num_chunks * num_channels
+    lesses += row * num_chunks * num_channels
     drives += row * num_chunks * num_channels
     boundaries += row * (num_chunks + 1) * num_channels
     if REVERSE:
         state = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     else:
         state = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, ACCUMULATE, BLOCK_N)
+    low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     for first in range(0, num_chunks + 1, BLOCK_C):
         done = first + tl.arange(0, BLOCK_C)  # chunks behind us at this boundary, so the last of them is done - 1
         valid = (done > 0) & (done <= num_chunks)
@@ -392,12 +427,14 @@ def _boundary_kernel(
             chunk = done - 1
             boundary = done
         carry = tl.where(valid[:, None], _load(carries, chunk, num_channels, n, inside, ACCUMULATE), 1.0)
+        less = _load(lesses, chunk, num_channels, n, inside, ACCUMULATE)
         drive = _load(drives, chunk, num_channels, n, inside, ACCUMULATE)
-        carry, drive = _scan(carry, drive, HAS_RESET)
-        tile = _apply(carry, drive, state, HAS_RESET)
+        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+        tile = _apply(carry, less, drive, state[None, :], HAS_RESET)
         inside = (done <= num_chunks)[:, None] & (n < num_channels)[None, :]
         tl.store(boundaries + boundary.to(tl.int64)[:, None] * num_channels + n[None, :], tile, mask=inside)
-        state = _last(tile, BLOCK_C)
+        carry, less, drive = _last(carry, BLOCK_C), _last(less, BLOCK_C), _last(drive, BLOCK_C)
+        state, low = _advance(carry, less, drive, state, low, HAS_RESET)
 
 
 @_jit
@@ -454,6 +491,7 @@ def _backward_kernel(
         flow = tl.load(boundaries + n, mask=channel, other=0.0)  # dL/dh_{t-1} less grad_{t-1}, for the last t done
     else:
         flow = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
     num_tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
@@ -466,12 +504,12 @@ def _backward_kernel(
 
         # The carry of the step after, from the tile itself: a second load that finds its data in the cache. For the
         # tile's latest step it is in `flow` already.
-        carry = _carries(
+        carry, less = _carries(
             x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t + 1, (index > 0) & (t + 1 < stop), n,
             num_channels, HAS_MASK, HAS_RESET, ACCUMULATE,
         )  # fmt: skip
-        carry, r = _scan(carry, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
-        r = _apply(carry, r, flow, HAS_RESET)
+        carry, less, drive = _scan(carry, less, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
+        r = _apply(carry, less, drive, flow[None, :], HAS_RESET)
 
         z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
         g, slope = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
@@ -479,12 +517,18 @@ def _backward_kernel(
         previous = tl.where((t > 0)[:, None], previous, initial[None, :])
         if HAS_MASK:
             keep = keep & _flags(mask, t, mask_stride_t, valid)
-        out = tl.where(keep, one_minus_z, 1.0) * r
+        step_carry = tl.where(keep, one_minus_z, 1.0)
+        step_less = tl.where(keep, z, 0.0)
         if HAS_RESET:
             forget = _flags(reset, t, reset_stride_t, valid)
             previous = tl.where(forget, 0.5, previous)
-            out = tl.where(forget, 0.0, out)
-        flow = _last(out, BLOCK_T)
+            step_carry = tl.where(forget, -1.0, step_carry)
+        # The map from this tile's end to the state before it.
+        carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
+        carry, less, drive = _append(
+            carry, less, drive, _last(step_carry, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
+        )
+        flow, low = _advance(carry, less, drive, flow, low, HAS_RESET)
 
         r = r * z
         grad_gate = tl.where(keep, r * one_minus_z * (g - previous), 0.0)
@@ -503,6 +547,7 @@ def _backward_summary_kernel(
     mask,
     reset,
     carries,
+    lesses,
     drives,
     grad_stride_b,
     grad_stride_t,
@@ -523,7 +568,7 @@ def _backward_summary_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One map for each chunk, what flows back into its end to what leaves its start: carries and drives (B, C, N)."""
+    """One map for each chunk, of what flows into its end to what leaves its start: (B, C, N) as in the one before."""
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     grad += row * grad_stride_b
@@ -531,6 +576,7 @@ def _backward_summary_kernel(
     mask += row * mask_stride_b
     reset += row * reset_stride_b
     total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
+    total_less = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
@@ -539,22 +585,21 @@ def _backward_summary_kernel(
         t = start + (num_tiles - tile) * BLOCK_T - 1 - tl.arange(0, BLOCK_T)
         valid = t < stop
         inside = valid[:, None] & (n < num_channels)[None, :]
-        carry = _carries(
+        carry, less = _carries(
             x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, valid, n, num_channels,
             HAS_MASK, HAS_RESET, ACCUMULATE,
         )  # fmt: skip
         drive = carry * _load(grad, t, grad_stride_t, n, inside, ACCUMULATE)
         if HAS_RESET:
             drive = tl.where(carry < 0, 0.0, drive)
-        carry, drive = _scan(carry, drive, HAS_RESET)
-        carry = _last(carry, BLOCK_T)
-        drive = _last(drive, BLOCK_T)
-        if HAS_RESET:
-            total_carry, total_drive = _compose_reset(total_carry, total_drive, carry, drive)
-        else:
-            total_carry, total_drive = _compose(total_carry, total_drive, carry, drive)
+        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+        total_carry, total_less, total_drive = _append(
+            total_carry, total_less, total_drive,
+            _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+        )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
     tl.store(carries + offsets, total_carry, mask=n < num_channels)
+    tl.store(lesses + offsets, total_less, mask=n < num_channels)
     tl.store(drives + offsets, total_drive, mask=n < num_channels)
 
 
@@ -591,12 +636,12 @@ def triton_forward(
     with call.device:
         boundaries = states
         if call.num_chunks > 1:
-            carries, drives, boundaries = call.summaries()
+            carries, lesses, drives, boundaries = call.summaries()
             _forward_summary_kernel[call.grid](
-                x, call.mask, call.reset, carries, drives, *call.x_strides, *call.flag_strides, *call.sizes,
-                HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
+                x, call.mask, call.reset, carries, lesses, drives, *call.x_strides, *call.flag_strides,
+                *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
             )  # fmt: skip
-            call.boundaries(carries, drives, boundaries, reverse=False)
+            call.boundaries(carries, lesses, drives, boundaries, reverse=False)
         _forward_kernel[call.grid](
             x, call.h0, call.mask, call.reset, boundaries, states, *call.x_strides, call.h0_stride, *call.flag_strides,
             *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
@@ -636,12 +681,13 @@ def triton_backward(
     with call.device:
         boundaries = grad_h0
         if call.num_chunks > 1:
-            carries, drives, boundaries = call.summaries()
+            carries, lesses, drives, boundaries = call.summaries()
             _backward_summary_kernel[call.grid](
-                grad, x, call.mask, call.reset, carries, drives, grad.stride(0), grad.stride(1), *call.x_strides,
-                *call.flag_strides, *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
+                grad, x, call.mask, call.reset, carries, lesses, drives, grad.stride(0), grad.stride(1),
+                *call.x_strides, *call.flag_strides, *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
+                **call.blocks,
             )  # fmt: skip
-            call.boundaries(carries, drives, boundaries, reverse=True)
+            call.boundaries(carries, lesses, drives, boundaries, reverse=True)
             grad_h0.copy_(boundaries[:, :1])
         _backward_kernel[call.grid](
             grad, x, call.h0, states, call.mask, call.reset, boundaries, grad_x, grad_h0, grad.stride(0),
@@ -684,13 +730,13 @@ class _Call:
         }
         self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
-    def summaries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Memory for the maps of the chunks, (B, C, N) twice, and for what crosses boundaries, (B, C + 1, N)."""
+    def summaries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Memory for the maps of the chunks, (B, C, N) three times, and for what crosses boundaries, (B, C + 1, N)."""
         batch, channels, dtype = self.x.shape[0], self.x.shape[2] // 2, _accumulation_dtype(self.x)
-        carries, drives = self.x.new_empty((2, batch, self.num_chunks, channels), dtype=dtype)
-        return carries, drives, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=dtype)
+        maps = self.x.new_empty((3, batch, self.num_chunks, channels), dtype=dtype)
+        return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=dtype)
 
-    def boundaries(self, carries: Tensor, drives: Tensor, boundaries: Tensor, reverse: bool) -> None:
+    def boundaries(self, carries: Tensor, lesses: Tensor, drives: Tensor, boundaries: Tensor, reverse: bool) -> None:
         """Fill `boundaries` from the maps of the chunks."""
         batch, chunks, channels = carries.shape
         block_n = min(
@@ -698,9 +744,9 @@ class _Call:
         )
         num_blocks = _ceil_div(channels, block_n)
         _boundary_kernel[(batch * num_blocks,)](
-            carries, drives, self.h0, boundaries, self.h0_stride, channels, chunks, num_blocks, HAS_H0=self.has_h0,
-            HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate, BLOCK_C=_SUMMARY_BLOCK_C,
-            BLOCK_N=block_n, num_warps=4, **_OPTIONS,
+            carries, lesses, drives, self.h0, boundaries, self.h0_stride, channels, chunks, num_blocks,
+            HAS_H0=self.has_h0, HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate,
+            BLOCK_C=_SUMMARY_BLOCK_C, BLOCK_N=block_n, num_warps=4, **_OPTIONS,
         )  # fmt: skip
 
 

@@ -162,12 +162,22 @@ def test_odd_shapes_and_trailing_axes(backend, shape):
 
 
 @pytest.mark.parametrize("steps", [30_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("bias", "scale"), [(0.0, 2.0), (-5.0, 0.0), (-7.0, 2.0), (-9.0, 1.0), (-14.0, 0.0), (-17.0, 0.0)]
+)
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
-def test_long_sequences_keep_their_precision(backend, steps):
-    x, h0, _, _ = make_inputs(1, steps, 4)
-    with torch.no_grad():
-        expected = scan_reference(x.double(), h0.double())
-        assert relative_error(mingru_scan(x, h0, backend=backend), expected) <= 1e-6
+def test_long_sequences_keep_their_precision(backend, bias, scale, steps):
+    """Also where the state remembers millions of steps, and changes by less than its rounding at each."""
+    x, h0, _, _ = make_inputs(1, steps, 3, scale=1.0)
+    x[..., :3] = scale * x[..., :3] + bias + torch.tensor([0.0, 0.2, 0.5])
+    weight = torch.randn(1, steps, 3)
+    states, grad_x, grad_h0 = run(x, h0, None, None, weight, mingru_scan, backend=backend)
+    # The loop's gradients take minutes.
+    expected = run(x.double(), h0.double(), None, None, weight, mingru_scan, backend=backend)
+    largest = 1e-6 if backend == "numba" else 1e-5
+    assert relative_error(states, scan_reference(x.double(), h0.double())) <= largest
+    assert error_over_largest(grad_x, expected[1]) <= largest
+    assert error_over_largest(grad_h0, expected[2]) <= largest
 
 
 @pytest.mark.parametrize("flags", ["", "mask"])

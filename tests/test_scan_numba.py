@@ -115,22 +115,6 @@ def test_gradcheck():
 
 
 @needs_numba
-@pytest.mark.parametrize("steps", [30_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("bias", "scale"), [(0.0, 2.0), (-7.0, 2.0), (-9.0, 1.0), (-14.0, 0.0), (-17.0, 0.0)])
-def test_long_sequences_keep_their_precision(bias, scale, steps):
-    """Also where the state remembers millions of steps, and changes by less than its rounding at each."""
-    x, h0, _, _ = make_inputs(1, steps, 3, "h0")
-    x[..., :3] = scale * x[..., :3] + bias + torch.tensor([0.0, 0.2, 0.5])
-    weight = torch.randn(1, steps, 3)
-    states, grad_x, grad_h0 = run(x, h0, None, None, weight, torch.float32)
-    assert relative_error(states, scan_reference(x.double(), h0.double())) <= 1e-6
-    x, h0, weight = x.double(), h0.double(), weight.double()  # the loop's gradients take minutes
-    _, expected_x, expected_h0 = run(x, h0, None, None, weight, torch.float64)
-    assert error_over_largest(grad_x, expected_x) <= 1e-6
-    assert error_over_largest(grad_h0, expected_h0) <= 1e-6
-
-
-@needs_numba
 def test_bfloat16_states_are_the_rounded_float32_states():
     """The state itself is never rounded; its exp is a little coarser, which shows only next to a tie."""
     x, h0, mask, reset = make_inputs(2, 500, 65, "h0 mask reset", torch.bfloat16)

@@ -64,6 +64,9 @@ CASES = {
         (130, 37, torch.float32, "h0 mask reset", 40),
         # Chunks shorter than a tile, and 17 of them: the pass over their summaries takes several tiles.
         (130, 1, torch.float32, "h0 reset", 8),
+        # Without compensated sums these are off by 5e-5.
+        (2000, 2, torch.float32, "slow", 0),
+        (2000, 2, torch.float32, "h0 slow", 160),
     ]
 }
 CHECKS = [
@@ -79,6 +82,8 @@ CHECKS = [
 
 def make_inputs(batch, steps, channels, flags="h0 mask reset", device="cpu"):
     x = 2 * torch.randn(batch, steps, 2 * channels, device=device)
+    if "slow" in flags:
+        x[..., :channels] = -7.0
     h0 = torch.rand(batch, 1, channels, device=device) + 0.01 if "h0" in flags else None
     mask = torch.rand(batch, steps, device=device) > 0.3 if "mask" in flags else None
     reset = torch.rand(batch, steps, device=device) > 0.9 if "reset" in flags else None
@@ -315,7 +320,7 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     block_t, block_n, _ = scan_triton._plan(8, 1024, channels, 132, getattr(torch, f"float{accumulate[2:]}"))
     pointers = dict.fromkeys(("x", "states", "grad", "grad_x"), f"*{dtype}")
-    pointers |= dict.fromkeys(("h0", "boundaries", "carries", "drives", "grad_h0"), f"*{accumulate}")
+    pointers |= dict.fromkeys(("h0", "boundaries", "carries", "lesses", "drives", "grad_h0"), f"*{accumulate}")
     pointers |= dict.fromkeys(("mask", "reset"), "*u8")
     values = dict.fromkeys(("HAS_H0", "HAS_MASK", "HAS_RESET", "CHUNKED", "REVERSE"), flags)
     values |= {"ACCUMULATE": getattr(tl, f"float{accumulate[2:]}"), "BLOCK_T": block_t, "BLOCK_N": block_n}
@@ -479,7 +484,7 @@ def test_reason_on_a_cpu():
 @pytest.mark.gpu
 @needs_card
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("flags", ["", "h0 mask reset"])
+@pytest.mark.parametrize("flags", ["", "h0 mask reset", "slow"])
 @pytest.mark.parametrize("shape", [(8, 1024, 512), (1, 16384, 64), (128, 256, 2048), (3, 1000, 257), (2, 63, 1)])
 def test_on_a_card(shape, flags, dtype):
     x, h0, mask, reset = make_inputs(*shape, flags, device="cuda")
