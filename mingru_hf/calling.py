@@ -13,11 +13,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import maybe_current_level
 from torch.nn.modules import module as nn_module
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .linear import CONVOLUTION_IS_FASTER, linear
+from .observers import is_observed
 
 _GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -145,10 +144,7 @@ def choose_call(tokens: Tensor | None) -> Callable:
         and tokens.dim() > 1
         and tokens.shape[1] == 1
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not is_in_torch_dispatch_mode()
-        and maybe_current_level() is None
+        and not is_observed()
         and not any(_GLOBAL_HOOKS)
     ):
         return direct_call

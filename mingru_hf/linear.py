@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import maybe_current_level
-from torch.autograd import forward_ad
+
+from .observers import in_transform
 
 _ZEN_5 = 26  # the "family" of the processor
 
@@ -106,8 +106,7 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
         and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
         and not torch.is_autocast_enabled("cpu")
-        and maybe_current_level() is None
-        and forward_ad._current_level < 0
+        and not in_transform()
     )
 
 

@@ -20,10 +20,8 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
+from .observers import differentiates_in_transform, is_observed, without_modes
 from .scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward, numba_step, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
 from .scan_triton import triton_backward, triton_forward
@@ -81,8 +79,8 @@ def mingru_scan(
     _check_inputs(gate_and_candidate, h0, mask, reset, bias)
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
     plain = backend == "auto" and _wants_plain_operators(gate_and_candidate)
-    if backend == "auto" and not plain and _differentiates_in_a_transform():
-        backend = "reference"
+    if backend == "auto" and not plain and differentiates_in_transform():
+        backend = "reference"  # transforms cannot see into a registered operator
     elif not plain:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     empty = 0 in gate_and_candidate.shape[:3]
@@ -98,7 +96,7 @@ def mingru_scan(
         return _scan_log(gate_and_candidate, h0, mask, reset).to(out_dtype)
     if backend == "reference":
         return scan_reference(gate_and_candidate, h0, mask, reset).to(out_dtype)
-    if not torch.is_grad_enabled() and _nobody_watches(gate_and_candidate):
+    if not torch.is_grad_enabled() and type(gate_and_candidate) is Tensor and not is_observed():
         # The operator's dispatch would cost as much as a short scan.
         return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
     return _scan_op(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
@@ -114,17 +112,6 @@ def _wants_plain_operators(x: Tensor) -> bool:
     if torch.compiler.is_exporting():
         return True
     return torch.compiler.is_compiling() and isinstance(x.shape[1], int) and x.shape[1] == 1
-
-
-def _differentiates_in_a_transform() -> bool:
-    """Whether torch.func or forward mode have to see through the scan; with a registered operator they cannot."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    return maybe_current_level() is not None and any(
-        level.key() in (TransformType.Grad, TransformType.Jvp) for level in get_interpreter_stack()
-    )
 
 
 def mingru_step(
@@ -172,17 +159,6 @@ def adds_bias(backend: str, x: Tensor) -> bool:
     """
     fused = backend == "auto" or backend == "numba"
     return fused and NUMBA_AVAILABLE and x.is_cpu and not torch.compiler.is_compiling()
-
-
-def _nobody_watches(x: Tensor) -> bool:
-    """Whether no compiler, tracer, mode or transform has to see the operator, since it cannot see into a kernel."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not is_in_torch_dispatch_mode()
-        and maybe_current_level() is None
-    )
 
 
 def initial_state(like: Tensor, shape: list[int], value: float = INITIAL_STATE) -> Tensor:
@@ -385,7 +361,7 @@ def _fails_trial(device: torch.device) -> str | None:
 @functools.cache
 def _trial(device: torch.device) -> str | None:
     problem = None
-    with _disable_current_modes(), torch.inference_mode():
+    with without_modes(), torch.inference_mode():
         steps, channels = (130, 128) if device.type == "cuda" else (20, 4)  # Triton's interpreter is slow
         numbers = torch.arange(2 * steps * 2 * channels, dtype=torch.float32, device="cpu")
         wave = 3.0 * numbers.sin()  # the user's random numbers stay as they are
@@ -413,11 +389,10 @@ def _trial(device: torch.device) -> str | None:
 
 def _warn_of_broken_packages() -> None:
     """Once, at import: a package that is missing is a choice, one that is there and does not work a mistake."""
-    for name, reason, wanted in (
-        ("numba", numba_unavailable_reason(), True),
-        ("triton", triton_unavailable_reason(), torch.cuda.is_available()),
-    ):
-        if wanted and reason is not None and importlib.util.find_spec(name) is not None:
+    for name, reason in (("numba", numba_unavailable_reason()), ("triton", triton_unavailable_reason())):
+        broken = reason is not None and importlib.util.find_spec(name) is not None
+        # CUDA is asked last: on some machines the question alone keeps processes from being forked.
+        if broken and (name == "numba" or torch.cuda.is_available()):
             warnings.warn(f"MinGRU runs without its fused {name} scan: {reason}.", stacklevel=2)
 
 
@@ -836,7 +811,7 @@ def _register() -> torch.library.Library | None:
     return library
 
 
-_LIBRARY = _register()
+_LIBRARY = _register() or globals().get("_LIBRARY")  # importlib.reload leaves what was there
 _scan_op = getattr(torch.ops, _NAMESPACE).scan
 
 

@@ -1,0 +1,48 @@
+"""Who has to see an operation besides its caller: torch's compilers, tracers, modes and transforms.
+
+torch has no public names for some of them. This file travels with checkpoints, which have to load under a later torch
+that calls them otherwise: the answer is then that somebody may be watching, and operations go torch's own way.
+"""
+
+import contextlib
+
+import torch
+
+try:
+    from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+    from torch.autograd import forward_ad
+    from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+
+    _DIFFERENTIATING = TransformType.Grad, TransformType.Jvp
+    _KNOWN = isinstance(forward_ad._current_level, int)
+except (ImportError, AttributeError):
+    _KNOWN = False
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward mode is at work."""
+    return not _KNOWN or maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def differentiates_in_transform() -> bool:
+    """Whether torch.func or forward mode differentiates; no, as far as this torch lets that be known."""
+    if torch.compiler.is_compiling() or not _KNOWN:
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    return maybe_current_level() is not None and any(
+        level.key() in _DIFFERENTIATING for level in get_interpreter_stack()
+    )
+
+
+def is_observed() -> bool:
+    """Whether a compiler, a tracer, a mode or a transform may have to see what happens; autograd is not asked."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform() or is_in_torch_dispatch_mode()
+
+
+def without_modes() -> contextlib.AbstractContextManager:
+    """A context in which no mode changes what operators do."""
+    return _disable_current_modes() if _KNOWN else contextlib.nullcontext()
+
+
+__all__ = ["differentiates_in_transform", "in_transform", "is_observed", "without_modes"]
