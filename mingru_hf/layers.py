@@ -1,7 +1,8 @@
 """MinGRU layers with the interface of the torch-mingru package: arguments, returns and parameter names.
 
 `out, h = rnn(x, h)`: x (B, T, D_in) runs in parallel over time, one step at a time with the same numbers if T = 1
-and the returned h is passed on. h is a list with one (B, 1, D) tensor a layer. The convolutional layers do the same
+and the returned h is passed on. h is a list with one (B, 1, D) tensor a layer, in float32 where x or autocast has 16
+bits: rounded at every step, a state that changes slowly would not change at all. The convolutional layers do the same
 for frames: x (B, T, C, H, W), h (B, 1, D, H_out, W_out). All layers can be scripted with `torch.jit.script`.
 
 Source of the equations: Feng et al. 2024, arXiv:2410.01201; of the interface and of the convolutional layers:
@@ -11,6 +12,7 @@ Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing 
 """
 
 import copy
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +21,24 @@ from .calling import module_call
 from .scan import draw_memory_, initial_state, mingru_scan, scan_reference
 
 
-def _scan(gate_and_candidate: Tensor, h0: Tensor) -> Tensor:
-    """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states; the plain loop inside TorchScript."""
+def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states in their dtype; the last, unrounded."""
+    dtype = gate_and_candidate.dtype
     if torch.jit.is_scripting():
-        states = scan_reference(gate_and_candidate, h0).to(gate_and_candidate.dtype)
-    else:
+        states = scan_reference(gate_and_candidate, h0)
+    elif dtype.itemsize == 2 and (gate_and_candidate.shape[1] == 1 or not torch.is_grad_enabled()):
+        states = mingru_scan(gate_and_candidate, h0, dtype=torch.float32)
+    else:  # in training the memory of all states in float32 would be dear
         states = mingru_scan(gate_and_candidate, h0)
-    return states
+    last = states[:, -1:]
+    if last.dtype == torch.bfloat16 or last.dtype == torch.float16:
+        last = last.float()
+    return states.to(dtype), last
 
 
 def _check_sequence(x: Tensor, input_size: int) -> None:
-    if x.dim() != 3 or x.shape[2] != input_size:
-        raise ValueError(f"x must have shape (B, T, {input_size}), got {list(x.shape)}.")
+    if x.dim() != 3 or x.shape[2] != input_size or x.shape[1] == 0:
+        raise ValueError(f"x must have shape (B, T, {input_size}) with T of at least 1, got {list(x.shape)}.")
 
 
 def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
@@ -104,8 +112,8 @@ class MinGRUCell(nn.Module):
             gate_and_candidate = self.to_gate_hidden(x)
         else:
             gate_and_candidate = module_call(self.to_gate_hidden, x)
-        out = _scan(gate_and_candidate, h[0])
-        return out, [out[:, -1:]]
+        out, last_state = _scan(gate_and_candidate, h[0])
+        return out, [last_state]
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
@@ -128,14 +136,15 @@ class _MinGRULayer(nn.Module):
         self.res_align = nn.Linear(input_size, hidden_size, bias=False, **factory) if aligned else nn.Identity()
         self.norm = nn.LayerNorm(input_size, **factory) if norm else nn.Identity()
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, D_in), h (B, 1, D) -> states (B, T, D) and the residual branch's (B, T, D)."""
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
         if torch.jit.is_scripting():
             gate_and_candidate, aligned = self.gate_hidden(self.norm(x)), self.res_align(x)
         else:
             gate_and_candidate = module_call(self.gate_hidden, self.norm(x))
             aligned = module_call(self.res_align, x)
-        return _scan(gate_and_candidate, h), aligned
+        states, last_state = _scan(gate_and_candidate, h)
+        return states, last_state, aligned
 
 
 class MinGRU(nn.Module):
@@ -173,7 +182,7 @@ class MinGRU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, int) else list(hidden_sizes)
+        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, Integral) else list(hidden_sizes)
         _check_sizes(input_size, hidden_sizes, dropout)
         self.layer_sizes = [input_size, *hidden_sizes]
         self.num_layers = len(hidden_sizes)
@@ -203,8 +212,8 @@ class MinGRU(nn.Module):
         last_states: list[Tensor] = []
         out = x
         for i, layer in enumerate(self.layers):
-            states, skip = layer(out, h[i])
-            last_states.append(states[:, -1:])
+            states, last_state, skip = layer(out, h[i])
+            last_states.append(last_state)
             out = states + skip if self.residual else states
             if i < self.num_layers - 1:
                 out = self.dropout(out)
@@ -232,7 +241,7 @@ def _check_frame_state(state: Tensor, expected: list[int], layer: int) -> None:
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(value, int):
+    if isinstance(value, Integral):
         return value, value
     if len(value) != 2:
         raise ValueError(f"The geometry of a convolution is an int or (height, width) in pixels, got {value}.")
@@ -241,7 +250,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def _per_layer(name: str, value: int | list, num_layers: int) -> list:
     """One value a layer, from an int for all of them or a list."""
-    values = [value] * num_layers if isinstance(value, int) else list(value)
+    values = [value] * num_layers if isinstance(value, Integral) else list(value)
     if len(values) != num_layers:
         raise ValueError(f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {value}.")
     return values
@@ -343,8 +352,8 @@ class MinConv2dGRUCell(nn.Module):
             raise ValueError(f"h must hold one state a layer, 1 in all, got {len(h)}.")
         _check_frame_state(h[0], shape, 0)
         gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
-        out = _scan(gate_and_candidate, h[0])
-        return out, [out[:, -1:]]
+        out, last_state = _scan(gate_and_candidate, h[0])
+        return out, [last_state]
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
@@ -405,10 +414,11 @@ class MinConv2dGRULayer(nn.Module):
         gate_and_candidate = self.gate_hidden(self.norm(frames)).unflatten(0, [x.shape[0], x.shape[1]])
         return gate_and_candidate, self.res_align(frames).unflatten(0, [x.shape[0], x.shape[1]])
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states and the residual branch's values, one a frame."""
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states, the last of them, the residual branch's values."""
         gate_and_candidate, skip = self.project(x)
-        return _scan(gate_and_candidate, h), skip
+        states, last_state = _scan(gate_and_candidate, h)
+        return states, last_state, skip
 
 
 class MinConv2dGRU(nn.Module):
@@ -455,7 +465,7 @@ class MinConv2dGRU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, int) else list(hidden_sizes)
+        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, Integral) else list(hidden_sizes)
         _check_sizes(input_size, hidden_sizes, dropout)
         self.layer_sizes = [input_size, *hidden_sizes]
         self.num_layers = len(hidden_sizes)
@@ -493,8 +503,8 @@ class MinConv2dGRU(nn.Module):
         out = x
         for i, layer in enumerate(self.layers):
             _check_frame_state(h[i], layer.state_shape(out), i)
-            states, skip = layer(out, h[i])
-            last_states.append(states[:, -1:])
+            states, last_state, skip = layer(out, h[i])
+            last_states.append(last_state)
             out = states + skip if self.residual else states
             if i < self.num_layers - 1:
                 out = self.dropout(out)
