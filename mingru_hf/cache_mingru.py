@@ -148,6 +148,10 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """Forget all steps: the next one starts from g(0) = 0.5."""
         self.states, self.windows, self.seq_length, self.is_initialized = None, None, 0, False
 
+    def detach_(self) -> None:
+        """Cut the state off from the graph behind it, between the pieces of truncated backpropagation through time."""
+        self._map(Tensor.detach)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take row beam_idx[i] for row i."""
         self.batch_select_indices(beam_idx)

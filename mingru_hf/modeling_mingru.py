@@ -12,7 +12,6 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import BCEWithLogitsLoss, CrossEntropyLoss, MSELoss
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -37,7 +36,28 @@ from .configuration_mingru import MinGRUConfig
 from .head_loss import head_loss
 from .linear import linear
 from .loading import LoadingMixin
+from .observers import in_transform
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
+
+
+def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
+    """The starts of documents (B, T), moved from padding to the document's first real token where `mask` has one."""
+    if mask is None:
+        return starts
+    document = starts.long().cumsum(1)
+    last_seen = (document * mask).cummax(1).values  # of the real tokens up to each place
+    return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
+
+
+def _loss_over_items(
+    loss: Callable, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs
+) -> Tensor:
+    """The mean loss; over the items of all the micro-batches of an update, if a trainer counts them."""
+    if num_items_in_batch is None:
+        return loss(logits, labels)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return loss(logits, labels, reduction="sum") / num_items_in_batch
 
 
 def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
@@ -48,8 +68,9 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
     return nn.Identity()
 
 
-# What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's.
-_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index"}
+# What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's. (Tokenizers
+# of BERT's kind return token_type_ids, which mean nothing here.)
+_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index", "token_type_ids"}
 
 
 @calls_directly
@@ -367,15 +388,16 @@ class MinGRUModel(MinGRUPreTrainedModel):
             input_ids: (B, T) token ids.
             attention_mask: (B, T), or longer with the tokens behind `cache` in front: 0 at padding, on whichever
                 side or in between. The state passes over padding unchanged.
-            position_ids: (B, T) or (1, T). A 0 starts a new document: the state goes back to g(0). Other positions
-                change nothing. None: every row goes on.
-            cache: the state to go on from; it is updated in place.
+            position_ids: (B, T) or (1, T). A 0 starts a new document, unless it is that of padding: the state goes
+                back to g(0). Other positions change nothing. None: every row goes on.
+            cache: the state to go on from; it is updated in place. In training, gradients flow through it: a text is
+                learned piece by piece with `layer.detach_()` for each of cache.layers after every backward pass.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
             use_cache: return the state after the last token. None: config.use_cache, but not in training.
             num_recorded: with a cache that records its past, the steps at the end of this call that `crop` may take
                 back. None: all.
             **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,)
-                mark the documents of packed rows as transformers' collators do.
+                mark the documents of packed rows as transformers' collators do; a document may begin with padding.
 
         Returns:
             last_hidden_state (B, T, width of the last block), cache, hidden_states: the embeddings' and each
@@ -422,14 +444,17 @@ class MinGRUModel(MinGRUPreTrainedModel):
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache = False  # the second forward would move the state on once more
         batch, steps = inputs_embeds.shape[:2]
+        if steps == 0:
+            raise ValueError("The inputs hold no token, expected at least one.")
         # Early-exit drafting lowers num_hidden_layers for a while: the norm and the head then read an earlier block.
         depth = self.config.num_hidden_layers
         if cache is not None:
             self._check_cache(cache, batch, depth)
         elif use_cache:
             cache = DynamicCache(config=self.config)
-        mask = self._padding_mask(attention_mask, batch, steps)
-        reset = self._document_starts(mask, position_ids, cache, batch, steps, **kwargs)
+        begins = cache is None or cache.layers[0].state is None
+        mask = self._padding_mask(attention_mask, batch, steps, begins)
+        reset = self._document_starts(mask, position_ids, begins, batch, steps, **kwargs)
 
         blocks = modules["layers"]._modules
         if depth != len(blocks):
@@ -473,14 +498,15 @@ class MinGRUModel(MinGRUPreTrainedModel):
         if layers[0].batch_size not in (-1, batch):
             raise ValueError(f"cache holds {layers[0].batch_size} rows, but the inputs have {batch}.")
 
-    def _padding_mask(self, attention_mask: Tensor | None, batch: int, steps: int) -> Tensor | None:
+    def _padding_mask(self, attention_mask: Tensor | None, batch: int, steps: int, begins: bool) -> Tensor | None:
         """(B, T) boolean for this call's tokens; None where nothing is padding."""
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < steps:
+        shape = attention_mask.shape
+        if len(shape) != 2 or shape[0] != batch or shape[1] < steps or (begins and shape[1] > steps):
             raise ValueError(
-                f"attention_mask must have shape ({batch}, {steps}), or more columns for the tokens in the cache; got "
-                f"{tuple(attention_mask.shape)}."
+                f"attention_mask must have shape ({batch}, {steps}), or more columns for tokens that are in the cache "
+                f"already; got {tuple(shape)}."
             )
         mask = attention_mask[:, -steps:].bool()
         # One look saves the masked path. Not while tracing, and not for single steps of a GPU, where it would wait.
@@ -492,7 +518,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         self,
         mask: Tensor | None,
         position_ids: Tensor | None,
-        cache: Cache | None,
+        begins: bool,
         batch: int,
         steps: int,
         seq_idx: Tensor | None = None,
@@ -507,18 +533,20 @@ class MinGRUModel(MinGRUPreTrainedModel):
                     f"position_ids must have shape ({batch}, {steps}) or (1, {steps}), got {list(position_ids.shape)}."
                 )
             reset = (position_ids == 0).expand(batch, steps)
+        if mask is not None and reset is not None:
+            reset = reset & mask  # generate() gives padding the position 0
         if seq_idx is not None:
             starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
+            starts = _at_real_tokens(starts, mask)
             reset = starts if reset is None else reset | starts
         if cu_seq_lens_q is not None:
             columns = torch.arange(steps, device=cu_seq_lens_q.device)
             starts = torch.isin(columns, cu_seq_lens_q[:-1]).expand(batch, steps)
+            starts = _at_real_tokens(starts, mask)
             reset = starts if reset is None else reset | starts
         if reset is None:
             return None
-        if mask is not None:
-            reset = reset & mask  # generate() gives padding the position 0
-        if cache is None or cache.layers[0].state is None:
+        if begins:
             # A row's first real token starts from g(0) in any case.
             if mask is None:
                 reset = F.pad(reset[:, 1:], (1, 0))
@@ -587,10 +615,12 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs) -> Tensor | None:
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, cache, is_first_iteration=True, **kwargs
+    ) -> Tensor | None:
         """The mask of a step with a static cache: that of the step's own tokens, or None for a generated one."""
         steps = inputs_embeds.shape[1]
-        if attention_mask is None or (steps == 1 and cache.layers[0].state is not None):
+        if attention_mask is None or not is_first_iteration:
             return None
         return attention_mask[:, -steps:]
 
@@ -664,7 +694,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < hidden_states.shape[1]:
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
         loss = logits = None
-        if skip_logits and plain_linear(modules["lm_head"]) is not None:
+        if skip_logits and plain_linear(modules["lm_head"]) is not None and not in_transform():
             loss = head_loss(hidden_states, self.lm_head, labels, **kwargs)
         else:
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
@@ -734,7 +764,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state[rows, last]))  # (B, num_labels)
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels.to(logits.device))
+            loss = self._loss(logits, labels.to(logits.device), **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
@@ -750,7 +780,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             raise ValueError("Cannot tell where each row ends: pass an attention_mask, or set config.pad_token_id.")
         return columns[-1].expand(batch)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
         problem = self.config.problem_type
         if problem is None:
             if self.num_labels == 1:
@@ -761,10 +791,10 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
                 problem = "multi_label_classification"
             self.config.problem_type = problem
         if problem == "regression":
-            return MSELoss()(logits.squeeze(), labels.to(logits.dtype).squeeze())
+            return _loss_over_items(F.mse_loss, logits.squeeze(), labels.to(logits.dtype).squeeze(), **kwargs)
         if problem == "single_label_classification":
-            return CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1).long())
-        return BCEWithLogitsLoss()(logits, labels)
+            return _loss_over_items(F.cross_entropy, logits, labels.view(-1).long(), **kwargs)
+        return _loss_over_items(F.binary_cross_entropy_with_logits, logits, labels, **kwargs)
 
 
 class MinGRUForTokenClassification(MinGRUPreTrainedModel):
@@ -820,7 +850,8 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)
         loss = None
         if labels is not None:
-            loss = CrossEntropyLoss()(logits.view(-1, self.num_labels), labels.view(-1).to(logits.device))
+            labels = labels.view(-1).to(logits.device)
+            loss = _loss_over_items(F.cross_entropy, logits.view(-1, self.num_labels), labels, **kwargs)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

@@ -72,6 +72,24 @@ def test_crop_says_what_it_cannot_do(model, input_ids):
         cache.crop(2)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+@torch.enable_grad()
+def test_gradients_flow_through_the_cache_until_it_is_detached(model, input_ids, detach):
+    embeds = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+    cache = DynamicCache(config=model.config)
+    model(inputs_embeds=embeds[:, :5], cache=cache).logits.sum().backward()
+    embeds.grad = None
+    if detach:
+        for layer in cache.layers:
+            layer.detach_()
+    else:  # the graph behind it is gone after the first backward pass
+        cache = DynamicCache(config=model.config)
+        model(inputs_embeds=embeds[:, :5], cache=cache)
+    model(inputs_embeds=embeds[:, 5:], cache=cache).logits.square().sum().backward()
+    assert embeds.grad[:, :5].any() != detach
+    assert embeds.grad[:, 5:].any()
+
+
 def test_reset_starts_anew(model, input_ids):
     cache = model(input_ids, use_cache=True).cache
     cache.reset()

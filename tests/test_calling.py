@@ -193,13 +193,15 @@ def test_transforms_and_modes_see_every_operator(model, input_ids):
     assert counter.get_total_flops() == 2 * len(token) * weights
 
 
-def test_gradients_of_each_row(model, input_ids, monkeypatch):
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_gradients_of_each_row(model, input_ids, monkeypatch, skip_logits):
     """The usual way to them in torch.func, as for training with differential privacy."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def loss(parameters, row):
-        return functional_call(model, parameters, (row[None],), {"labels": row[None]}).loss
+        arguments = {"labels": row[None], "skip_logits": skip_logits}
+        return functional_call(model, parameters, (row[None],), arguments).loss
 
     together = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, input_ids)
     for i, row in enumerate(input_ids):

@@ -111,6 +111,19 @@ def test_packed_documents_equal_separate_ones(model, input_ids, marks):
         torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("marks", ["seq_idx", "cu_seq_lens_q"])
+def test_a_packed_document_may_begin_with_padding(model, input_ids, marks):
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1, 1]])
+    kwargs = {
+        "seq_idx": {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 3, 3, 3]])},
+        "cu_seq_lens_q": {"cu_seq_lens_q": torch.tensor([0, 3, 8, 9, 12])},
+    }[marks]
+    ids = input_ids[:1]
+    logits = model(ids, attention_mask=mask, **kwargs).logits
+    for document in (slice(0, 3), slice(5, 7), slice(10, 12)):
+        assert_close(logits[:, document], model(ids[:, document]).logits)
+
+
 def test_packed_documents_in_chunks_of_any_border(model, input_ids):
     positions = torch.arange(4).repeat(3).unsqueeze(0)
     ids = input_ids[:1]
@@ -310,6 +323,22 @@ def test_other_cache_implementations_give_the_same_tokens(model, input_ids, cach
     assert torch.equal(model.generate(ids, cache_implementation=cache_implementation, **settings), expected)
 
 
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=40)])
+@pytest.mark.parametrize("chunk", [None, 11])
+def test_padding_at_the_end_of_a_prompt_is_skipped_in_a_chunk_of_one_token(model, input_ids, make, chunk):
+    mask = torch.ones_like(input_ids)
+    mask[1, 7:] = 0
+    cache = make(config=model.config)
+    model.generate(input_ids, attention_mask=mask, max_new_tokens=1, cache=cache, prefill_chunk_size=chunk)
+    alone = model(input_ids[1:2, :7], use_cache=True).cache
+    assert_close(cache.layers[-1].state[1:2], alone.layers[-1].state)
+    # The next turn brings one token, and none for that row.
+    ids = torch.cat([input_ids, torch.tensor([[5], [0], [6]])], dim=1)
+    mask = torch.cat([mask, torch.tensor([[1], [0], [1]])], dim=1)
+    model.generate(ids, attention_mask=mask, max_new_tokens=1, cache=cache)
+    assert_close(cache.layers[-1].state[1:2], alone.layers[-1].state)
+
+
 @torch.no_grad()
 def test_decoding_step_with_a_static_cache_compiles_once(model, input_ids):
     torch._dynamo.reset()
@@ -418,6 +447,36 @@ def test_sequence_classification_losses(input_ids, num_labels, labels, problem):
         "regression": lambda: F.mse_loss(output.logits.squeeze(), labels),
     }[problem]()
     assert_close(output.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "labels"),
+    [
+        (MinGRUForSequenceClassification, torch.tensor([0, 2, 1])),
+        (MinGRUForSequenceClassification, torch.rand(3, 3)),
+        (MinGRUForTokenClassification, torch.arange(36).reshape(3, 12) % 3),
+    ],
+)
+def test_losses_of_accumulated_batches_add_up(input_ids, model_class, labels):
+    """As transformers' Trainer accumulates gradients: the sum over micro-batches is the mean over the batch."""
+    if labels.shape == input_ids.shape:
+        labels = labels.clone()
+        labels[0, :7] = -100
+    model = model_class(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_labels=3, pad_token_id=0))
+    count = labels.ne(-100).sum()
+    parts = [
+        model(ids, labels=part, num_items_in_batch=count).loss
+        for ids, part in zip(input_ids.split([1, 2]), labels.split([1, 2]), strict=True)
+    ]
+    assert_close(sum(parts), model(input_ids, labels=labels).loss)
+
+
+def test_what_a_bert_tokenizer_returns_is_taken(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_labels=3, pad_token_id=0)
+    for model in (MinGRUForSequenceClassification(config), MinGRUForCausalLM(config)):
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        expected = model(**inputs).logits
+        assert_close(model(**inputs, token_type_ids=torch.zeros_like(input_ids)).logits, expected)
 
 
 def test_token_classification(input_ids):
@@ -540,9 +599,11 @@ def test_the_papers_block_written_by_hand(input_ids):
         ({"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.randn(1, 2, 16)}, "exactly one"),
         ({"input_ids": torch.tensor([[3, 40]])}, "between 0 and 39, got 3 to 40"),
         ({"input_ids": torch.tensor([3, 4])}, r"input_ids must have shape \(B, T\)"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "hold no token"),
         ({"inputs_embeds": torch.randn(1, 2, 17)}, "inputs_embeds must have shape"),
         ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 4)}, "attention_mask must"),
         ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, "attention_mask must"),
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 6)}, "attention_mask must"),
         (
             {"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 1, 5, 5)},
             "attention_mask must have shape",
