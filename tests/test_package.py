@@ -1,7 +1,9 @@
 """The distribution: what a wheel holds, and that it installs and runs in an environment of its own."""
 
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +16,34 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel, built from a copy of the sources: a build leaves files behind."""
-    directory = tmp_path_factory.mktemp("wheel")
+def distributions(tmp_path_factory):
+    """The folder with the source distribution and the wheel made of it, from a copy: a build leaves files behind."""
+    directory = tmp_path_factory.mktemp("distributions")
     source = directory / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "mingru_hf"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(directory), str(source)]
+    for path in ROOT.iterdir():
+        if path.is_dir() and path.name in ("mingru_hf", "tests", "scripts", "model_cards", "assets"):
+            shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.is_file():
+            shutil.copy(path, source)
+    command = [sys.executable, "-m", "build", "--outdir", str(directory), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    return next(directory.glob("*.whl"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wheel(distributions):
+    return next(distributions.glob("*.whl"))
+
+
+def test_source_distribution_holds_what_its_tests_read(distributions):
+    with tarfile.open(next(distributions.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("mingru_hf", "tests", "scripts", "model_cards", "assets"):
+        files = {path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {str(path.relative_to(ROOT)) for path in files} <= names
+    assert {"LOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"} <= names
+    assert not any("__pycache__" in name for name in names)
 
 
 def test_version_is_that_of_the_distribution():
