@@ -50,7 +50,7 @@ test-kernels: $(VENV)/.kernels
 test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m clients
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.kernels
 	$(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/.dev
