@@ -576,6 +576,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             pixel_values=pixel_values,
+            return_dict=True,
             **kwargs,
         )
         logits = self._classify(outputs.pooler_output)

@@ -632,6 +632,8 @@ def test_loss_for_each_kind_of_problem(frames):
     assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
     assert model.config.problem_type == "single_label_classification"
     assert_close(model(frames, labels=labels, return_dict=False)[0], outputs.loss)
+    model.config.return_dict = False
+    assert_close(model(frames, labels=labels)[0], outputs.loss)
 
     model = make_model()
     labels = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
