@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .observers import differentiates_in_transform, is_observed, without_modes
-from .scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward, numba_step, numba_supports
+from .scan_numba import (
+    NUMBA_AVAILABLE,
+    accumulation_dtype,
+    numba_backward,
+    numba_forward,
+    numba_step,
+    numba_supports,
+)
 from .scan_numba import unavailable_reason as numba_unavailable_reason
 from .scan_triton import triton_backward, triton_forward
 from .scan_triton import unavailable_reason as triton_unavailable_reason
@@ -237,7 +244,7 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
 
     if isinstance(x.shape[1], int) and x.shape[1] == 1:
         return scan_reference(x, h0, mask, reset)
-    x = x.to(_accumulation_dtype(x))
+    x = x.to(accumulation_dtype(x))
     gate, candidate = x.chunk(2, dim=2)
     carry = torch.sigmoid(-gate)
     drive = torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
@@ -460,7 +467,7 @@ class _Block:
 
     def __init__(self, steps: int, like: Tensor, dtype: torch.dtype):
         shape = (2, steps, *like.shape[2:])
-        self.inputs, self.sigmoids = (like.new_empty(shape, dtype=_accumulation_dtype(like)) for _ in range(2))
+        self.inputs, self.sigmoids = (like.new_empty(shape, dtype=accumulation_dtype(like)) for _ in range(2))
         self.one_minus_z, self.candidate = self.inputs.unbind(0)
         self.z, self.sigmoid_candidate = self.sigmoids.unbind(0)
         self.carry, self.drive = self.one_minus_z, self.sigmoid_candidate
@@ -605,17 +612,13 @@ def _chain(first, ends, products, cut):
     return torch.stack(starts[:-1], dim=1), starts[-1]
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _recurrence_dtype(x: Tensor) -> torch.dtype:
     """float64 if a channel of x (B, T, 2N) has a long memory, else the accumulation dtype.
 
     In float32, 1 - z has few of the digits of a small z, and a state that hardly changes forgets the error no faster
     than all else. Of fewer steps it stays small. Not on other devices, where the answer would have to be waited for.
     """
-    accumulate = _accumulation_dtype(x)
+    accumulate = accumulation_dtype(x)
     if not x.is_cpu or accumulate == torch.float64 or x.shape[1] <= _LONG_MEMORY:
         return accumulate
     window = _LONG_MEMORY // _LOOK_EVERY
@@ -638,7 +641,7 @@ def _torch_forward(
     h = _initial_state(x, h0)  # (B, N)
     layouts = _layouts(batch, steps, channels)
     # Chunks come back to their states, which must not be rounded until then.
-    states = x.new_empty((batch, steps, channels), dtype=_accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
+    states = x.new_empty((batch, steps, channels), dtype=accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
     for layout in layouts:
         inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
         out = layout.time_first(states)
@@ -672,7 +675,7 @@ def _torch_backward(
             inflows = _chain(inflow, ends.flip(1), products.flip(1), cut)[0].flip(1)
         outflows = _backward_steps(grad_piece, *inputs, starts, states_piece, inflows, layout.halves_first(grad_x))
         inflow = outflows[:, 0]
-    return grad_x, inflow.unsqueeze(1).to(_accumulation_dtype(x))
+    return grad_x, inflow.unsqueeze(1).to(accumulation_dtype(x))
 
 
 _KERNELS = {
@@ -738,7 +741,7 @@ def _forward_fake(gate_and_candidate, bias, h0, mask, reset, backend, dtype):
 
 
 def _backward_fake(grad, gate_and_candidate, bias, h0, states, mask, reset, backend):
-    accumulate = _accumulation_dtype(gate_and_candidate)
+    accumulate = accumulation_dtype(gate_and_candidate)
     return (
         torch.empty_like(gate_and_candidate, memory_format=torch.contiguous_format),
         states.new_empty(states[:, :1].shape, dtype=accumulate),
@@ -776,7 +779,7 @@ def _second_backward(ctx, *grads):
         inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
         inputs = [t if t is None else t.view_as(t) for t in inputs]
         grad, x, bias, h0 = inputs
-        wide = x.to(_accumulation_dtype(x))
+        wide = x.to(accumulation_dtype(x))
         wide = wide if bias is None else _add_bias(wide, bias)
         start = initial_state(wide, grad[:, :1].shape).requires_grad_() if h0 is None else h0
         states = scan_reference(wide, start, mask, reset)

@@ -815,7 +815,8 @@ def _plan(batch: int, steps: int, channels: int, threads: int) -> tuple[int, int
     return -(-channels // width), width, -(-steps // length), length
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """What the state is kept and summed in: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -835,7 +836,7 @@ def _prepare(
     batch, steps, channels = states.shape
     threads = torch.get_num_threads() if states.numel() >= _SERIAL_ELEMENTS else 1
     blocks, block, pieces, piece = (1, channels, 1, steps) if threads == 1 else _plan(batch, steps, channels, threads)
-    accumulate = _accumulation_dtype(x)
+    accumulate = accumulation_dtype(x)
     rows = 1 if pieces == 1 else pieces + 1
     carry = x.new_empty(2 * rows, batch, channels, dtype=accumulate)
     if h0 is not None:
@@ -885,7 +886,7 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
     kind = x.dtype, dtype, bias is not None
     call = _step_calls.get(kind)
     if call is None:
-        if numba is None or kind not in _VARIANTS or dtype != _accumulation_dtype(x):
+        if numba is None or kind not in _VARIANTS or dtype != accumulation_dtype(x):
             return None
         call = _step_calls[kind] = _compiled_entry(_VARIANTS[kind][0]).call
     shape = x.shape
@@ -1002,7 +1003,7 @@ def numba_backward(
     batch, steps, channels = states.shape
     grad_x = x.new_empty((batch, steps, 2 * channels)) if out is None else out
     if states.numel() == 0:
-        return grad_x, grad.new_zeros((batch, 1, channels), dtype=_accumulation_dtype(x))
+        return grad_x, grad.new_zeros((batch, 1, channels), dtype=accumulation_dtype(x))
     arguments, carry, threads, _alive = _prepare(x, h0, states, mask, reset, bias)
     half = carry.new_full((channels,), _INITIAL_STATE)
     arguments.extend((grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()))
@@ -1014,4 +1015,12 @@ def numba_backward(
     return grad_x, carry[0].unsqueeze(1)
 
 
-__all__ = ["NUMBA_AVAILABLE", "numba_backward", "numba_forward", "numba_step", "numba_supports", "unavailable_reason"]
+__all__ = [
+    "NUMBA_AVAILABLE",
+    "accumulation_dtype",
+    "numba_backward",
+    "numba_forward",
+    "numba_step",
+    "numba_supports",
+    "unavailable_reason",
+]
