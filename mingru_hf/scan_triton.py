@@ -34,7 +34,7 @@ import functools
 import torch
 from torch import Tensor
 
-_OLDEST_TRITON = (3, 0)  # what torch 2.4 came with; below it tl.associative_scan over tuples is unreliable
+_OLDEST_TRITON = (3, 5)  # what torch 2.9 comes with
 
 try:
     import triton
@@ -42,7 +42,7 @@ try:
 
     _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     _import_problem = (
-        None if _version >= _OLDEST_TRITON else f"triton {triton.__version__} is older than 3.0: pip install -U triton"
+        None if _version >= _OLDEST_TRITON else f"triton {triton.__version__} is older than 3.5: pip install -U triton"
     )
 except ImportError as error:
     _import_problem = f"triton is not installed ({error}): pip install triton"
