@@ -5,12 +5,14 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +226,30 @@ def test_epochs_make_steps(args):
     _, result = run(args(max_train_steps=None, num_train_epochs=1.5))
     assert result["step"] == 6
     assert result["epoch"] == 1.5
+
+
+def test_the_speed_is_that_of_the_training_alone(args, monkeypatch):
+    """By a clock that moves a second in every batch, ten in an evaluation and five in a checkpoint."""
+    clock = [0.0]
+
+    def slow(name, seconds):
+        function = getattr(loop, name)
+
+        def run_slowly(*args, **kwargs):
+            clock[0] += seconds
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(loop, name, run_slowly)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    slow("_num_tokens", 1.0)
+    slow("evaluate", 10.0)
+    slow("write_checkpoint", 5.0)
+    choices = {"eval_steps": 1, "checkpointing_steps": "1", "resume_from_checkpoint": "latest"}
+    for steps, seconds in ((1, 1), (3, 3 + 10 + 5)):  # the second goes on from the first; the last pause is never in
+        _, result = run(args(max_train_steps=steps, **choices))
+        assert result["tokens_per_second"] == 4 * 12
+        assert result["train_seconds"] == seconds
 
 
 def test_a_budget_of_seconds_is_kept(args, monkeypatch):
@@ -472,13 +498,26 @@ def test_the_directory_of_another_run_is_refused_and_its_files_stay(args, tmp_pa
     directory = tmp_path / "run"
     directory.mkdir()
     (directory / "notes.txt").write_text("mine")
-    check_output_dir(directory)  # notes are no run
+    (directory / "data").mkdir()
+    (directory / "data" / "README.md").write_text("mine")
+    check_output_dir(directory)  # notes are no run, nor are data
+    for name in ("README.md", "tokenizer.json", "scan.py", "modeling_mingru.py"):
+        (directory / name).write_text("mine")
+        with pytest.raises(ValueError, match=rf"a run writes \({name}\).*--overwrite_output_dir"):
+            start(args())
+        (directory / name).unlink()
     (directory / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds another run \(config.json\).*--overwrite_output_dir"):
         start(args())
-    _, result = run(args(overwrite_output_dir=True))
+    _, result = run(args(overwrite_output_dir=True), processing_class=build_tokenizer("char", ["abcde"]))
     assert result["step"] == 4
-    assert (directory / "notes.txt").read_text() == "mine"
+    assert (directory / "notes.txt").read_text() == (directory / "data" / "README.md").read_text() == "mine"
+    for path in directory.iterdir():  # whatever a run wrote, another one would replace
+        (tmp_path / path.name).mkdir()
+        if path.name not in ("notes.txt", "data"):
+            shutil.copy(path, tmp_path / path.name)
+            with pytest.raises(ValueError, match=re.escape(path.name)):
+                check_output_dir(tmp_path / path.name)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         check_output_dir(tmp_path / "file")

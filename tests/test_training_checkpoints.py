@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Trainer, TrainingArguments
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import ShiftedBlocks, build_tokenizer
@@ -38,8 +38,11 @@ SERVER.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text",
 LETTERS = "abcdefg"
 
 
-def train_counting(output_dir, stream=None, settings=(), **changes):
-    """Train a tiny model with dropout on rows that count up, evaluating and saving all the time."""
+def train_counting(output_dir, stream=None, settings=(), tokenizer=None, config=None, **changes):
+    """Train a tiny model with dropout on rows that count up, evaluating and saving all the time.
+
+    Changes are of TrainArguments or, by their names, of the model's config.
+    """
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would outlive a killed process
     for state in (AcceleratorState, GradientState, PartialState):
@@ -58,17 +61,19 @@ def train_counting(output_dir, stream=None, settings=(), **changes):
         "use_cpu": True,
         "resume_from_checkpoint": "latest",
     }
+    fields = {"hidden_size": 16, "num_hidden_layers": 2, "id2label": {0: "no", 1: "yes"}}
+    fields = {name: changes.pop(name, value) for name, value in fields.items()}
     args = TrainArguments(**(values | changes))
     accelerator = start(args, settings)
     torch.manual_seed(1)
-    config = MinGRUConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2, residual_dropout=0.3)
+    config = config or MinGRUConfig(vocab_size=9, residual_dropout=0.3, **fields)
     starts = torch.arange(20).unsqueeze(1)
     rows = Dataset.from_dict({"input_ids": ((starts + torch.arange(10)) % 7 + 2).tolist()})
-    tokenizer = build_tokenizer("char", [LETTERS])
+    tokenizer = tokenizer or build_tokenizer("char", [LETTERS])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "plot_loss", lambda *args: None)  # most of the time of such small runs
         return train(
-            MinGRUForCausalLM(config),
+            AutoModelForCausalLM.from_config(config),
             stream or rows,
             rows,
             args,
@@ -154,6 +159,11 @@ def curve(output_dir):
     metrics = json.loads((output_dir / "metrics.json").read_text())
     history = [{k: v for k, v in record.items() if k != "seconds"} for record in metrics["history"]]
     return history, metrics["best"]["step"], metrics["final"], metrics["step"]
+
+
+def contents(directory):
+    """Every file's name and bytes."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +258,26 @@ def test_going_on_from_the_checkpoint_before_a_damaged_one(run, whole):
     with pytest.warns(UserWarning, match="no whole checkpoint"):
         train_counting(run)
     assert_same_run(run, whole)
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew(run):
+    """The best weights beside them would be lost."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    del metrics["final"]  # as in a run that was killed
+    metrics["arguments"]["output_dir"] = str(run)
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "checkpoint-18" / "generation_config.json").unlink()
+    (run / "checkpoint-20" / "config.json").write_text("{}")
+    before = contents(run)
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint-20 is no .*config.json is not what.*checkpoint-18 is no .*ation_config.json is missing",
+    ):
+        train_counting(run)
+    assert contents(run) == before
+    for path in checkpoints_in(run):
+        path.rename(run / f"old-{path.name}")
+    assert train_counting(run)["step"] == 20
 
 
 def test_a_full_disk_ends_with_a_clear_error_and_leaves_the_last_checkpoint(tmp_path, whole):
@@ -406,6 +436,38 @@ def test_settings_are_recorded_and_the_fixed_ones_stay(tmp_path, capsys):
     assert "changed: max_train_steps 2 -> 4, cache here -> there" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_the_vocabulary_and_labels_it_began_with(tmp_path):
+    """Their numbers are what the weights know: an edit of the data must not move them."""
+    tokenizer = build_tokenizer("char", [LETTERS])
+    run = {"max_train_steps": 2, "tokenizer": tokenizer, "id2label": {0: "down", 1: "up"}}
+    train_counting(tmp_path / "run", **run)
+    before = contents(tmp_path / "run")
+    run["max_train_steps"] = 4
+    for change, message in (
+        (
+            {"tokenizer": build_tokenizer("char", ["aBcdefg"])},
+            r"other tokens .*2: 'a' there, 'B' here; 3: 'b' there, 'a'",
+        ),
+        ({"tokenizer": build_tokenizer("char", ["abcdef"])}, r"other tokens .*8: 'g' there, None here\)"),
+        ({"id2label": {0: "Up", 1: "down"}}, r"other labels .*0: 'down' there, 'Up' here; 1: 'up' there, 'down' here"),
+        ({"id2label": {0: "down", 1: "up", 2: "left"}}, r"other labels .*2: None there, 'left' here\)"),
+    ):
+        with pytest.raises(SetupError, match=message + ".*go on with the data"):
+            train_counting(tmp_path / "run", **run | change)
+    assert contents(tmp_path / "run") == before
+    assert train_counting(tmp_path / "run", **run)["step"] == 4
+
+
+def test_a_run_goes_on_with_the_model_it_began_with(tmp_path):
+    train_counting(tmp_path / "run", max_train_steps=2)
+    with pytest.raises(SetupError, match=r"another model .*lm_head.weight: \[9, 16\] there, \[9, 24\] here.*config"):
+        train_counting(tmp_path / "run", max_train_steps=4, hidden_size=24)
+    with pytest.raises(SetupError, match=r"another model .*layers.1.* there, None here.*config"):
+        train_counting(tmp_path / "run", max_train_steps=4, num_hidden_layers=1)
+    with pytest.raises(SetupError, match=r"another model \(model_type: 'mingru' there, 'gpt2' here\)"):
+        train_counting(tmp_path / "run", max_train_steps=4, config=GPT2Config(vocab_size=9, n_embd=16, n_head=2))
+
+
 def test_nothing_left_to_do_and_nothing_evaluated_yet(tmp_path):
     train_counting(tmp_path / "first", max_train_steps=4, checkpoints_total_limit=0)
     shutil.copytree(tmp_path / "first" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
@@ -454,6 +516,32 @@ def test_other_runs_and_other_data_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="holds another run"):  # an interrupted one, but not this one
         train_counting(run, learning_rate=0.5)
     assert train_counting(run)["step"] == 20
+
+
+@pytest.mark.parametrize("resume", [None, "latest", "whole"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_checkpoints_of_another_program_stay(resume, overwrite, tmp_path, whole):
+    """transformers' Trainer gives its own checkpoints the same names."""
+    output_dir = tmp_path / "run"
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=9, hidden_size=16, num_hidden_layers=2))
+    rows = [{"input_ids": torch.arange(5), "labels": torch.arange(5)}] * 4
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"}
+    Trainer(model, TrainingArguments(output_dir, max_steps=4, save_steps=2, **options), train_dataset=rows).train()
+    assert "another program" in damage(output_dir / "checkpoint-4")
+    before = contents(output_dir)
+    resume = whole / "checkpoint-20" if resume == "whole" else resume
+    with pytest.raises(ValueError, match=r"checkpoint-4, which this script did not write.*another --output_dir"):
+        train_counting(output_dir, resume_from_checkpoint=resume, overwrite_output_dir=overwrite)
+    assert contents(output_dir) == before
+
+
+def test_only_its_own_checkpoints_are_removed(tmp_path):
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step, (None,), {}, {"best": None}, 1)
+        if step == 1:
+            shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-0")
+            (tmp_path / "checkpoint-0" / "trainer_state.json").write_text('{"global_step": 0}')
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-0", "checkpoint-3"]
 
 
 def test_a_config_edited_beside_it_leaves_a_checkpoint_whole(run):

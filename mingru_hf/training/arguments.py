@@ -63,7 +63,8 @@ class TrainArguments:
     )
     overwrite_output_dir: bool = option(
         False,
-        "write into a directory that holds another run: files of the same name are replaced, none is deleted",
+        "write into a directory that holds another run, or files of names that a run writes: these are replaced, none "
+        "is deleted",
     )
     checkpointing_steps: str | None = option(
         None,

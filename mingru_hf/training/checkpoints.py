@@ -4,25 +4,28 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-RUN_FILES = (
-    "metrics.json",
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-)
 METRICS_FILE = "metrics.json"
 STAGING = ".incomplete"
+
+# What tells of a run or a model in a directory,
+RUN_FILES = (METRICS_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# and what else a run writes: card and curve, tokenizer or processor, and the code that travels with the model.
+OTHER_FILES = (
+    *("README.md", "loss.png", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*processor_config.json"),
+    *sorted(path.name for path in Path(__file__).parents[1].glob("[!_]*.py")),
+)
 
 # A checkpoint is a directory `checkpoint-STEP`: a model as `from_pretrained` loads it, and beside it
 STATE_FILE = "trainer_state.json"  # where the run stood, and the size and checksum of every file
@@ -37,7 +40,7 @@ def check_output_dir(
     resume: str | Path | None = None,
     arguments: dict | None = None,
 ) -> None:
-    """Refuse a directory in which a run would overwrite another's files.
+    """Refuse a directory in which a run would overwrite the files of another run, of another program or of the user.
 
     A run that resumes goes on in the directory of its checkpoint. With `latest` it also starts again in one where
     it was interrupted before its first checkpoint, as metrics.json tells: the same arguments, and no end.
@@ -49,13 +52,20 @@ def check_output_dir(
         arguments: of the run, as metrics.json holds them.
 
     Raises:
-        ValueError: if it holds another run or model and `overwrite` is False, or checkpoints that would be mistaken
-            for those of the new run, or is a file.
+        ValueError: if it holds another run or model, or files of names that a run writes, and `overwrite` is False;
+            or checkpoints of another program, or those that would be mistaken for the new run's; or is a file.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file")
-    checkpoint, there = find_checkpoint(resume, path), checkpoints_in(path)
+    there = checkpoints_in(path)
+    for other in reversed(there):
+        if not _is_ours(other):
+            raise ValueError(
+                f"output_dir {path} holds {other.name}, which this script did not write ({damage(other)}) and cannot "
+                "go on from: choose another --output_dir, or move the checkpoint away"
+            )
+    checkpoint = find_checkpoint(resume, path)
     if checkpoint is not None:
         later = [other for other in there if _step(other) > _step(checkpoint) and damage(other) is None]
         if later or (there and checkpoint.resolve().parent != path.resolve()):
@@ -72,12 +82,40 @@ def check_output_dir(
         )
     elif resume is not None and _is_unfinished(path, arguments or {}):
         return
-    found = [name for name in RUN_FILES if (path / name).exists()]
-    if found and not overwrite:
+    run_files, other_files = (
+        [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
+        for patterns in (RUN_FILES, OTHER_FILES)
+    )
+    if run_files and not overwrite:
         raise ValueError(
-            f"output_dir {path} holds another run ({', '.join(found)}): choose another one, or add "
+            f"output_dir {path} holds another run ({', '.join(run_files)}): choose another one, or add "
             "--overwrite_output_dir to replace its files"
         )
+    if other_files and not overwrite:
+        raise ValueError(
+            f"output_dir {path} holds files of names that a run writes ({', '.join(other_files)}): choose another "
+            "one, or add --overwrite_output_dir to have them replaced"
+        )
+
+
+def check_writable(output_dir: str | Path) -> None:
+    """Find out whether a directory can be made and written; it is left as it was.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    path = Path(output_dir)
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {path} cannot be written ({error}): choose another one") from None
+    finally:
+        for place in missing:
+            with suppress(OSError):  # it could not be made, or another process writes there
+                place.rmdir()
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -165,7 +203,7 @@ def write_checkpoint(
         _sync(output_dir)
     if limit is not None:
         for path in checkpoints_in(output_dir)[:-limit]:
-            if path != target:
+            if path != target and _is_ours(path):
                 _remove(path)
     return target
 
@@ -205,16 +243,24 @@ def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path |
         Its directory; None if none was asked for, or there is none yet.
 
     Raises:
-        ValueError: if the directory is no whole checkpoint.
+        ValueError: if the directory is no whole checkpoint, or there are some and none of them is whole.
     """
     if choice is None:
         return None
     if choice == "latest":
+        damaged = []
         for path in reversed(checkpoints_in(output_dir)):
             reason = damage(path)
             if reason is None:
+                for words in damaged:
+                    warnings.warn(f"{words}: going on from the one before", stacklevel=2)
                 return path
-            warnings.warn(f"{path} is no whole checkpoint ({reason}): looking for the one before", stacklevel=2)
+            damaged.append(f"{path} is no whole checkpoint ({reason})")
+        if damaged:  # to begin anew would cost the best weights, which lie beside them
+            raise ValueError(
+                f"{'; '.join(damaged)}: put back the files as they were, choose another output_dir, or move these "
+                "directories away to begin anew"
+            )
         return None
     reason = damage(Path(choice))
     if reason is not None:
@@ -234,12 +280,14 @@ def damage(checkpoint: str | Path) -> str | None:
     if not checkpoint.is_dir():
         return "no such directory"
     try:
-        files = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["files"]
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
-    except (ValueError, KeyError, TypeError):
-        return f"{STATE_FILE} is cut short"
-    for name, fingerprint in files.items():
+    except ValueError:
+        return f"{STATE_FILE} is not what was written: it is no JSON"
+    if not _lists_files(state):
+        return f"{STATE_FILE} lists no files with their checksums: another program wrote it"
+    for name, fingerprint in state["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
         if _fingerprint(checkpoint / name) != fingerprint:
@@ -298,6 +346,19 @@ def _step(checkpoint: Path) -> int:
     """Read the step off a checkpoint's name; -1 where a user gave it another."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
+
+
+def _lists_files(state: object) -> bool:
+    """Say whether the content of a trainer_state.json is of our form; transformers' Trainer writes another one."""
+    return isinstance(state, dict) and isinstance(state.get("files"), dict)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Say whether `write_checkpoint` wrote a directory, whole or damaged: where in doubt, it did not."""
+    try:
+        return _lists_files(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # missing or cut short: no other program has a file of this name beside it
+        return (checkpoint / TENSORS_FILE).is_file()
 
 
 def _is_unfinished(output_dir: Path, arguments: dict) -> bool:

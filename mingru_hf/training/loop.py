@@ -34,6 +34,7 @@ from .arguments import SetupError, TrainArguments, as_settings, fixed_settings
 from .checkpoints import (
     METRICS_FILE,
     check_output_dir,
+    check_writable,
     find_checkpoint,
     read_checkpoint,
     restore_best,
@@ -44,7 +45,7 @@ from .checkpoints import (
 from .hub import make_repository, push_directory
 from .memory import keep_freed_memory
 from .model_card import write_model_card
-from .models import load_pretrained, prompt_ids
+from .models import load_pretrained, prompt_ids, read_config_file
 from .optim import make_optimizer, make_schedule
 from .plots import plot_loss
 
@@ -60,7 +61,7 @@ class Progress:
     epoch: float | None = 0.0  # None for a stream
     tokens: int = 0
     seconds: float = 0.0  # since the start, interruptions not counted
-    pauses: float = 0.0  # seconds of these for evaluations and checkpoints
+    pauses: float = 0.0  # of these, seconds for evaluations and checkpoints: training took the others
     evaluations: int = 0  # tenths of the run at the last one
     logged_step: int = 0
     best: dict | None = None
@@ -75,8 +76,9 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
         settings: as for `train`.
 
     Raises:
-        ValueError: if `output_dir` holds another run, `resume_from_checkpoint` is no whole checkpoint, or device and
-            precision do not go together, the tracker is not installed, or the launcher shards the model.
+        ValueError: if `output_dir` holds another run or cannot be written, `resume_from_checkpoint` is no whole
+            checkpoint, device and precision do not go together, the tracker is not installed, or the launcher shards
+            the model.
     """
     check_output_dir(
         args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
@@ -106,6 +108,8 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
+    if accelerator.is_main_process:
+        check_writable(args.output_dir)  # now rather than after the data are made
     if args.push_to_hub and accelerator.is_main_process:
         # now rather than after hours of training: no login is an error here
         args.hub_model_id = make_repository(args.hub_name)
@@ -163,7 +167,7 @@ def train(
 
     Raises:
         SetupError: if a dataset is empty, a stream is to be read by epochs, the schedule is impossible, or the
-            checkpoint belongs to another run.
+            checkpoint belongs to another run, or has another vocabulary, other labels or another model.
         FloatingPointError: if the loss is no longer finite.
     """
     streamed = isinstance(train_dataset, IterableDataset)
@@ -201,7 +205,7 @@ def train(
         state, saved = read_checkpoint(checkpoint)
         _check_identity(state["run"], identity, checkpoint)
         now = Progress(**state["progress"])
-        model.load_state_dict(load_pretrained(type(model), checkpoint).state_dict())
+        _load_weights(model, processing_class, checkpoint)
         if is_main and now.best is not None:
             restore_best(checkpoint, output_dir)
         changed = {
@@ -281,7 +285,7 @@ def train(
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / METRICS_FILE, report())  # from now on the directory is this run's
-    began, progress = time.perf_counter() - now.seconds, share()
+    began, progress, pause = time.perf_counter() - now.seconds, share(), 0.0
     bar = tqdm(
         initial=now.seconds if args.max_train_seconds else now.step,
         total=args.max_train_seconds or max_steps,
@@ -309,7 +313,7 @@ def train(
         now.step += 1
 
         # How far are we?
-        now.seconds = _common_seconds(began, args, accelerator)
+        now.seconds, now.pauses = _common_seconds(began, args, accelerator), now.pauses + pause
         now.epoch = None if streamed else round(now.step * examples_per_step / num_examples, 4)
         progress = share()
         done = progress >= 1
@@ -331,7 +335,7 @@ def train(
         bar.update(min(now.seconds, bar.total) - bar.n if args.max_train_seconds else 1)
 
         # Evaluate, and keep the best.
-        pause = time.perf_counter()
+        paused = time.perf_counter()
         due = now.step % args.eval_steps == 0 if args.eval_steps else math.floor(10 * progress) > now.evaluations
         if due or done:
             now.evaluations = math.floor(10 * progress)
@@ -398,7 +402,7 @@ def train(
                         },
                         args.checkpoints_total_limit or None,
                     )
-        now.pauses += time.perf_counter() - pause
+        pause = time.perf_counter() - paused  # counted with the next step, whose seconds hold it
     bar.close()
     if is_main and now.best is None:  # nothing was left to do, and nothing has been evaluated
         save_pretrained(output_dir, model, processing_class)
@@ -615,6 +619,37 @@ def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:
                 f"{checkpoint} belongs to a run with {name.replace('_', ' ')} {saved[name]}, not {value}: go on with "
                 "the same data, seed and per_device_train_batch_size x gradient_accumulation_steps x processes"
             )
+
+
+def _load_weights(model: PreTrainedModel, processing_class: object | None, checkpoint: Path) -> None:
+    """Give a model the weights of a checkpoint, after a look whether they mean the same in both.
+
+    Raises:
+        SetupError: if a label, a token of the vocabulary or the shape of a weight differs.
+    """
+    data = "go on with the data and the tokenizer that the run began with, or train anew in another output_dir"
+    config = "go on with its config_name and config_overrides"
+    types = ({"model_type": t} for t in (read_config_file(checkpoint).get("model_type"), model.config.model_type))
+    _check_same(checkpoint, "another model", *types, config)  # else its weights would be made anew, with a warning
+    saved = load_pretrained(type(model), checkpoint)
+    _check_same(checkpoint, "other labels", saved.config.id2label, model.config.id2label, data)
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        tokenizers = (load_pretrained(type(processing_class), checkpoint), processing_class)
+        tokens = ({number: token for token, number in t.get_vocab().items()} for t in tokenizers)
+        _check_same(checkpoint, "other tokens", *tokens, data)
+    weights = saved.state_dict()
+    shapes = ({name: list(w.shape) for name, w in part.items()} for part in (weights, model.state_dict()))
+    _check_same(checkpoint, "another model", *shapes, config)
+    model.load_state_dict(weights)
+
+
+def _check_same(checkpoint: Path, what: str, saved: dict, present: dict, advice: str) -> None:
+    """Raise a SetupError that names the first differences, if there are any."""
+    differing = [name for name in sorted(saved.keys() | present.keys()) if saved.get(name) != present.get(name)]
+    if differing:
+        examples = "; ".join(f"{n}: {saved.get(n)!r} there, {present.get(n)!r} here" for n in differing[:3])
+        more = f"; {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise SetupError(f"{checkpoint} belongs to a run with {what} ({examples}{more}): {advice}")
 
 
 def _random_state() -> dict:
