@@ -160,6 +160,25 @@ def test_a_dataset_in_the_form_of_trelis_tiny_shakespeare(trelis):
     assert validation == [TEXT[8000:]]
 
 
+def test_a_directory_of_text_files_has_a_document_a_file(tmp_path):
+    """Each as where it is given by itself, with every newline and without a byte order mark."""
+    directory, contents = tmp_path / "texts", [b"\xef\xbb\xbfa\n\nb\n", b"c\r\nd", b"e\n" * 20, b"f\n"]
+    for name, content in zip(("train/a.txt", "train/b.txt", "validation/c.txt", "README.md"), contents, strict=True):
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(content)
+    (directory / "train" / "empty.txt").touch()
+    cache = tmp_path / "cache"
+    train, validation = texts_of(load_text_datasets(str(directory), cache_dir=cache))
+    single = [
+        load_text_datasets(train_file=directory / name, validation_file=directory / name)["train"]["text"][0]
+        for name in ("train/a.txt", "train/b.txt", "validation/c.txt")
+    ]
+    assert train + validation == single == ["a\n\nb\n", "c\r\nd", "e\n" * 20]
+    (directory / "train" / "b.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"b.txt' is not UTF-8 text"):
+        load_text_datasets(str(directory), cache_dir=cache)
+
+
 def test_few_rows_are_split_by_characters(trelis):
     (trelis / "test.csv").unlink()
     train, validation = texts_of(load_text_datasets(str(trelis), validation_split_percentage=60))
@@ -471,6 +490,17 @@ def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
 
 @LEFT_OPEN
 @pytest.mark.usefixtures("collected")
+def test_a_directory_of_text_files_is_a_stream_of_them(tmp_path):
+    for name, content in {"train/a.txt": "a\n\nb\n", "train/b.txt": "c\n", "test/c.txt": "d\ne"}.items():
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(content)
+    stream, validation = load_text_stream(str(tmp_path / "texts"), cache_dir=tmp_path / "cache")
+    assert [row["text"] for row in stream] == ["a\n\nb\n", "c\n"]
+    assert validation["text"][:] == ["d\ne"]
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
 def test_mistakes_with_streams_are_named(documents, tmp_path):
     file, _ = documents
     text = tmp_path / "a.txt"
@@ -479,11 +509,13 @@ def test_mistakes_with_streams_are_named(documents, tmp_path):
         ({"train_file": text}, "cannot be streamed"),
         ({"train_file": file, "text_column_name": "id"}, r"columns of strings \['story'\]"),
         ({"dataset_name": "shakespeare"}, "one text in memory"),
+        ({"train_file": file, "validation_documents": 60}, "takes all 60 documents of .*Lower it"),
+        ({"train_file": file, "validation_documents": 100}, "takes all 60 documents of .*Lower it"),
     ):
         with pytest.raises(ValueError, match=message):
             load_text_stream(**arguments)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_text_stream(train_file=tmp_path / "missing.json")
-    stream, _ = load_text_stream(train_file=file, validation_documents=60)
+    stream, _ = load_text_stream(train_file=file, validation_documents=10)
     with pytest.raises(ValueError, match="holds no token"):
-        next(iter(StreamedBlocks(stream, build_tokenizer("char", ["a"]), 4)))
+        next(iter(StreamedBlocks(stream.filter(lambda row: False), build_tokenizer("char", ["a"]), 4)))

@@ -19,7 +19,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import default_collate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -145,8 +154,8 @@ def load_text_datasets(
 
     Args:
         dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub or a
-            local directory, as `datasets.load_dataset` takes it. It needs a split "train"; the validation
-            split is "validation", or else "test" (as in Trelis/tiny-shakespeare).
+            local directory, as `datasets.load_dataset` takes it; of .txt files each is one document. It needs a
+            split "train"; the validation split is "validation", or else "test" (as in Trelis/tiny-shakespeare).
         dataset_config_name: the dataset's configuration, where it has several.
         train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
             .jsonl, .csv or .parquet, one document a row. Used instead of `dataset_name`.
@@ -196,7 +205,7 @@ def load_text_datasets(
         raw = {"train": Dataset.from_dict({"text": [load_shakespeare()]})}
         source = SHAKESPEARE
     else:
-        raw = load_dataset(dataset_name, dataset_config_name, cache_dir=_as_string(cache_dir))
+        raw = _load_named(dataset_name, dataset_config_name, cache_dir)
         source = dataset_name
     if "train" not in raw:
         raise ValueError(f"{source} has the splits {sorted(raw)}, expected one named 'train'. Give its files instead.")
@@ -241,7 +250,8 @@ def load_text_stream(
 
     Raises:
         FileNotFoundError: if a file, or the dataset, does not exist.
-        ValueError: if the source has no documents to stream, or the text column cannot be found.
+        ValueError: if the source has no documents to stream, or none beside those to validate on, or the text
+            column cannot be found.
     """
     if train_file is not None:
         loader = LOADERS.get(Path(train_file).suffix.lower())
@@ -260,7 +270,7 @@ def load_text_stream(
     elif dataset_name in (None, SHAKESPEARE):
         raise ValueError("The packaged plays are one text in memory. Leave streaming out, or give another source.")
     else:
-        raw = load_dataset(dataset_name, dataset_config_name, streaming=True, cache_dir=_as_string(cache_dir))
+        raw = _load_named(dataset_name, dataset_config_name, cache_dir, streaming=True)
         source = dataset_name
     if "train" not in raw:
         raise ValueError(f"{source} has the splits {sorted(raw)}, expected one named 'train'. Give its files instead.")
@@ -271,6 +281,11 @@ def load_text_stream(
         return train, _text_column(held_out, text_column_name, str(validation_file))
     if held_out is None:
         held_out, train = train.take(validation_documents), train.skip(validation_documents)
+        if next(iter(train), None) is None:
+            raise ValueError(
+                f"validation_documents is {validation_documents}, which takes all {len(list(held_out))} documents of "
+                f"{source}, expected some left to train on. Lower it, or give validation data of its own."
+            )
     else:
         held_out = _stream_of_text(held_out, text_column_name, source).take(validation_documents)
     return train, Dataset.from_dict({"text": [row["text"] for row in held_out]})
@@ -296,6 +311,30 @@ def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> I
 
 def _as_string(path: str | Path | None) -> str | None:
     return None if path is None else str(path)
+
+
+def _load_named(
+    name: str, config_name: str | None, cache_dir: str | Path | None, streaming: bool = False
+) -> dict[str, Dataset | IterableDataset]:
+    """Load a dataset of the Hub or a local directory; a .txt file is one document, as where it is given by itself.
+
+    `datasets` would make a document of each line, without its newline.
+    """
+    place = _as_string(cache_dir)
+    builder = load_dataset_builder(name, config_name, cache_dir=place)
+    if builder.name != "text":
+        return load_dataset(name, config_name, streaming=streaming, cache_dir=place)
+    splits = builder.config.data_files
+    if streaming or not all(
+        Path(file).is_file() and file.endswith(".txt") for files in splits.values() for file in files
+    ):
+        options = {"sample_by": "document", "encoding": "utf-8-sig"}
+        return load_dataset(name, config_name, streaming=streaming, cache_dir=place, **options)
+    texts = {
+        str(split): [_load_file(file, "dataset_name", place)["text"][0] for file in files if Path(file).stat().st_size]
+        for split, files in splits.items()
+    }
+    return {split: Dataset.from_dict({"text": text}, Features(text=Value("string"))) for split, text in texts.items()}
 
 
 def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
