@@ -67,7 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
         videos = data_args.load(args.seed)
         if args.split not in videos:
-            raise ValueError(f"{data_args.dataset_name} has the splits {', '.join(videos)}, but no {args.split}")
+            raise ValueError(
+                f"{data_args.dataset_name} has the splits {', '.join(videos)}, but no {args.split}: give --split "
+                f"{'validation' if 'validation' in videos else next(iter(videos))}, or a {args.split} directory"
+            )
         names = videos[args.split].features["label"].names
         if list(model.config.id2label.values()) != names:
             raise ValueError(f"{args.model_name_or_path} was trained on other classes than {data_args.dataset_name}")

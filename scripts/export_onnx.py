@@ -7,6 +7,7 @@ Both are made of standard operators: the recurrence is a Scan over the prompt an
 step. The state goes from one call to the next in inputs and outputs of its own: see `generate` in this file.
 """
 
+import importlib.util
 import warnings
 from pathlib import Path
 
@@ -72,6 +73,10 @@ def generate(output_dir: str | Path, input_ids: np.ndarray, max_new_tokens: int)
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     with parser.user_errors():
+        packages = ["onnx", "onnxscript"] + ["onnxruntime"] * (args.prompt is not None)
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ImportError(f"the export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).float().eval()
         tokenizer = None if args.prompt is None else load_pretrained(AutoTokenizer, args.model_name_or_path)
         export(model, args.output_dir)

@@ -53,7 +53,10 @@ def parse_args(argv: list[str] | None):
         if args.prompt_file is not None:
             if not Path(args.prompt_file).is_file():
                 raise FileNotFoundError(f"no such prompt file: {args.prompt_file}")
-            args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+            try:
+                args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"prompt_file {args.prompt_file} is not UTF-8 text: {error}") from None
     return parser, args
 
 

@@ -37,7 +37,7 @@ class StreamArguments:
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
     video: str = option(MISSING, "a file, or the name of a camera's device", group="video")
     camera: bool = option(False, "video is a camera")
-    frame_stride: int | None = option(None, "take one frame of so many; default: as the model was trained")
+    frame_stride: int | None = option(None, "take one frame of so many; default: as the model's processor does")
     max_frames: int | None = option(None, "stop after so many frames of the video")
     output_file: str | None = option(None, "write the annotated video (.mp4), or a strip of frames (.png), here")
     top_k: int = option(1, "classes to print after each frame")
@@ -101,15 +101,33 @@ def annotate(frame: np.ndarray, text: str) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def watch(watcher: Watcher, container, args: StreamArguments, stride: int) -> Iterator[tuple]:
+def trained_stride(processor, rate: float | None) -> float:
+    """Give the stride of the clips that a processor makes of a video of `rate` frames a second (None: not known).
+
+    Raises:
+        ValueError: if the clips have a rate of their own, and the video's is not known.
+    """
+    if processor.fps is None:
+        return processor.frame_stride
+    if not rate:
+        raise ValueError(
+            f"the model takes {processor.fps} frames a second, and the video does not say how many it has: give "
+            "--frame_stride"
+        )
+    return max(1.0, float(rate) / processor.fps)
+
+
+def watch(watcher: Watcher, container, args: StreamArguments, stride: float) -> Iterator[tuple]:
     """Show the frames one after another; yields (number, frame, probabilities, line), and prints the line.
 
-    Frames between those that are shown carry the prediction before them.
+    Frames between those that are shown carry the prediction before them. A stride with a fraction is rounded down
+    frame by frame, as in a clip.
     """
     names = watcher.model.config.id2label
-    began, number = time.perf_counter(), -1
+    began, number, shown = time.perf_counter(), -1, 0
     for number, frame in enumerate(read_frames(container, args.max_frames)):
-        if number % stride == 0:
+        if number == int(shown * stride + 1e-6):
+            shown += 1
             probabilities = watcher.see(frame)
             best = probabilities.topk(min(args.top_k, len(names)))
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -118,6 +136,27 @@ def watch(watcher: Watcher, container, args: StreamArguments, stride: int) -> It
         yield number, frame, probabilities, line
     if number >= 0:
         print(f"{(number + 1) / (time.perf_counter() - began):.1f} frames/s", file=sys.stderr)
+
+
+def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.ndarray], torch.Tensor]:
+    """Keep frames of a stream, however long it is: every n-th, where n doubles when `limit` of them are kept.
+
+    Args:
+        seen: what `watch` yields.
+        limit: of the frames kept.
+
+    Returns:
+        Frames (H, W, 3) by their number, fewer than `limit`, and the probabilities (T, classes).
+    """
+    frames, courses, every = {}, [], 1
+    for number, frame, probabilities, _ in seen:
+        courses.append(probabilities)
+        if number % every == 0:
+            frames[number] = frame
+        if len(frames) == limit:
+            every *= 2
+            frames = {number: frame for number, frame in frames.items() if number % every == 0}
+    return frames, torch.stack(courses)
 
 
 def plot_strip(frames: dict[int, np.ndarray], courses: torch.Tensor, names: dict[int, str], path: Path) -> None:
@@ -157,13 +196,14 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{output_file} exists: choose another output_file")
         try:
             container = av.open(args.video, format=CAMERAS.get(sys.platform) if args.camera else None)
-            rate = container.streams.video[0].average_rate or 25
+            rate = container.streams.video[0].average_rate
         except (av.FFmpegError, IndexError) as error:
             raise ValueError(f"{args.video} cannot be read as a video: {error}") from None
+        stride = args.frame_stride or trained_stride(processor, rate)
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
     watcher = Watcher(model, processor, device)
     with container:
-        seen = watch(watcher, container, args, args.frame_stride or round(processor.frame_stride))
+        seen = watch(watcher, container, args, stride)
         if output_file is None:
             for _ in seen:
                 pass
@@ -171,15 +211,9 @@ def main(argv: list[str] | None = None) -> None:
         output_file.parent.mkdir(parents=True, exist_ok=True)
         staging = output_file.with_name(f".incomplete-{output_file.name}")
         if output_file.suffix == ".mp4":
-            write_video(staging, (annotate(frame, line) for _, frame, _, line in seen), fps=rate)
+            write_video(staging, (annotate(frame, line) for _, frame, _, line in seen), fps=rate or 25)
         else:
-            frames, courses = {}, []
-            for number, frame, probabilities, _ in seen:
-                courses.append(probabilities)
-                frames[number] = frame
-                if len(frames) == 64:  # thin them out: a stream may be long
-                    frames = dict(list(frames.items())[::2])
-            plot_strip(frames, torch.stack(courses), model.config.id2label, staging)
+            plot_strip(*keep_evenly(seen), model.config.id2label, staging)
         os.replace(staging, output_file)
     print(f"written to {output_file}", file=sys.stderr)
 

@@ -83,7 +83,20 @@ def parse_args(
 
 
 def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
-    """Load or make the model for the classes `names`, and its processor."""
+    """Load or make the model for the classes `names`, its backbone frozen if that is asked for, and its processor.
+
+    Raises:
+        ValueError: if a checkpoint knows other classes, or there is no backbone to freeze.
+    """
+    model, processor = _load_model(model_args, clip_args, names)
+    if model_args.freeze_backbone:
+        if not hasattr(model.base_model, "freeze_backbone"):
+            raise ValueError(f"freeze_backbone: a {model.config.model_type} has no backbone that can be frozen")
+        model.base_model.freeze_backbone()
+    return model, processor
+
+
+def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
     id2label = dict(enumerate(names))
     if model_args.model_name_or_path is not None:
         processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
@@ -95,8 +108,6 @@ def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list
             )
         return model, processor
     values = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
-    if model_args.freeze_backbone:
-        values["freeze_backbone"] = True
     config = make_config(model_args.config_name, model_args.config_overrides, **values)
     if clip_args.num_frames is not None:
         config.num_frames = clip_args.num_frames

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,27 @@ def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, ca
     assert "invalid int value" in error_of(capsys, *train, "--max_train_steps", "many")
     assert "required: --output_dir" in error_of(capsys, "train_causal_lm")
     assert not (tmp_path / "run").exists()
+    nowhere = error_of(capsys, "train_causal_lm", "--output_dir", empty / "run", "--train_file", "missing.txt")
+    assert f"output_dir {empty / 'run'} cannot be written" in nowhere
+
+
+def test_a_run_does_not_go_on_with_another_text(text_file, tmp_path, capsys):
+    """An edit that keeps the number of blocks moves the numbers of the tokens."""
+    edited = tmp_path / "edited.txt"
+    edited.write_text(TEXT.replace("dog", "dög"))
+    for kind in ("char", "bpe"):
+        train = ("train_causal_lm", "--output_dir", tmp_path / kind, "--tokenizer_name", kind, *TINY, *FAST)
+        train += ("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
+        train += ("--vocab_size", 300) if kind == "bpe" else ()
+        call(*train, "--train_file", text_file, "--max_train_steps", 2)
+        kept = (tmp_path / kind / "tokenizer.json").read_bytes()
+        if kind == "char":
+            error = error_of(capsys, *train, "--train_file", edited, "--max_train_steps", 4)
+            assert "checkpoint-2 belongs to a run with other tokens" in error
+            assert "None there, 'ö' here" in error
+        call(*train, "--train_file", text_file, "--max_train_steps", 4)
+        assert json.loads((tmp_path / kind / "metrics.json").read_text())["step"] == 4
+        assert (tmp_path / kind / "tokenizer.json").read_bytes() == kept
 
 
 # ---- generate_text ----
@@ -258,6 +280,8 @@ def test_generation_of_several_texts_from_nothing(trained, capsys):
 def test_mistakes_in_generation_end_with_one_line(trained, tmp_path, capsys):
     generate = ("generate_text", "--model_name_or_path", trained)
     assert "no such prompt file" in error_of(capsys, *generate, "--prompt_file", tmp_path / "missing.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "latin.txt is not UTF-8" in error_of(capsys, *generate, "--prompt_file", tmp_path / "latin.txt")
     assert "not allowed with" in error_of(capsys, *generate, "--prompt_file", "a", "--prompt", "b")
     assert "temperature must be" in error_of(capsys, *generate, "--temperature", -1)
     assert "temperature 0" in error_of(capsys, *generate, "--temperature", 0, "--num_return_sequences", 2)
@@ -393,6 +417,29 @@ def test_a_pretrained_backbone_stays_as_it_is_when_frozen(shapes, tmp_path):
     assert AutoVideoProcessor.from_pretrained(tmp_path / "more").num_frames == 4
 
 
+def test_the_backbone_of_a_checkpoint_is_frozen_too(video_model, shapes, tmp_path):
+    more = ("--model_name_or_path", video_model, "--output_dir", tmp_path / "more", "--freeze_backbone", "--use_cpu")
+    steps = ("--max_train_steps", 2, "--learning_rate", 0.01, "--dataloader_num_workers", 0)
+    call("train_video_classification", "--dataset_name", shapes, "--cache_dir", tmp_path / "cache", *more, *steps)
+    before, after = (AutoModelForVideoClassification.from_pretrained(d) for d in (video_model, tmp_path / "more"))
+    assert after.config.freeze_backbone
+    for name, value in after.model.backbone.state_dict().items():
+        torch.testing.assert_close(value, before.model.backbone.state_dict()[name], rtol=0, atol=0)
+    assert not all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_a_run_does_not_go_on_with_other_classes(shapes, tmp_path, capsys):
+    shutil.copytree(shapes, tmp_path / "shapes")
+    train = ("train_video_classification", "--dataset_name", tmp_path / "shapes", "--cache_dir", tmp_path / "cache")
+    train += ("--output_dir", tmp_path / "run", "--checkpointing_steps", 1, *TINY_VIDEO)
+    call(*train, "--max_train_steps", 1)
+    for split in ("train", "validation", "test"):
+        (tmp_path / "shapes" / split / "left").rename(tmp_path / "shapes" / split / "west")
+    error = error_of(capsys, *train, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-1 belongs to a run with other labels" in error
+    assert "'left' there" in error
+
+
 def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_path, capsys, caplog):
     test = ("evaluate_video_classification", "--model_name_or_path", video_model, "--dataset_name", shapes)
     machine = (
@@ -459,6 +506,42 @@ def test_a_stream_ends_where_the_whole_clip_does(video_model, shapes, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png"]
 
 
+def test_a_strip_spans_a_long_video_evenly():
+    script = load("stream_video")
+    for length in (1, 63, 64, 1000, 100_000):
+        seen = ((number, number, torch.tensor([number]), "") for number in range(length))
+        frames, courses = script.keep_evenly(seen)
+        numbers = list(frames)
+        every = numbers[1] if length > 1 else 1
+        assert numbers == list(range(0, length, every))
+        assert len(numbers) <= 64
+        assert every <= max(1, length / 31)
+        assert courses.flatten().tolist() == list(range(length))
+
+
+def test_a_stream_has_the_rate_of_the_models_clips(video_model, shapes, tmp_path, capsys):
+    shutil.copytree(video_model, tmp_path / "model")
+    processor = AutoVideoProcessor.from_pretrained(video_model)
+    path = shapes / "test" / "left" / "000000.mp4"
+    with pytest.importorskip("av").open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate)
+    stream = ("stream_video", "--model_name_or_path", tmp_path / "model", "--video", path, "--use_cpu")
+    for changes, expected in (
+        ({"fps": rate / 2}, [0, 2, 4]),
+        ({"fps": rate / 1.5}, [0, 1, 3, 4]),
+        ({"fps": None, "frame_stride": 2.5}, [0, 2, 5]),
+    ):
+        for name, value in changes.items():
+            setattr(processor, name, value)
+        processor.save_pretrained(tmp_path / "model")
+        call(*stream)
+        out = capsys.readouterr().out
+        assert [line.split(":")[0] for line in out.splitlines()] == [f"frame {number}" for number in expected]
+    processor.fps = 5
+    with pytest.raises(ValueError, match="give --frame_stride"):
+        load("stream_video").trained_stride(processor, None)
+
+
 def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("UCF101_PATH", raising=False)
     cache = ("--cache_dir", tmp_path / "cache")
@@ -476,11 +559,20 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     for name in ("left", "right"):
         shutil.copytree(shapes / "test" / name, tmp_path / "two" / name)
     assert "other classes" in error_of(capsys, *test, "--dataset_name", tmp_path / "two", "--split", "train")
+    assert "no test: give --split validation" in error_of(capsys, *test, "--dataset_name", tmp_path / "two")
     assert "clips_per_video" in error_of(capsys, *test, "--clips_per_video", 0)
     stream = ("stream_video", "--model_name_or_path", video_model)
     assert "cannot be read" in error_of(capsys, *stream, "--video", shapes / "train" / "up" / "000002.mp4")
     assert "must end in .mp4 or .png" in error_of(capsys, *stream, "--video", "a.mp4", "--output_file", "a.gif")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_export_says_what_to_install(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
+    monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(__spec__=SimpleNamespace(name="onnx")))
+    export = ("export_onnx", "--model_name_or_path", "any", "--output_dir", "any")
+    assert "pip install onnxscript" in error_of(capsys, *export)
 
 
 # ---- all of them, in processes of their own ----
