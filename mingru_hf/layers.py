@@ -26,14 +26,12 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     dtype = gate_and_candidate.dtype
     if torch.jit.is_scripting():
         states = scan_reference(gate_and_candidate, h0)
-    elif dtype.itemsize == 2 and (gate_and_candidate.shape[1] == 1 or not torch.is_grad_enabled()):
-        states = mingru_scan(gate_and_candidate, h0, dtype=torch.float32)
-    else:  # in training the memory of all states in float32 would be dear
-        states = mingru_scan(gate_and_candidate, h0)
+    else:
+        states = mingru_scan(gate_and_candidate, h0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     last = states[:, -1:]
-    if last.dtype == torch.bfloat16 or last.dtype == torch.float16:
-        last = last.float()
-    return states.to(dtype), last
+    if states.dtype == dtype:
+        return states, last
+    return states.to(dtype), last.clone()  # not a slice, which would keep the memory of all the states
 
 
 def _check_sequence(x: Tensor, input_size: int) -> None:

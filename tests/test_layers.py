@@ -172,21 +172,24 @@ def test_bfloat16_layer_scripts():
 @pytest.mark.parametrize("make", [mingru.MinGRU, mingru.MinGRUCell])
 @pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=script)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_steps_in_16_bits_keep_a_slow_state(make, scripted, autocast):
+@pytest.mark.parametrize("training", [False, True])
+def test_pieces_in_16_bits_keep_a_slow_state(make, scripted, autocast, training):
     """The state comes back unrounded: in bfloat16 it would stop where a step changes it by less than 0.4 %."""
     rnn = mingru.spread_memory_(make(3, 16), 1024)
     x = torch.randn(1, 1500, 3)
     if not autocast:
         rnn, x = rnn.bfloat16(), x.bfloat16()
     rnn = torch.jit.script(rnn) if scripted else rnn
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, last = rnn(x)
         h, outs = None, []
-        for step in x.split(1, dim=1):
+        for step in x.split(2 if training else 1, dim=1):
+            h = None if h is None else [state.detach() for state in h]
             out, h = rnn(step, h)
             outs.append(out)
     assert expected.dtype == out.dtype == torch.bfloat16
     assert last[0].dtype == h[0].dtype == torch.float32
+    assert last[0].untyped_storage().nbytes() == 4 * last[0].numel()
     torch.testing.assert_close(h, last, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=2.0**-7, atol=0)
 
