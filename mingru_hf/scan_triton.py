@@ -161,16 +161,17 @@ def _advance(carry, less, drive, state, low, HAS_RESET: tl.constexpr):
 
 
 @_jit
-def _append(total_carry, total_less, total_drive, carry, less, drive, HAS_RESET: tl.constexpr):
-    """The map of all tiles so far and then one more."""
-    total_drive = _apply(carry, less, drive, total_drive, HAS_RESET)
+def _append(total_carry, total_less, total_drive, low, carry, less, drive, HAS_RESET: tl.constexpr):
+    """The map of all tiles so far and then one more; `low` is what rounding has left out of the drive."""
+    total_drive, low = _advance(carry, less, drive, total_drive, low, HAS_RESET)
     forgets = (carry < 0) | (total_carry < 0)
     total_less = total_carry * less + total_less
-    # As long as it has them, `less` knows the digits that a long product has lost.
-    total_carry = tl.where(total_less <= 0.5, 1.0 - total_less, total_carry * carry)
+    # As long as it has them, `less` knows the digits that a long product loses.
+    product = tl.where(carry >= 0.5, total_carry - total_carry * less, total_carry * carry)
+    total_carry = tl.where(total_less <= 0.5, 1.0 - total_less, product)
     if HAS_RESET:
         total_carry = tl.where(forgets, -1.0, total_carry)
-    return total_carry, total_less, total_drive
+    return total_carry, total_less, total_drive, low
 
 
 @_jit
@@ -367,6 +368,7 @@ def _forward_summary_kernel(
     total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
     total_less = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
     for t_0 in range(start, stop, BLOCK_T):
@@ -376,8 +378,8 @@ def _forward_summary_kernel(
             HAS_MASK, HAS_RESET, ACCUMULATE,
         )  # fmt: skip
         carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        total_carry, total_less, total_drive = _append(
-            total_carry, total_less, total_drive,
+        total_carry, total_less, total_drive, low = _append(
+            total_carry, total_less, total_drive, low,
             _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
         )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
@@ -525,8 +527,8 @@ def _backward_kernel(
             step_carry = tl.where(forget, -1.0, step_carry)
         # The map from this tile's end to the state before it.
         carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
-        carry, less, drive = _append(
-            carry, less, drive, _last(step_carry, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
+        carry, less, drive, _ = _append(
+            carry, less, drive, 0.0, _last(step_carry, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
         )
         flow, low = _advance(carry, less, drive, flow, low, HAS_RESET)
 
@@ -578,6 +580,7 @@ def _backward_summary_kernel(
     total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
     total_less = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+    low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
     num_tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
@@ -593,8 +596,8 @@ def _backward_summary_kernel(
         if HAS_RESET:
             drive = tl.where(carry < 0, 0.0, drive)
         carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        total_carry, total_less, total_drive = _append(
-            total_carry, total_less, total_drive,
+        total_carry, total_less, total_drive, low = _append(
+            total_carry, total_less, total_drive, low,
             _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
         )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
