@@ -13,18 +13,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from .linear import CONVOLUTION_IS_FASTER, linear
-from .observers import is_observed
-
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
-
+from .observers import has_global_hooks, is_observed
 
 # Parameters are looked up where they are registered; a wrapper that has taken them from there (FSDP) is asked itself.
 
@@ -94,7 +85,7 @@ def is_plain(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own
-        or any(_GLOBAL_HOOKS)
+        or has_global_hooks()
     )
 
 
@@ -145,7 +136,7 @@ def choose_call(tokens: Tensor | None) -> Callable:
         and tokens.shape[1] == 1
         and not torch.is_grad_enabled()
         and not is_observed()
-        and not any(_GLOBAL_HOOKS)
+        and not has_global_hooks()
     ):
         return direct_call
     return module_call

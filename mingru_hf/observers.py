@@ -11,8 +11,20 @@ import torch
 try:
     from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
     from torch.autograd import forward_ad
+    from torch.nn.modules.module import (
+        _global_backward_hooks,
+        _global_backward_pre_hooks,
+        _global_forward_hooks,
+        _global_forward_pre_hooks,
+    )
     from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
+    _GLOBAL_HOOKS = (
+        _global_forward_hooks,
+        _global_forward_pre_hooks,
+        _global_backward_hooks,
+        _global_backward_pre_hooks,
+    )
     _DIFFERENTIATING = TransformType.Grad, TransformType.Jvp
     _KNOWN = isinstance(forward_ad._current_level, int)
 except (ImportError, AttributeError):
@@ -40,9 +52,14 @@ def is_observed() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform() or is_in_torch_dispatch_mode()
 
 
+def has_global_hooks() -> bool:
+    """Whether a hook may be called at every module's forward or backward pass."""
+    return not _KNOWN or any(_GLOBAL_HOOKS)
+
+
 def without_modes() -> contextlib.AbstractContextManager:
     """A context in which no mode changes what operators do."""
     return _disable_current_modes() if _KNOWN else contextlib.nullcontext()
 
 
-__all__ = ["differentiates_in_transform", "in_transform", "is_observed", "without_modes"]
+__all__ = ["differentiates_in_transform", "has_global_hooks", "in_transform", "is_observed", "without_modes"]
