@@ -147,6 +147,9 @@ def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.nd
 
     Returns:
         Frames (H, W, 3) by their number, fewer than `limit`, and the probabilities (T, classes).
+
+    Raises:
+        ValueError: if there is no frame.
     """
     frames, courses, every = {}, [], 1
     for number, frame, probabilities, _ in seen:
@@ -156,6 +159,8 @@ def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.nd
         if len(frames) == limit:
             every *= 2
             frames = {number: frame for number, frame in frames.items() if number % every == 0}
+    if not courses:
+        raise ValueError("the video holds no frame")
     return frames, torch.stack(courses)
 
 

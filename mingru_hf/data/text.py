@@ -318,7 +318,8 @@ def _load_named(
 ) -> dict[str, Dataset | IterableDataset]:
     """Load a dataset of the Hub or a local directory; a .txt file is one document, as where it is given by itself.
 
-    `datasets` would make a document of each line, without its newline.
+    `datasets` would make a document of each line, without its newline. (Where it reads the files all the same, in
+    streams and from the Hub, every newline becomes "\\n".)
     """
     place = _as_string(cache_dir)
     builder = load_dataset_builder(name, config_name, cache_dir=place)
