@@ -180,6 +180,29 @@ def test_long_sequences_keep_their_precision(backend, bias, scale, steps):
     assert error_over_largest(grad_h0, expected[2]) <= largest
 
 
+@pytest.mark.parametrize("pieces", [1, 40, 250])
+@pytest.mark.parametrize("kind", ["below the bound", "above it", "masked between", "with a period"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_long_memory_is_noticed(backend, kind, pieces):
+    """The torch scan looks at a few gates to tell whether float32 is enough."""
+    steps = 20_000
+    x, h0, _, _ = make_inputs(1, steps, 2, scale=1.0)
+    x[..., :2], mask = {"below the bound": -4.86, "above it": -4.84}.get(kind, -9.0), None
+    if kind == "masked between":
+        mask = torch.arange(steps)[None] % 16 != 0
+        x[:, ::16, :2] = 3.0
+    if kind == "with a period":
+        x[:, ::16, :2] = -5.0
+    with torch.no_grad():
+        expected, states, state = scan_reference(x.double(), h0.double(), mask), [], h0
+        for first in range(0, steps, steps // pieces):
+            part = slice(first, first + steps // pieces)
+            kept = None if mask is None else mask[:, part]
+            states.append(mingru_scan(x[:, part], state, kept, backend=backend))
+            state = states[-1][:, -1:]
+    assert relative_error(torch.cat(states, dim=1), expected) <= FLOAT32_RELATIVE
+
+
 @pytest.mark.parametrize("flags", ["", "mask"])
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, -6.0), (0.0, 0.0)])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -275,6 +298,9 @@ def test_derivatives_by_torch_func_and_in_forward_mode(monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, h0)).tangent, expected)
+    # Not a derivative of zero from a kernel that cannot be seen into.
+    with pytest.raises(ValueError, match=r"'torch' cannot run here: torch.func and forward mode cannot see into it"):
+        torch.func.jvp(lambda x: loss(x, h0, "torch"), (x,), (tangent,))
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -347,6 +373,10 @@ def test_not_even_nan_crosses_a_reset(backend):
     torch.testing.assert_close([states[:, 12:], grad_x[:, 12:]], [clean[0][:, 12:], clean[1][:, 12:]], rtol=0, atol=0)
     bad_future[:, 20] = float("nan")
     _, grad_x, grad_h0 = run(x, h0, None, reset, bad_future, mingru_scan, backend=backend)
+    torch.testing.assert_close([grad_x[:, :12], grad_h0], [clean[1][:, :12], clean[2]], rtol=0, atol=0)
+    bad_start = x.clone()
+    bad_start[:, 12] = float("nan")  # the step of the reset itself
+    _, grad_x, grad_h0 = run(bad_start, h0, None, reset, weight, mingru_scan, backend=backend)
     torch.testing.assert_close([grad_x[:, :12], grad_h0], [clean[1][:, :12], clean[2]], rtol=0, atol=0)
 
 
