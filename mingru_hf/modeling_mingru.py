@@ -40,26 +40,6 @@ from .observers import in_transform
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
 
 
-def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
-    """The starts of documents (B, T), moved from padding to the document's first real token where `mask` has one."""
-    if mask is None:
-        return starts
-    document = starts.long().cumsum(1)
-    last_seen = (document * mask).cummax(1).values  # of the real tokens up to each place
-    return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
-
-
-def _loss_over_items(
-    loss: Callable, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs
-) -> Tensor:
-    """The mean loss; over the items of all the micro-batches of an update, if a trainer counts them."""
-    if num_items_in_batch is None:
-        return loss(logits, labels)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return loss(logits, labels, reduction="sum") / num_items_in_batch
-
-
 def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
     if config.norm_type == "layer_norm":
         return nn.LayerNorm(size, eps=config.norm_eps, bias=bias)
@@ -347,6 +327,15 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         memory = getattr(module, "initial_memory", 1)
         if memory > 1:
             init.copy_(module.bias, draw_memory_(torch.empty_like(module.bias), memory))
+
+
+def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
+    """The starts of documents (B, T), moved from padding to the document's first real token where `mask` has one."""
+    if mask is None:
+        return starts
+    document = starts.long().cumsum(1)
+    last_seen = (document * mask).cummax(1).values  # of the real tokens up to each place
+    return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
 @calls_directly
@@ -705,6 +694,21 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if call is direct_call:
             return direct_output(CausalLMOutputWithPast, **fields)
         return CausalLMOutputWithPast(**fields)
+
+
+def _loss_over_items(
+    loss: Callable, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs
+) -> Tensor:
+    """The mean loss of logits and labels, as `loss` takes them: a scalar.
+
+    With `num_items_in_batch` it is the sum over these, divided by what a trainer counts in all the micro-batches of an
+    update, so that their losses add up to the mean.
+    """
+    if num_items_in_batch is None:
+        return loss(logits, labels)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return loss(logits, labels, reduction="sum") / num_items_in_batch
 
 
 class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
