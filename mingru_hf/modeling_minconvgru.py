@@ -26,6 +26,7 @@ from transformers.utils.import_utils import is_tracing
 from .configuration_minconvgru import MinConvGRUConfig
 from .layers import MinConv2dGRULayer
 from .loading import LoadingMixin
+from .losses import classification_loss
 from .scan import mingru_scan
 
 # What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's.
@@ -582,7 +583,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         logits = self._classify(outputs.pooler_output)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = classification_loss(logits, labels, self.config, **kwargs)
         return MinConvGRUVideoClassifierOutput(
             loss=loss,
             logits=logits,

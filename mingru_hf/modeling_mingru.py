@@ -33,9 +33,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_mingru import MinGRUCacheLayer
 from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
-from .head_loss import head_loss
 from .linear import linear
 from .loading import LoadingMixin
+from .losses import classification_loss, head_loss
 from .observers import in_transform
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
 
@@ -674,12 +674,13 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         }
         call = choose_call(input_ids if inputs_embeds is None else inputs_embeds)
         modules = self._modules
-        model, between = modules["model"], None
+        model, all_hidden_states = modules["model"], None
         if call is direct_call and not kwargs and is_plain(model) and not self.config.output_hidden_states:
             hidden_states, cache = model.run(call, **arguments)
         else:
             outputs = model(**arguments, return_dict=True, **kwargs)
-            hidden_states, cache, between = outputs.last_hidden_state, outputs.cache, outputs.hidden_states
+            hidden_states, cache = outputs.last_hidden_state, outputs.cache
+            all_hidden_states = outputs.hidden_states
         if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < hidden_states.shape[1]:
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
         loss = logits = None
@@ -690,25 +691,10 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         fields = {"loss": loss, "logits": None if skip_logits else logits, "cache": cache}
-        fields |= {"hidden_states": between, "attentions": None}
+        fields |= {"hidden_states": all_hidden_states, "attentions": None}
         if call is direct_call:
             return direct_output(CausalLMOutputWithPast, **fields)
         return CausalLMOutputWithPast(**fields)
-
-
-def _loss_over_items(
-    loss: Callable, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs
-) -> Tensor:
-    """The mean loss of logits and labels, as `loss` takes them: a scalar.
-
-    With `num_items_in_batch` it is the sum over these, divided by what a trainer counts in all the micro-batches of an
-    update, so that their losses add up to the mean.
-    """
-    if num_items_in_batch is None:
-        return loss(logits, labels)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return loss(logits, labels, reduction="sum") / num_items_in_batch
 
 
 class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
@@ -768,7 +754,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state[rows, last]))  # (B, num_labels)
         loss = None
         if labels is not None:
-            loss = self._loss(logits, labels.to(logits.device), **kwargs)
+            loss = classification_loss(logits, labels, self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
@@ -783,22 +769,6 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         if batch > 1 and input_ids is not None:
             raise ValueError("Cannot tell where each row ends: pass an attention_mask, or set config.pad_token_id.")
         return columns[-1].expand(batch)
-
-    def _loss(self, logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
-        problem = self.config.problem_type
-        if problem is None:
-            if self.num_labels == 1:
-                problem = "regression"
-            elif labels.dtype in (torch.long, torch.int):
-                problem = "single_label_classification"
-            else:
-                problem = "multi_label_classification"
-            self.config.problem_type = problem
-        if problem == "regression":
-            return _loss_over_items(F.mse_loss, logits.squeeze(), labels.to(logits.dtype).squeeze(), **kwargs)
-        if problem == "single_label_classification":
-            return _loss_over_items(F.cross_entropy, logits, labels.view(-1).long(), **kwargs)
-        return _loss_over_items(F.binary_cross_entropy_with_logits, logits, labels, **kwargs)
 
 
 class MinGRUForTokenClassification(MinGRUPreTrainedModel):
@@ -854,8 +824,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state))  # (B, T, num_labels)
         loss = None
         if labels is not None:
-            labels = labels.view(-1).to(logits.device)
-            loss = _loss_over_items(F.cross_entropy, logits.view(-1, self.num_labels), labels, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

@@ -646,6 +646,20 @@ def test_loss_for_each_kind_of_problem(frames):
     assert_close(outputs.loss, F.mse_loss(outputs.logits[:, 0], labels))
 
 
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([4, -100, 1]), torch.rand(3, 5), torch.rand(3)], ids=["class ids", "several", "regression"]
+)
+def test_losses_of_accumulated_batches_add_up(frames, labels):
+    """As transformers' Trainer accumulates gradients: the sum over micro-batches is the mean over the batch."""
+    model = make_model(num_labels=1 if labels.dim() == 1 and labels.is_floating_point() else 5)
+    count = labels.ne(-100).sum()
+    parts = [
+        model(clips, labels=part, num_items_in_batch=count).loss
+        for clips, part in zip(frames.split([1, 2]), labels.split([1, 2]), strict=True)
+    ]
+    assert_close(sum(parts), model(frames, labels=labels).loss)
+
+
 def test_dropout_acts_between_layers_and_before_the_classifiers(frames):
     model = make_model("resnet", classifier_dropout=1.0).train()
     expected = torch.stack([classifier.bias for classifier in model.classifiers]).mean(0).expand(3, 5)

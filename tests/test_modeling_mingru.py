@@ -471,6 +471,29 @@ def test_losses_of_accumulated_batches_add_up(input_ids, model_class, labels):
     assert_close(sum(parts), model(input_ids, labels=labels).loss)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "labels"),
+    [
+        (MinGRUForSequenceClassification, torch.tensor([0, 2, 1])),
+        (MinGRUForSequenceClassification, torch.eye(3)),
+        (MinGRUForTokenClassification, torch.arange(36).reshape(3, 12) % 3),
+    ],
+)
+def test_losses_of_a_16_bit_model_are_float32(input_ids, model_class, labels):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_labels=3, pad_token_id=0)
+    output = model_class(config).bfloat16()(input_ids, labels=labels)
+    logits = output.logits.float().view(-1, 3)
+    loss = F.binary_cross_entropy_with_logits if labels.is_floating_point() else F.cross_entropy
+    expected = loss(logits, labels if labels.is_floating_point() else labels.flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_an_unknown_problem_type_is_named(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, pad_token_id=0, problem_type="ranking")
+    with pytest.raises(ValueError, match="ranking"):
+        MinGRUForSequenceClassification(config)(input_ids, labels=torch.tensor([0, 1, 1]))
+
+
 def test_what_a_bert_tokenizer_returns_is_taken(input_ids):
     config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_labels=3, pad_token_id=0)
     for model in (MinGRUForSequenceClassification(config), MinGRUForCausalLM(config)):

@@ -1,18 +1,18 @@
-"""The language-model head and its loss in one, a few rows at a time: the logits of all tokens are never there at once.
+"""The losses of the heads: next tokens without the logits of all of them at once, and classes.
 
-At a vocabulary of 50,257 they are by far the largest tensors of a small model's training step, several times over.
-
-Legend: N rows (tokens), E width of the head's input, V vocabulary.
+Legend: N rows (tokens), E width of the head's input, V vocabulary, B rows of the batch, L labels.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
 
 from .linear import linear
 
-# Logits at once. At a vocabulary of a few hundred characters that is the whole batch, and nothing is lost.
+# At most this many logits exist at a time. At a vocabulary of 50,257 the logits of all tokens would be by far the
+# largest tensors of a small model's training step; at one of a few hundred characters this is the whole batch.
 PIECE_ELEMENTS = 2**23
 
 
@@ -113,3 +113,60 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad):
         grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return *grads, None, None, None, None
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    config: PreTrainedConfig,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs,
+) -> Tensor:
+    """Loss of a classifier of whole rows, as transformers' `ForSequenceClassificationLoss`.
+
+    That one divides by `num_items_in_batch` where labels are class ids alone, so that for the other kinds the losses
+    of accumulated batches come out as many times too large.
+
+    Args:
+        logits: (B, L).
+        labels: (B,) class ids, -100 to leave a row out; (B, L) floats for several labels a row; (B,) or (B, L) floats
+            for regression.
+        config: of the model; its `problem_type` is filled in if it is None.
+        num_items_in_batch: what a trainer counts in all the micro-batches of an update: the sum is divided by it, so
+            that their losses add up to the mean. None: the mean of this batch.
+        **kwargs: of other losses.
+
+    Returns:
+        () float32 or wider.
+
+    Raises:
+        ValueError: if there is no problem type of that name.
+    """
+    if config.problem_type is None:
+        if logits.shape[-1] == 1:
+            config.problem_type = "regression"
+        elif labels.dtype in (torch.long, torch.int):
+            config.problem_type = "single_label_classification"
+        else:
+            config.problem_type = "multi_label_classification"
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.device)
+    if config.problem_type == "regression":
+        loss, arguments = F.mse_loss, (logits.squeeze(), labels.to(logits.dtype).squeeze())
+    elif config.problem_type == "single_label_classification":
+        loss, arguments = F.cross_entropy, (logits, labels.view(-1).long())
+    elif config.problem_type == "multi_label_classification":
+        loss, arguments = F.binary_cross_entropy_with_logits, (logits, labels.to(logits.dtype))
+    else:
+        raise ValueError(
+            f"config.problem_type must be 'regression', 'single_label_classification', 'multi_label_classification' "
+            f"or None, got {config.problem_type!r}."
+        )
+    if num_items_in_batch is None:
+        return loss(*arguments)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(logits.device)
+    return loss(*arguments, reduction="sum") / num_items_in_batch
+
+
+__all__ = ["classification_loss", "head_loss"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import mingru_hf.head_loss
+import mingru_hf.losses
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 
 # Sums of the same float32 numbers in another order.
@@ -14,7 +14,7 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Seven rows a piece at the vocabulary of 40: the last piece of 36 or 60 rows is short."""
-    monkeypatch.setattr(mingru_hf.head_loss, "PIECE_ELEMENTS", 7 * 40 + 3)
+    monkeypatch.setattr(mingru_hf.losses, "PIECE_ELEMENTS", 7 * 40 + 3)
 
 
 def make_model(**changes):
@@ -157,7 +157,7 @@ def test_the_logits_of_all_places_are_never_there(monkeypatch):
     head, hidden = nn.Linear(16, 40), torch.randn(10, 50, 16, requires_grad=True)
     labels = torch.randint(40, (10, 50))
     with Sizes():
-        mingru_hf.head_loss.head_loss(hidden, head, labels).backward()
+        mingru_hf.losses.head_loss(hidden, head, labels).backward()
     assert max(largest) == 10 * 50 * 16
     assert hidden.grad.abs().max() > 0
 
