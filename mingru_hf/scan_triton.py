@@ -19,9 +19,9 @@ multiplied, so that not even a NaN crosses it.
 State and accumulation are float32 (float64 for float64 inputs); the backward pass recomputes z and g and runs the
 same scan in reverse. Offsets are 64 bits wide.
 
-Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 (at
-512 channels a thread spills at most 12 bytes of registers). Block sizes come from arithmetic and not from
-measurements: nothing here has been run or timed on a card yet.
+Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 (a
+thread spills at most 8 bytes of registers). Block sizes come from arithmetic and not from measurements: nothing here
+has been run or timed on a card yet.
 
 Legend: B batch, T time steps, N channels (trailing axes flattened into them), C chunks of time.
 """
@@ -49,12 +49,14 @@ except ImportError as error:
 except Exception as error:  # a broken installation fails in many ways, and none of them may break the package
     _import_problem = f"triton cannot be imported ({type(error).__name__}: {error})"
 
-TRITON_AVAILABLE = _import_problem is None
+_AVAILABLE = _import_problem is None
 
 # A tile of (steps, channels) is 1024 elements: one warp has 8 kB of float32 loads on their way at a time, and holds
-# a tile in 32 registers for each of its values.
+# a tile in 32 registers for each of its values. Narrower tiles are half as large, and so are those of rows that are
+# not aligned: otherwise registers spill.
 _TILE_ELEMENTS = 1024
 _MAX_BLOCK_N = 128
+_ALIGNED = 16
 _MAX_BLOCK_T = 64
 _MIN_BLOCK_T = 8
 # Programs, of one warp each, that keep one multiprocessor's memory pipeline full; its registers have room for nine.
@@ -63,9 +65,9 @@ _PROGRAMS_PER_PROCESSOR = 8
 # first pass reads the inputs once more.
 _MIN_TILES_PER_CHUNK = 4
 _MIN_CHUNKS = 3
-# Tiles of the pass over the summaries, which has only rows x channels to run in parallel.
-_SUMMARY_BLOCK_C = 32
-_SUMMARY_BLOCK_N = 32
+# Tiles of the pass over the summaries, which has only rows x channels to run in parallel: few channels, many chunks.
+_SUMMARY_BLOCK_C = 128
+_SUMMARY_BLOCK_N = 8
 # Said aloud because Triton 3.9 warns where it is left open.
 _OPTIONS = {"enable_fp_fusion": True}
 
@@ -76,7 +78,7 @@ def unavailable_reason(device: torch.device | None = None) -> str | None:
     Args:
         device: where the tensors are; left out, only the installation is looked at.
     """
-    if not TRITON_AVAILABLE:
+    if not _AVAILABLE:
         return _import_problem
     if device is None or device.type == "cuda" or _interpreted():
         return None
@@ -89,10 +91,15 @@ def _interpreted() -> bool:
 
 
 def _jit(function):
-    """triton.jit, or the bare function where there is no triton; lengths in time cause no compilation anew."""
-    if not TRITON_AVAILABLE:
+    """triton.jit, or the bare function where there is no triton.
+
+    Another length in time causes no compilation anew, unless channels are no multiple of 16: there the strides of the
+    rows, which decide how data are loaded, may cause one or two.
+    """
+    if not _AVAILABLE:
         return function
-    return triton.jit(function, do_not_specialize=["num_steps", "chunk_steps", "num_chunks", "num_blocks"])
+    lengths = ["num_steps", "chunk_steps", "num_chunks", "num_blocks", "mask_stride_b", "reset_stride_b"]
+    return triton.jit(function, do_not_specialize=lengths)
 
 
 # --- Pieces of the kernels: all tiles are (BLOCK_T, BLOCK_N), time first.
@@ -677,7 +684,7 @@ def triton_backward(
     """
     x, grad, states = (_channels_last(tensor) for tensor in (gate_and_candidate, grad, states))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_h0 = x.new_empty((x.shape[0], 1, x.shape[2] // 2), dtype=_accumulation_dtype(x))
+    grad_h0 = x.new_empty((x.shape[0], 1, x.shape[2] // 2), dtype=torch.promote_types(x.dtype, torch.float32))
     if states.numel() == 0:
         return grad_x, grad_h0.zero_()
     call = _Call(x, h0, mask, reset)
@@ -717,10 +724,10 @@ class _Call:
             *(self.reset.stride() if self.has_reset else (0, 0)),
         )
         batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
-        accumulate = _accumulation_dtype(x)
+        accumulate = torch.promote_types(x.dtype, torch.float32)
         block_t, block_n, chunk_steps = _plan(batch, steps, channels, _processors(x.device), accumulate)
-        self.num_chunks = _ceil_div(steps, chunk_steps)
-        num_blocks = _ceil_div(channels, block_n)
+        self.num_chunks = triton.cdiv(steps, chunk_steps)
+        num_blocks = triton.cdiv(channels, block_n)
         self.sizes = (steps, channels, chunk_steps, self.num_chunks, num_blocks)
         self.grid = (batch * self.num_chunks * num_blocks,)
         self.accumulate = tl.float64 if accumulate == torch.float64 else tl.float32
@@ -735,7 +742,7 @@ class _Call:
 
     def summaries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Memory for the maps of the chunks, (B, C, N) three times, and for what crosses boundaries, (B, C + 1, N)."""
-        batch, channels, dtype = self.x.shape[0], self.x.shape[2] // 2, _accumulation_dtype(self.x)
+        batch, channels, dtype = self.x.shape[0], self.x.shape[2] // 2, torch.promote_types(self.x.dtype, torch.float32)
         maps = self.x.new_empty((3, batch, self.num_chunks, channels), dtype=dtype)
         return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=dtype)
 
@@ -743,9 +750,10 @@ class _Call:
         """Fill `boundaries` from the maps of the chunks."""
         batch, chunks, channels = carries.shape
         block_n = min(
-            _SUMMARY_BLOCK_N if carries.dtype == torch.float32 else _SUMMARY_BLOCK_N // 2, _power_of_2(channels)
+            _SUMMARY_BLOCK_N if carries.dtype == torch.float32 else _SUMMARY_BLOCK_N // 2,
+            triton.next_power_of_2(channels),
         )
-        num_blocks = _ceil_div(channels, block_n)
+        num_blocks = triton.cdiv(channels, block_n)
         _boundary_kernel[(batch * num_blocks,)](
             carries, lesses, drives, self.h0, boundaries, self.h0_stride, channels, chunks, num_blocks,
             HAS_H0=self.has_h0, HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate,
@@ -756,23 +764,17 @@ class _Call:
 def _plan(batch: int, steps: int, channels: int, processors: int, accumulate: torch.dtype) -> tuple[int, int, int]:
     """Steps and channels of a tile (powers of 2), and steps of a chunk (all of them: a single pass)."""
     shrink = 4 if accumulate == torch.float64 else 1  # a double is two registers, and its exp needs more of them
-    block_n = min(_MAX_BLOCK_N // shrink, _power_of_2(channels))
-    block_t = min(max(_TILE_ELEMENTS // shrink // block_n, _MIN_BLOCK_T), _MAX_BLOCK_T)
-    programs = batch * _ceil_div(channels, block_n)
+    widest, elements = _MAX_BLOCK_N // shrink, _TILE_ELEMENTS // shrink
+    if channels % _ALIGNED or channels < widest:
+        widest, elements = widest // 2, elements // 2
+    block_n = min(widest, triton.next_power_of_2(channels))
+    block_t = 1 if steps == 1 else min(max(elements // block_n, _MIN_BLOCK_T), _MAX_BLOCK_T)
+    programs = batch * triton.cdiv(channels, block_n)
     chunks = max(processors * _PROGRAMS_PER_PROCESSOR // programs, 1)
-    tiles = max(_ceil_div(_ceil_div(steps, chunks), block_t), _MIN_TILES_PER_CHUNK)
-    if _ceil_div(steps, tiles * block_t) < _MIN_CHUNKS:
+    tiles = max(triton.cdiv(triton.cdiv(steps, chunks), block_t), _MIN_TILES_PER_CHUNK)
+    if triton.cdiv(steps, tiles * block_t) < _MIN_CHUNKS:
         return block_t, block_n, steps
     return block_t, block_n, tiles * block_t
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest one that is not below n."""
-    return 1 << (n - 1).bit_length()
 
 
 @functools.cache
@@ -785,8 +787,4 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-__all__ = ["TRITON_AVAILABLE", "triton_backward", "triton_forward", "unavailable_reason"]
+__all__ = ["triton_backward", "triton_forward", "unavailable_reason"]
