@@ -16,6 +16,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .calling import module_call
 from .scan import draw_memory_, initial_state, mingru_scan, scan_reference
@@ -27,11 +28,9 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     if torch.jit.is_scripting():
         states = scan_reference(gate_and_candidate, h0)
     else:
-        states = mingru_scan(gate_and_candidate, h0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    last = states[:, -1:]
-    if states.dtype == dtype:
-        return states, last
-    return states.to(dtype), last.clone()  # not a slice, which would keep the memory of all the states
+        states = mingru_scan(gate_and_candidate, h0, dtype=torch.promote_types(dtype, torch.float32))
+    # A copy: a slice would keep all the states in memory, and writing to it would change the outputs.
+    return states.to(dtype), states[:, -1:].clone()
 
 
 def _check_sequence(x: Tensor, input_size: int) -> None:
@@ -48,13 +47,16 @@ def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
             raise ValueError(f"h[{i}] must have shape {expected} (B, 1, hidden), got {list(state.shape)}.")
 
 
-def _check_sizes(input_size: int, hidden_sizes: list[int], dropout: float = 0.0) -> None:
+def _layer_sizes(input_size: int, hidden_sizes: int | list[int], dropout: float = 0.0) -> list[int]:
+    """[input_size, *hidden_sizes], as plain integers: TorchScript knows no others."""
+    hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, Integral) else list(hidden_sizes)
     if len(hidden_sizes) == 0:
         raise ValueError("hidden_sizes is empty: give the width of at least one layer.")
     if min([input_size, *hidden_sizes]) < 1:
         raise ValueError(f"All sizes must be at least 1, got input_size={input_size} and hidden sizes {hidden_sizes}.")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout is a probability between 0 and 1, got {dropout}.")
+    return [int(size) for size in (input_size, *hidden_sizes)]
 
 
 class MinGRUCell(nn.Module):
@@ -87,8 +89,7 @@ class MinGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, [hidden_size])
-        self.layer_sizes = [input_size, hidden_size]
+        self.layer_sizes = _layer_sizes(input_size, hidden_size)
         self.num_layers = 1
         self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
 
@@ -180,10 +181,8 @@ class MinGRU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, Integral) else list(hidden_sizes)
-        _check_sizes(input_size, hidden_sizes, dropout)
-        self.layer_sizes = [input_size, *hidden_sizes]
-        self.num_layers = len(hidden_sizes)
+        self.layer_sizes = _layer_sizes(input_size, hidden_sizes, dropout)
+        self.num_layers = len(self.layer_sizes) - 1
         self.residual = residual
         self.dropout = nn.Dropout(dropout)
         factory = {"device": device, "dtype": dtype}
@@ -240,10 +239,10 @@ def _check_frame_state(state: Tensor, expected: list[int], layer: int) -> None:
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(value, Integral):
-        return value, value
+        return int(value), int(value)
     if len(value) != 2:
         raise ValueError(f"The geometry of a convolution is an int or (height, width) in pixels, got {value}.")
-    return value[0], value[1]
+    return int(value[0]), int(value[1])
 
 
 def _per_layer(name: str, value: int | list, num_layers: int) -> list:
@@ -262,10 +261,10 @@ def _check_convolution(kernel_size: tuple[int, int], stride: tuple[int, int], pa
         )
 
 
-def _output_size(
-    x: Tensor, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
-) -> tuple[int, int]:
-    """Height and width that a convolution makes of frames x (*, H, W), in pixels."""
+def _state_shape(
+    x: Tensor, hidden_size: int, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> list[int]:
+    """(B, 1, D, H_out, W_out) of the state for frames x (B, *, H, W), of which a convolution makes H_out x W_out."""
     height = (x.shape[-2] + 2 * padding[0] - kernel_size[0]) // stride[0] + 1
     width = (x.shape[-1] + 2 * padding[1] - kernel_size[1]) // stride[1] + 1
     if height < 1 or width < 1:
@@ -273,7 +272,7 @@ def _output_size(
             f"Frames or feature maps of {x.shape[-2]} x {x.shape[-1]} are too small for a kernel of "
             f"{list(kernel_size)} with padding {list(padding)}: use larger frames, a smaller kernel or more padding."
         )
-    return height, width
+    return [x.shape[0], 1, hidden_size, height, width]
 
 
 def _num_groups(channels: int) -> int:
@@ -315,10 +314,9 @@ class MinConv2dGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(input_size, [hidden_size])
+        self.layer_sizes = _layer_sizes(input_size, hidden_size)
         self.kernel_size, self.stride, self.padding = _pair(kernel_size), _pair(stride), _pair(padding)
         _check_convolution(self.kernel_size, self.stride, self.padding)
-        self.layer_sizes = [input_size, hidden_size]
         self.num_layers = 1
         self.to_gate_hidden = nn.Conv2d(
             input_size,
@@ -342,8 +340,7 @@ class MinConv2dGRUCell(nn.Module):
             ValueError: if x or h does not fit, or x holds no frame.
         """
         _check_frames(x, self.layer_sizes[0])
-        height, width = _output_size(x, self.kernel_size, self.stride, self.padding)
-        shape = [x.shape[0], 1, self.layer_sizes[1], height, width]
+        shape = _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
         if h is None:
             h = [initial_state(x, shape)]
         elif len(h) != 1:
@@ -356,8 +353,7 @@ class MinConv2dGRUCell(nn.Module):
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """The default state g(0) = 0.5 for frames like x, as a list of one (B, 1, hidden_size, H_out, W_out)."""
-        height, width = _output_size(x, self.kernel_size, self.stride, self.padding)
-        return [initial_state(x, [x.shape[0], 1, self.layer_sizes[1], height, width])]
+        return [initial_state(x, _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding))]
 
 
 class MinConv2dGRULayer(nn.Module):
@@ -392,25 +388,27 @@ class MinConv2dGRULayer(nn.Module):
             2 * p == k - 1 for p, k in zip(self.padding, self.kernel_size, strict=True)
         )
         self.res_align = nn.Identity()
-        if residual and not (same_size and input_size == hidden_size):
+        self.aligns_residual = residual and not (same_size and input_size == hidden_size)
+        if self.aligns_residual:
             self.res_align = nn.Conv2d(input_size, hidden_size, *geometry, bias=False, **factory)
         self.norm = nn.GroupNorm(_num_groups(input_size), input_size, **factory) if norm else nn.Identity()
 
     def state_shape(self, x: Tensor) -> list[int]:
         """(B, 1, D, H_out, W_out) of the state for frames x (B, T, C, H, W) or any (B, *, H, W)."""
-        height, width = _output_size(x, self.kernel_size, self.stride, self.padding)
-        return [x.shape[0], 1, self.hidden_size, height, width]
+        return _state_shape(x, self.hidden_size, self.kernel_size, self.stride, self.padding)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C, H, W) -> pre-activations (B, T, 2D, H_out, W_out), residual (B, T, D, H_out, W_out)."""
         frames = x.flatten(0, 1)  # all frames are one batch of the convolutions
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
             # torch 2.13 on the CPU: the backward pass of a GroupNorm crashes if its input lies in memory channels
             # last, as frames decoded to H x W x C do, and its gradient is not asked for. (1 x 1 frames may pass for
             # either order, hence no mere `contiguous()`.)
             frames = frames.flatten(1).view(frames.shape)
         gate_and_candidate = self.gate_hidden(self.norm(frames)).unflatten(0, [x.shape[0], x.shape[1]])
-        return gate_and_candidate, self.res_align(frames).unflatten(0, [x.shape[0], x.shape[1]])
+        if self.aligns_residual:
+            x = self.res_align(frames).unflatten(0, [x.shape[0], x.shape[1]])
+        return gate_and_candidate, x
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states, the last of them, the residual branch's values."""
@@ -463,10 +461,8 @@ class MinConv2dGRU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, Integral) else list(hidden_sizes)
-        _check_sizes(input_size, hidden_sizes, dropout)
-        self.layer_sizes = [input_size, *hidden_sizes]
-        self.num_layers = len(hidden_sizes)
+        self.layer_sizes = _layer_sizes(input_size, hidden_sizes, dropout)
+        self.num_layers = len(self.layer_sizes) - 1
         self.residual = residual
         self.dropout = nn.Dropout(dropout)
         factory = {"device": device, "dtype": dtype}
@@ -522,10 +518,18 @@ class MinConv2dGRU(nn.Module):
         return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
 
 
-def _reset_parameters(module: nn.Module) -> None:
-    for child in module.modules():
+def _newly_drawn(rnn: nn.Module) -> nn.Module:
+    """A copy of a layer or stack with weights of its own, all of them to be trained."""
+    fresh = copy.deepcopy(rnn)
+    for child in fresh.modules():
+        if is_parametrized(child):
+            raise ValueError(
+                "The layers to be wrapped hold parametrizations (weight_norm or the like), whose weights cannot be "
+                "drawn anew: register them on the Bidirectional, after it is made."
+            )
         if hasattr(child, "reset_parameters"):
             child.reset_parameters()
+    return fresh.requires_grad_()
 
 
 class Bidirectional(nn.Module):
@@ -537,10 +541,13 @@ class Bidirectional(nn.Module):
 
     Args:
         rnn: a layer or stack of this package. It becomes the forward direction; the backward direction is a copy
-            with newly drawn weights.
+            with newly drawn weights, so `spread_memory_`, parametrizations and frozen weights come after wrapping.
         shared_weights: use one set of weights for both directions, as torch-mingru does.
         aligned: put the backward outputs in the order of time. False leaves them in the order of processing, which
             is what torch-mingru's outputs are and what a head trained on them expects.
+
+    Raises:
+        ValueError: if rnn is no layer or stack of this package, or its weights are parametrized.
 
     Example:
         >>> rnn = Bidirectional(MinGRU(3, [32, 64]))
@@ -561,8 +568,7 @@ class Bidirectional(nn.Module):
         self.num_layers = rnn.num_layers
         self.aligned = aligned
         self.shared_weights = shared_weights
-        self.backward_rnn = nn.Identity() if shared_weights else copy.deepcopy(rnn)
-        _reset_parameters(self.backward_rnn)
+        self.backward_rnn = nn.Identity() if shared_weights else _newly_drawn(rnn)
 
     def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, *); h lists the forward, then the backward direction's states.
@@ -609,13 +615,13 @@ def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
         The module.
 
     Raises:
-        ValueError: if num_steps is below 1, or no layer is found, or one has no bias.
+        ValueError: if num_steps is below 1 or not finite, or no layer is found, or one has no bias.
 
     Example:
         >>> rnn = spread_memory_(MinGRU(3, [32, 64]), 1024)
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+    if not 1 <= num_steps < float("inf"):
+        raise ValueError(f"num_steps must be finite and at least 1, got {num_steps}.")
     found = False
     for child in module.modules():
         projection = getattr(child, "gate_hidden", getattr(child, "to_gate_hidden", None))

@@ -134,8 +134,17 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
     """A recurrent layer, norm -> convolution -> scan over time, and its residual branch."""
 
     def __init__(self, config: MinConvGRUConfig, input_size: int, hidden_size: int):
-        geometry = (config.kernel_size, config.stride, config.padding)
-        super().__init__(input_size, hidden_size, *geometry, True, config.norm, config.residual, {})
+        super().__init__(
+            input_size,
+            hidden_size,
+            config.kernel_size,
+            config.stride,
+            config.padding,
+            bias=True,
+            norm=config.norm,
+            residual=config.residual,
+            factory={},
+        )
         self.config = config
 
     def forward(
@@ -169,7 +178,7 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
             mask,
             backend=self.config.scan_backend,
             # The cache holds what a 16-bit state would round, so that a stream goes on from the exact state.
-            dtype=torch.float32 if keep_state and dtype != torch.float64 else dtype,
+            dtype=torch.promote_types(dtype, torch.float32) if keep_state else dtype,
         )
         out = states.to(dtype) + skip if self.config.residual else states.to(dtype)
         return out, states[:, -1:] if keep_state else None

@@ -190,10 +190,8 @@ class MinGRUMixer(nn.Module):
             gate_and_candidate = linear(x, weight)
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
-        states_dtype = out_dtype
-        if keep_states and out_dtype != torch.float64:
-            # The cache holds what a 16-bit state would round, so that decoding goes on from the exact state.
-            states_dtype = torch.float32
+        # The cache holds what a 16-bit state would round, so that decoding goes on from the exact state.
+        states_dtype = torch.promote_types(out_dtype, torch.float32) if keep_states else out_dtype
         if call is direct_call and mask is None and reset is None:
             states = mingru_step(gate_and_candidate, state, bias=bias, backend=backend, dtype=states_dtype)
         else:

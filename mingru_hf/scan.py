@@ -84,26 +84,23 @@ def mingru_scan(
     is handed on in float32: step by step the error is 1e-5 where z is 6e-6, and 3e-4 where it is 1e-7.
     Cost: O(T) time; memory of the states alone, since the backward pass recomputes z and g.
     """
-    _check_inputs(gate_and_candidate, h0, mask, reset, bias)
+    _check_inputs(gate_and_candidate, h0, mask, reset, bias, dtype)
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
-    plain = backend == "auto" and _wants_plain_operators(gate_and_candidate)
-    if backend == "auto" and not plain and differentiates_in_transform():
+    if backend == "auto" and _wants_plain_operators(gate_and_candidate):
+        backend = "exported"
+    elif backend == "auto" and differentiates_in_transform():
         backend = "reference"  # transforms cannot see into a registered operator
-    elif not plain:
+    else:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     empty = 0 in gate_and_candidate.shape[:3]
-    if bias is not None and (plain or empty or backend != "numba"):
+    if bias is not None and (empty or backend != "numba"):
         gate_and_candidate, bias = _add_bias(gate_and_candidate, bias), None
-    if plain:
-        return _scan_exported(gate_and_candidate, h0, mask, reset).to(out_dtype)
+    if empty and backend != "exported":
+        return gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
-    if empty:
-        return gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
-    if backend == "log":
-        return _scan_log(gate_and_candidate, h0, mask, reset).to(out_dtype)
-    if backend == "reference":
-        return scan_reference(gate_and_candidate, h0, mask, reset).to(out_dtype)
+    if backend in _IN_OPERATORS_OF_TORCH:
+        return _IN_OPERATORS_OF_TORCH[backend](gate_and_candidate, h0, mask, reset).to(out_dtype)
     if not torch.is_grad_enabled() and type(gate_and_candidate) is Tensor and not is_observed():
         # The operator's dispatch would cost as much as a short scan.
         return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
@@ -155,7 +152,7 @@ def mingru_step(
 
 def requested_backend(backend: str) -> str:
     """The backend that was asked for: "auto" leaves it to the environment variable MINGRU_SCAN, where that is set."""
-    return os.environ.get("MINGRU_SCAN", backend) if backend == "auto" else backend
+    return os.environ.get("MINGRU_SCAN") or backend if backend == "auto" else backend
 
 
 def adds_bias(backend: str, x: Tensor) -> bool:
@@ -209,7 +206,11 @@ def scan_reference(
     Returns:
         (B, T, D, *) states in the accumulation dtype: float32 for 16-bit inputs, else the inputs' dtype.
     """
-    x = gate_and_candidate
+    return torch.stack(_reference_states(gate_and_candidate, h0, mask, reset), dim=1)
+
+
+def _reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> list[Tensor]:
+    """The states (B, D, *) of `scan_reference`, one a step."""
     if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
         x = x.float()
     gate, candidate = x.chunk(2, dim=2)  # (B, T, D, *) each
@@ -225,15 +226,17 @@ def scan_reference(
     row = [x.shape[0]] + [1] * (x.dim() - 2)  # (B, 1, ...): one flag a row
 
     states: list[Tensor] = []
+    # Taken apart at once: the backward pass of an index into all steps would fill a tensor of all steps for each.
+    carries, drives = one_minus_z.unbind(1), zg.unbind(1)
     for t in range(x.shape[1]):
         if reset is not None:
             h = torch.where(reset[:, t].reshape(row), initial_state(h, h.shape), h)
-        h_next = one_minus_z[:, t] * h + zg[:, t]
+        h_next = carries[t] * h + drives[t]
         if mask is not None:
             h_next = torch.where(mask[:, t].reshape(row), h_next, h)
         h = h_next
         states.append(h)
-    return torch.stack(states, dim=1)
+    return states
 
 
 def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -251,11 +254,11 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
     drive = torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
     shape = [*x.shape[:2]] + [1] * (x.dim() - 2)
     if mask is not None:
-        keep = mask.bool().reshape(shape)
+        keep = mask.reshape(shape)
         drive = torch.where(keep, drive, 0.0)
         carry = torch.where(keep, carry, 1.0)
     if reset is not None:
-        cut = reset.bool().reshape(shape)
+        cut = reset.reshape(shape)
         drive = torch.where(cut, drive + INITIAL_STATE * carry, drive)
         carry = torch.where(cut, 0.0, carry)
     h0 = initial_state(x, carry[:, :1].shape) if h0 is None else h0.to(x.dtype)
@@ -264,7 +267,8 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
         h = inputs[0] * h + inputs[1]
         return h, h.clone()  # a scan's results must not be one and the same tensor
 
-    return scan(step, h0[:, 0], (carry, drive), dim=1)[1]
+    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides.
+    return scan(step, h0[:, 0].contiguous(), (carry, drive), dim=1)[1]
 
 
 def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -294,8 +298,17 @@ def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor |
     return (log_decay + torch.logcumsumexp(log_values - log_decay, dim=1)).exp()[:, 1:]
 
 
+# What autograd and compilers look into; the others are kernels behind a registered operator, `_KERNELS` below.
+_IN_OPERATORS_OF_TORCH = {"exported": _scan_exported, "log": _scan_log, "reference": scan_reference}
+
+
 def _check_inputs(
-    x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> None:
     shape = x.shape
     if len(shape) < 3 or not x.is_floating_point():
@@ -317,6 +330,8 @@ def _check_inputs(
         raise ValueError(f"reset must have shape {tuple(shape[:2])} (B, T), got {tuple(reset.shape)}.")
     if bias is not None and bias.shape != shape[2:3]:
         raise ValueError(f"bias must have shape {tuple(shape[2:3])} (2D,), got {tuple(bias.shape)}.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}.")
     device = x.device
     for name, tensor in (("h0", h0), ("mask", mask), ("reset", reset), ("bias", bias)):
         if tensor is not None and tensor.device != device:
@@ -331,13 +346,11 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
         if _why_not(fused, x, dtype) is None:
             return fused
         return "reference" if x.shape[1] == 1 else "torch"  # one step gains nothing from blocks
-    unknown = backend not in BACKENDS
-    problem = None if unknown else _why_not(backend, x, dtype)
-    if unknown or problem is not None:
-        from_environment = backend == os.environ.get("MINGRU_SCAN")
-        source = "environment variable MINGRU_SCAN" if from_environment else "scan backend"
-        if unknown:
-            raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    source = "environment variable MINGRU_SCAN" if backend == os.environ.get("MINGRU_SCAN") else "scan backend"
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    problem = _why_not(backend, x, dtype)
+    if problem is not None:
         raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. 'auto' takes another one.")
     return backend
 
@@ -792,8 +805,8 @@ def _second_backward(ctx, *grads):
         wide = x.to(accumulation_dtype(x))
         wide = wide if bias is None else _add_bias(wide, bias)
         start = initial_state(wide, grad[:, :1].shape).requires_grad_() if h0 is None else h0
-        states = scan_reference(wide, start, mask, reset)
-        first = torch.autograd.grad(states, (x, start), grad.to(states.dtype), create_graph=True)
+        states = _reference_states(wide, start, mask, reset)  # not stacked: see there about indices
+        first = torch.autograd.grad(states, (x, start), grad.to(wide.dtype).unbind(1), create_graph=True)
         grads = [torch.zeros_like(f) if g is None else g.to(f.dtype) for f, g in zip(first, grads, strict=True)]
         wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
         targets = [inputs[i] for i in wanted]

@@ -195,7 +195,36 @@ def test_pieces_in_16_bits_keep_a_slow_state(make, scripted, autocast, training)
 
 
 def test_sizes_may_be_numpy_integers():
+    rnn = mingru.MinGRU(np.int64(3), [np.int64(4), 5])
+    assert [type(size) for size in rnn.layer_sizes] == [int] * 3
     assert mingru.MinGRU(3, np.int64(4)).layer_sizes == [3, 4]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("steps", [1, 50])
+def test_last_states_have_memory_of_their_own(name, steps):
+    """As nn.GRU's: keeping them keeps no more in memory, and writing to them changes nothing else."""
+    rnn = make_layers()[name].eval()
+    out, h = rnn(torch.randn(2, steps, rnn.layer_sizes[0]))
+    assert all(state.untyped_storage().nbytes() == state.nbytes for state in h)
+    expected = torch.autograd.grad(out.sum(), list(rnn.parameters()), retain_graph=True, allow_unused=True)
+    before = out.detach().clone()
+    with torch.no_grad():
+        for state in h:
+            state.fill_(0.5)
+    torch.testing.assert_close(out, before, rtol=0, atol=0)
+    actual = torch.autograd.grad(out.sum(), list(rnn.parameters()), allow_unused=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_exported_with_the_states_they_returned(name):
+    rnn = make_layers()[name].eval()
+    x = torch.randn(2, 7, rnn.layer_sizes[0])
+    with torch.no_grad():
+        h = rnn(x)[1]
+        program = torch.export.export(rnn, (x, h))
+        torch.testing.assert_close(program.module()(x, h), rnn(x, h), **CLOSE)
 
 
 def test_dropout_spares_the_last_layer_and_evaluation():
@@ -236,8 +265,16 @@ def test_bidirectional_draws_its_own_backward_weights_unless_shared():
     assert {name.split(".")[0] for name in shared.state_dict()} == {"rnn"}
     x = torch.randn(2, 9, 3)
     torch.testing.assert_close(shared(x)[0][..., 4:], shared.rnn(x.flip(1))[0].flip(1))
+    frozen = mingru.Bidirectional(mingru.MinGRU(3, 4).requires_grad_(False))
+    assert all(parameter.requires_grad for parameter in frozen.backward_rnn.parameters())  # nobody has trained these
+    assert not any(parameter.requires_grad for parameter in frozen.rnn.parameters())
     as_torch_mingru = mingru.Bidirectional(shared.rnn, shared_weights=True, aligned=False)
     torch.testing.assert_close(as_torch_mingru(x)[0][..., 4:], shared.rnn(x.flip(1))[0])
+
+
+def weight_normed(rnn):
+    torch.nn.utils.parametrizations.weight_norm(rnn.layers[0].gate_hidden)
+    return rnn
 
 
 @pytest.mark.parametrize(
@@ -254,6 +291,7 @@ def test_bidirectional_draws_its_own_backward_weights_unless_shared():
         (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 5, 3), [torch.rand(1, 1, 4)]), r"h\[0\] must have shape"),
         (lambda: mingru.MinGRUCell(3, 4)(torch.randn(2, 5, 3), [torch.rand(2, 1, 5)]), r"h\[0\] must have shape"),
         (lambda: mingru.Bidirectional(torch.nn.Linear(3, 4)), "wraps a recurrent layer"),
+        (lambda: mingru.Bidirectional(weight_normed(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
         (
             lambda: mingru.Bidirectional(mingru.MinGRU(3, 4))(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)]),
             "must hold 2 states",
@@ -296,5 +334,7 @@ def test_spread_memory(make):
 def test_spread_memory_needs_a_layer_and_a_step():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         mingru.spread_memory_(mingru.MinGRU(3, 4), 0)
+    with pytest.raises(ValueError, match="finite and at least 1, got nan"):
+        mingru.spread_memory_(mingru.MinGRU(3, 4), float("nan"))
     with pytest.raises(ValueError, match="Linear holds no MinGRU layer"):
         mingru.spread_memory_(torch.nn.Linear(3, 4), 8)

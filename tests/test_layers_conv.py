@@ -210,6 +210,34 @@ for name, expected in data["expected"].items():
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_layers_are_exported_for_any_number_of_frames(norm, residual):
+    rnn = mingru.MinConv2dGRU(3, [4, 4], 3, paddings=1, norm=norm, residual=residual).eval()
+    dims = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("frames", min=1)}
+    x = torch.randn(2, 7, 3, 6, 5)
+    with torch.no_grad():
+        program = torch.export.export(rnn, (x,), dynamic_shapes={"x": dims})
+        for frames in (x, torch.randn(3, 4, 3, 6, 5)):
+            torch.testing.assert_close(program.module()(frames), rnn(frames), **CLOSE)
+        h = rnn(x)[1]
+        torch.testing.assert_close(torch.export.export(rnn, (x, h)).module()(x, h), rnn(x, h), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_layers_are_traced_with_and_without_gradients():
+    rnn = mingru.MinConv2dGRU(3, [4, 5], 3, paddings=1, residual=True, norm=True)
+    x = torch.randn(2, 7, 3, 6, 5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(torch.jit.trace(rnn, (x,))(x), rnn(x), **CLOSE)
+
+
+def test_last_states_have_memory_of_their_own():
+    _, h = mingru.MinConv2dGRU(3, [4, 5], 3)(torch.randn(2, 7, 3, 8, 8))
+    assert all(state.untyped_storage().nbytes() == state.nbytes for state in h)
+
+
 def test_bidirectional_sees_the_past_and_the_future_aligned_in_time():
     rnn = mingru.Bidirectional(mingru.MinConv2dGRU(3, [4, 5], 3, strides=2, residual=True))
     x = torch.randn(2, 6, 3, 9, 9)

@@ -277,6 +277,21 @@ def test_a_penalty_on_gradients_and_third_derivatives(backend):
         assert error_over_largest(actual, expected.double()) <= GRADIENT_RELATIVE
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_through_the_loop_take_linear_time(order):
+    """The backward pass of an index fills a tensor of all steps: one a step would make it quadratic."""
+    x = torch.randn(2, 50, 4, requires_grad=True)
+    if order == 1:
+        root = scan_reference(x).sum()
+    else:
+        root = torch.autograd.grad((mingru_scan(x) ** 2).sum(), x, create_graph=True)[0].sum()
+    with torch.profiler.profile() as recorded:
+        root.backward()
+    count = {event.key: event.count for event in recorded.key_averages()}
+    assert count["aten::mul"] >= 50
+    assert count.get("aten::select_backward", 0) < 50
+
+
 def test_derivatives_by_torch_func_and_in_forward_mode(monkeypatch):
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     x, h0, tangent = torch.randn(3, 5, 4), torch.rand(3, 1, 2), torch.randn(3, 5, 4)
@@ -496,6 +511,8 @@ def test_log_scan_refuses_what_it_cannot_do():
         (lambda: mingru_scan(torch.randn(2, 3, 4), mask=torch.ones(2, 4)), r"mask must have shape \(2, 3\)"),
         (lambda: mingru_scan(torch.randn(2, 3, 4), reset=torch.ones(3)), r"reset must have shape \(2, 3\)"),
         (lambda: mingru_scan(torch.randn(2, 3, 4), backend="fast"), "Unknown scan backend 'fast'"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), backend="exported"), "Unknown scan backend 'exported'"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), dtype=torch.int32), "dtype must be a floating-point type"),
     ],
 )
 def test_wrong_input_is_named(call, message):
@@ -509,6 +526,8 @@ def test_environment_variable_forces_a_backend(monkeypatch):
     with pytest.raises(ValueError, match="cannot reset"):
         mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool))
     mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool), backend="torch")  # an argument says more
+    monkeypatch.setenv("MINGRU_SCAN", "")  # as good as not set
+    mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool))
     monkeypatch.setenv("MINGRU_SCAN", "quick")
     with pytest.raises(ValueError, match="MINGRU_SCAN 'quick'"):
         mingru_scan(x)
