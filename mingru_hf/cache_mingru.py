@@ -71,10 +71,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
             num_steps: tokens of this call, padding included.
         """
         complete = states.shape[1] == num_steps
-        if not self.record_past:
-            if states.shape[1] > 1:
-                states, windows, complete = states[:, -1:], None if windows is None else windows[:, -1:], False
-        elif self.states is not None and complete:  # no gap between the old states and the new
+        if self.record_past and self.states is not None and complete:  # no gap between the old states and the new
             limit = max(self.min_recorded_steps, num_steps)
             states = torch.cat([self.states, states], dim=1)[:, -limit:]
             windows = None if windows is None else torch.cat([self.windows, windows], dim=1)[:, -limit:]
@@ -113,6 +110,11 @@ class MinGRUCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Keep the state after each step from now on, so that `crop` can go back to it."""
         self.record_past = True
+
+    def forget_past(self) -> None:
+        """Keep the newest state alone from now on."""
+        self.record_past = False
+        self._map(lambda tensor: tensor[:, -1:].clone())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Go back by -tokens_to_remove steps; 0 changes nothing.
@@ -165,15 +167,10 @@ class MinGRUCacheLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
-        """Move the tensors to the CPU."""
-        if self.states is not None:
-            self.device = self.states.device
-            self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+        """Nothing to move: a state is as small as the hidden states of one token."""
 
     def prefetch(self) -> None:
-        """Move the tensors back to where they came from."""
-        if self.states is not None and hasattr(self, "device"):
-            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
+        """Nothing to move back."""
 
     def _map(self, function) -> None:
         if self.states is not None:
@@ -213,11 +210,24 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
             self.windows = None if windows is None else windows.clone()
             self.seq_length = torch.zeros((), dtype=torch.long, device=states.device)
             self.is_initialized = True
+            if not torch.compiler.is_compiling():  # else inductor leaves CUDA graphs out, since these are written to
+                for tensor in (self.states, self.windows, self.seq_length):
+                    if tensor is not None:
+                        torch._dynamo.mark_static_address(tensor)
         else:
             self.states.copy_(states)
             if windows is not None:
                 self.windows.copy_(windows)
         self.seq_length += num_steps
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in that order; as many rows stay where they are."""
+        if self.record_past or self.states is None or len(indices) != self.batch_size:
+            super().batch_select_indices(indices)
+            return
+        for tensor in (self.states, self.windows):
+            if tensor is not None:
+                tensor.copy_(tensor[indices.to(tensor.device)])
 
     def reset(self) -> None:
         """Forget all steps, keeping the tensors: the next step starts from g(0) = 0.5."""
@@ -230,8 +240,33 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
             super().reset()
 
 
+def own_layers(layers: list[CacheLayerMixin]) -> None:
+    """Replace layers that another copy of this file made, in place.
+
+    Checkpoints with code of their own share transformers' table of layers, where the last one imported is found by
+    all; its layers need not be of the same version.
+
+    Args:
+        layers: of a cache.
+
+    Raises:
+        ValueError: if a layer of another copy holds a state.
+    """
+    for index, layer in enumerate(layers):
+        name = getattr(layer, "_layer_type", None)
+        if name != MinGRUCacheLayer._layer_type or isinstance(layer, MinGRUCacheLayer):
+            continue
+        if layer.get_seq_length() > 0:
+            raise ValueError(
+                "cache was filled by a MinGRU model whose code is another copy than this model's: run the tokens "
+                "through this model instead."
+            )
+        layers[index] = MinGRUStaticCacheLayer() if layer.is_compileable else MinGRUCacheLayer()
+        layers[index].record_past = layer.record_past
+
+
 MinGRUStaticCacheLayer._layer_type = MinGRUCacheLayer._layer_type
 STATIC_LAYER_TYPE_MAPPING[MinGRUCacheLayer._layer_type] = MinGRUStaticCacheLayer
 
 
-__all__ = ["MinGRUCacheLayer", "MinGRUStaticCacheLayer"]
+__all__ = ["MinGRUCacheLayer", "MinGRUStaticCacheLayer", "own_layers"]

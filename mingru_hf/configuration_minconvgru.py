@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .configuration_common import ConfigurationMixin
+
 if TYPE_CHECKING:
     # Never run. transformers copies beside a saved object the files that its file names, so this line makes even a
     # configuration saved alone carry the code of the models that its auto_map promises.
@@ -20,7 +22,7 @@ AUTO_MAP = {
 
 
 @strict
-class MinConvGRUConfig(PreTrainedConfig):
+class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
     """Backbone, sizes and switches of the MinConvGRU video model.
 
     An image backbone turns every frame into feature maps at several depths; at each depth a stack of convolutional
@@ -63,6 +65,7 @@ class MinConvGRUConfig(PreTrainedConfig):
     """
 
     model_type = "minconvgru"
+    run_choices = ("scan_backend",)
     keys_to_ignore_at_inference = ["cache"]
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(
@@ -101,35 +104,10 @@ class MinConvGRUConfig(PreTrainedConfig):
         kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
-
     @property
     def num_depths(self) -> int:
         """Feature maps that the backbone hands over for each frame."""
         return len(self.backbone_config.out_indices or self.backbone_config.out_features)
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As in PreTrainedConfig, but the configuration of another kind of model is refused, not filled up.
-
-        Raises:
-            ValueError: if its model_type is another.
-        """
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ValueError(
-                f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one: load it with "
-                "AutoConfig, and its model with an Auto class."
-            )
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_dict(self):
-        """As in PreTrainedConfig, less the choices that hold for one run only."""
-        output = super().to_dict()
-        output.pop("scan_backend", None)
-        return output
 
     def validate_architecture(self):
         """Check that the sizes and switches can belong to one model (called by the `strict` decorator)."""

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .configuration_common import ConfigurationMixin
+
 if TYPE_CHECKING:
     # Never run. transformers copies beside a saved object the files that its file names, so this line makes even a
     # configuration saved alone carry the code of the models that its auto_map promises.
@@ -22,7 +24,7 @@ AUTO_MAP = {
 
 
 @strict
-class MinGRUConfig(PreTrainedConfig):
+class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
     """Sizes and switches of the MinGRU text model.
 
     A block computes `x + conv(x)`, then `x + out_proj(mingru(norm(x)))`, then `x + mlp(norm(x))`. The defaults are
@@ -76,6 +78,7 @@ class MinGRUConfig(PreTrainedConfig):
     """
 
     model_type = "mingru"
+    run_choices = ("scan_backend", "skip_logits")
     keys_to_ignore_at_inference = ["cache"]
 
     vocab_size: int = 50257
@@ -119,10 +122,6 @@ class MinGRUConfig(PreTrainedConfig):
         kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
-
     @property
     def layer_types(self) -> list[str]:
         """The kind of cache layer each block has, for `DynamicCache(config=...)`."""
@@ -137,28 +136,6 @@ class MinGRUConfig(PreTrainedConfig):
     def output_size(self) -> int:
         """Width of the last block's output, which the heads read."""
         return self.block_sizes[-1]
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As in PreTrainedConfig, but the configuration of another kind of model is refused, not filled up.
-
-        Raises:
-            ValueError: if its model_type is another.
-        """
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ValueError(
-                f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one: load it with "
-                "AutoConfig, and its model with an Auto class."
-            )
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_dict(self):
-        """As in PreTrainedConfig, less the choices that hold for one run only."""
-        output = super().to_dict()
-        output.pop("scan_backend", None)
-        output.pop("skip_logits", None)
-        return output
 
     def validate_layer_type(self):
         """The layer type belongs to this package, not to the list that transformers checks against."""

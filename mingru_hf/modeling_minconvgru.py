@@ -8,7 +8,6 @@ of the pooled output, F = D x P x P (twice that if bidirectional) pooled feature
 """
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -224,6 +223,15 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         # one deviation suits kernels of 16 and of 512 channels.
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in PreTrainedModel, whose new parameters all ask for gradients; a frozen backbone stays frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.freeze_backbone:
+            model.base_model.freeze_backbone()
+        return loaded
 
     @classmethod
     def from_backbone_pretrained(
@@ -470,7 +478,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         run = self._run_backbone
         frozen = self.config.freeze_backbone
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not frozen:
-            run = partial(self._gradient_checkpointing_func, self._run_backbone)
+            run = self._checkpoint_backbone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pieces = [run(piece) for piece in images.split(self.config.backbone_chunk_size or len(images))]
         depths = pieces[0] if len(pieces) == 1 else [torch.cat(maps) for maps in zip(*pieces, strict=True)]
@@ -480,6 +488,22 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
                 for maps in depths
             ]
         return [maps.unflatten(0, frames.shape[:2]) for maps in depths]
+
+    def _checkpoint_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The same as `_run_backbone`, which runs once more in the backward pass; norms count the batch once."""
+        first = True
+
+        def run(images: Tensor) -> tuple[Tensor, ...]:
+            nonlocal first
+            statistics = [] if first else [(buffer, buffer.clone()) for buffer in self.backbone.buffers()]
+            first = False
+            try:
+                return self._run_backbone(images)
+            finally:
+                for buffer, value in statistics:
+                    buffer.data.copy_(value)  # unseen by autograd, which has saved the buffers
+
+        return self._gradient_checkpointing_func(run, images)
 
     def _run_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a depth."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,7 +30,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_mingru import MinGRUCacheLayer
+from .cache_mingru import MinGRUCacheLayer, own_layers
 from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
 from .linear import linear
@@ -380,19 +380,22 @@ class MinGRUModel(MinGRUPreTrainedModel):
             cache: the state to go on from; it is updated in place. In training, gradients flow through it: a text is
                 learned piece by piece with `layer.detach_()` for each of cache.layers after every backward pass.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
-            use_cache: return the state after the last token. None: config.use_cache, but not in training.
+            use_cache: return the state after the last token. None: config.use_cache, but not in training. A cache
+                that is passed in comes back in any case.
             num_recorded: with a cache that records its past, the steps at the end of this call that `crop` may take
                 back. None: all.
             **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,)
                 mark the documents of packed rows as transformers' collators do; a document may begin with padding.
+                Both speak of this call alone: with a cache the first document goes on, whatever its number.
 
         Returns:
             last_hidden_state (B, T, width of the last block), cache, hidden_states: the embeddings' and each
             block's output, the last of them normed.
 
         Raises:
-            ValueError: if both or neither of input_ids and inputs_embeds are given, a token id is out of range, a
-                mask does not fit, or the cache belongs to another kind of model or batch.
+            ValueError: if both or neither of input_ids and inputs_embeds are given, a token id is out of range (on a
+                GPU that is a device-side assertion, as everywhere), a mask does not fit, the cache belongs to another
+                kind of model or batch, or a cache is passed in training with activation checkpointing.
             TypeError: if an argument is unknown.
         """
         if not _KNOWN_KWARGS.issuperset(kwargs):
@@ -430,15 +433,20 @@ class MinGRUModel(MinGRUPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             use_cache = False  # the second forward would move the state on once more
+            if cache is not None:
+                raise ValueError(
+                    "With activation checkpointing a training step cannot go on from a cache, whose state would move "
+                    "on twice: leave out the cache, or call model.gradient_checkpointing_disable()."
+                )
         batch, steps = inputs_embeds.shape[:2]
         if steps == 0:
             raise ValueError("The inputs hold no token, expected at least one.")
         # Early-exit drafting lowers num_hidden_layers for a while: the norm and the head then read an earlier block.
         depth = self.config.num_hidden_layers
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
         if cache is not None:
             self._check_cache(cache, batch, depth)
-        elif use_cache:
-            cache = DynamicCache(config=self.config)
         begins = cache is None or cache.layers[0].state is None
         mask = self._padding_mask(attention_mask, batch, steps, begins)
         reset = self._document_starts(mask, position_ids, begins, batch, steps, **kwargs)
@@ -453,7 +461,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         for block in islice(blocks.values(), depth):
             # The cache by name: that is where transformers looks for it when activations are recomputed.
             hidden_states = call(block, hidden_states, mask, reset, num_recorded, backend, call, cache=cache)
-        return call(modules["norm"], hidden_states), cache if use_cache else None
+        return call(modules["norm"], hidden_states), cache
 
     def _check_early_exit(self, depth: int) -> None:
         sizes = self.config.hidden_sizes
@@ -477,7 +485,9 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
     def _check_cache(self, cache: Cache, batch: int, depth: int) -> None:
         layers = getattr(cache, "layers", ())
-        if len(layers) != depth or any(getattr(layer, "_layer_type", None) != "mingru" for layer in layers):
+        if not all(isinstance(layer, MinGRUCacheLayer) for layer in layers):
+            own_layers(layers)
+        if len(layers) != depth or not all(isinstance(layer, MinGRUCacheLayer) for layer in layers):
             raise ValueError(
                 f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; make "
                 "one with DynamicCache(config=model.config)."
@@ -544,6 +554,30 @@ class MinGRUModel(MinGRUPreTrainedModel):
         return reset
 
 
+class _EndedRows(StoppingCriteriaList):
+    """Stopping criteria that remember which rows they have stopped: what generate() appends there is padding."""
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        super().__init__(criteria)
+        self.ended: Tensor | None = None  # (B,) rows stopped so far
+        self.padded: Tensor | None = None  # (B,) rows whose last token is padding: stopped before it was chosen
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.padded = self.ended
+        self.ended = done if self.ended is None else self.ended | done
+        return done
+
+    def mask(self, always: bool) -> Tensor | None:
+        """(B, 1) False where the last token is padding; None if there is none, unless `always` asks for a mask."""
+        if self.padded is None:
+            return torch.ones_like(self.ended).unsqueeze(1) if always else None
+        # One look saves the masked path, but on a GPU it would wait.
+        if not always and self.padded.device.type == "cpu" and not self.padded.any():
+            return None
+        return ~self.padded.unsqueeze(1)
+
+
 class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
     """MinGRU with a language-model head.
 
@@ -571,15 +605,24 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         inputs_embeds=None,
         is_first_iteration=False,
         position_ids=None,
+        attention_mask=None,
+        prompt_length=None,
+        ended_rows=None,
         **kwargs,
     ):
         """As in GenerationMixin, less the positions after the prefill: there no document starts.
+
+        Args:
+            prompt_length, ended_rows: from `_sample`: tokens behind the prompt are real, but for those that pad rows
+                which have ended.
 
         Raises:
             ValueError: if a cache is passed that has seen all of the ids already, or more.
         """
         if cache is not None and not is_first_iteration:
             position_ids = None
+        if prompt_length is not None and input_ids.shape[1] > prompt_length and next_sequence_length == 1:
+            attention_mask = None if ended_rows is None else ended_rows.mask(always=cache.is_compileable)
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() takes them for stop strings, and hands them on
             kwargs.pop(name, None)
         # With no new token, GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: it would
@@ -598,8 +641,27 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             position_ids=position_ids,
+            attention_mask=attention_mask,
             **kwargs,
         )
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """As in GenerationMixin; where the cache lives on, padding does not move the state of rows that have ended."""
+        outlives = generation_config.return_dict_in_generate or getattr(kwargs.get("cache"), "_is_user_defined", False)
+        if outlives and len(input_ids) > 1 and any(hasattr(item, "eos_token_id") for item in stopping_criteria):
+            stopping_criteria = kwargs["ended_rows"] = _EndedRows(stopping_criteria)
+        kwargs["prompt_length"] = input_ids.shape[1]
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """As in GenerationMixin; afterwards the cache is as constant in size as before."""
+        layers = [] if kwargs.get("cache") is None else kwargs["cache"].layers
+        recorded = [layer.record_past for layer in layers]
+        output = super()._assisted_decoding(*args, **kwargs)
+        for layer, record_past in zip(layers, recorded, strict=True):
+            if not record_past:
+                layer.forget_past()
+        return output
 
     @staticmethod
     def create_masks_for_generate(
@@ -607,7 +669,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
     ) -> Tensor | None:
         """The mask of a step with a static cache: that of the step's own tokens, or None for a generated one."""
         steps = inputs_embeds.shape[1]
-        if attention_mask is None or not is_first_iteration:
+        if attention_mask is None or (not is_first_iteration and attention_mask.shape[1] > steps):
             return None
         return attention_mask[:, -steps:]
 
@@ -615,6 +677,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         """As in GenerationMixin; an assistant keeps as many states as it may have to take drafted tokens back."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache, drafts = model_kwargs.get("cache"), generation_config.max_new_tokens
+        if cache is not None:
+            own_layers(cache.layers)
         if cache is not None and generation_config.is_assistant and drafts is not None:
             for layer in cache.layers:
                 # Twice: with another tokenizer than the main model's, more than the last round's may be taken back.

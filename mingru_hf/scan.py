@@ -383,31 +383,45 @@ def _fails_trial(device: torch.device) -> str | None:
 
 @functools.cache
 def _trial(device: torch.device) -> str | None:
+    # In one pass and in chunks, with and without all that is optional, in 32 and in 16 bits: other kernels each.
+    whole, chunked = ((16, 64), (130, 128)) if device.type == "cuda" else ((8, 4), (20, 4))  # the interpreter is slow
     problem = None
     with without_modes(), torch.inference_mode():
-        steps, channels = (130, 128) if device.type == "cuda" else (20, 4)  # Triton's interpreter is slow
-        numbers = torch.arange(2 * steps * 2 * channels, dtype=torch.float32, device="cpu")
-        wave = 3.0 * numbers.sin()  # the user's random numbers stay as they are
-        x, grad = wave.reshape(2, steps, -1), wave[::2].reshape(2, steps, -1)
-        states = _torch_forward(x, None, None, None, x.dtype)
-        expected = states, *_torch_backward(grad, x, None, states, None, None)
         try:
-            x, grad = x.to(device), grad.to(device)
-            forward, backward = _KERNELS["triton"]
-            states = forward(x, None, None, None, x.dtype)
-            actual = states, *backward(grad, x, None, states, None, None)
-            errors = [(a.cpu() - e).abs().max() / e.abs().max() for a, e in zip(actual, expected, strict=True)]
+            errors = [_trial_error(device, *chunked, torch.float32, False)]
+            errors.append(_trial_error(device, *whole, torch.bfloat16, True))
         except torch.OutOfMemoryError:
             raise  # no fault of the kernels
         except Exception as error:  # the failures of Triton, the driver and the C compiler have no class in common
             problem = f"its kernels fail on {device} ({type(error).__name__}: {str(error).strip()[:200]})"
         else:
-            worst = torch.stack(errors).max().item()
-            if not worst < 1e-4:  # NaN is not
-                problem = f"its kernels give wrong numbers on {device} (off by {worst:.1e} of the largest)"
+            worst = max(errors, key=lambda error: error if error == error else math.inf)
+            if not worst < 1:  # NaN is not
+                problem = (
+                    f"its kernels give wrong numbers on {device} (off by {worst:.0f} times what rounding explains)"
+                )
     if problem is not None:
         warnings.warn(f"MinGRU runs without its fused Triton scan: {problem}.", stacklevel=2)
     return problem
+
+
+def _trial_error(device: torch.device, steps: int, channels: int, dtype: torch.dtype, options: bool) -> float:
+    """How far the Triton kernels are from the torch scan, over what rounding explains."""
+    numbers = torch.arange(2 * steps * 2 * channels, dtype=torch.float32, device="cpu")
+    wave = (3.0 * numbers.sin()).to(dtype)  # the user's random numbers stay as they are
+    x, grad = wave.reshape(2, steps, -1), wave[::2].reshape(2, steps, -1)
+    h0 = mask = reset = None
+    if options:
+        h0 = x[:, :1, :channels].float().abs()
+        mask, reset = (numbers[: 2 * steps].reshape(2, steps) % every > 0 for every in (3, 5))
+    states = _torch_forward(x, h0, mask, reset, dtype)
+    expected = states, *_torch_backward(grad, x, h0, states, mask, reset)
+    x, grad, h0, mask, reset = (t if t is None else t.to(device) for t in (x, grad, h0, mask, reset))
+    forward, backward = _KERNELS["triton"]
+    states = forward(x, h0, mask, reset, dtype)
+    actual = states, *backward(grad, x, h0, states, mask, reset)
+    errors = [(a.cpu().float() - e).abs().max() / e.float().abs().max() for a, e in zip(actual, expected, strict=True)]
+    return torch.stack(errors).max().item() / (1e-4 if dtype == torch.float32 else 2.0**-5)
 
 
 def _warn_of_broken_packages() -> None:
@@ -429,10 +443,11 @@ _warn_of_broken_packages()
 # --- run side by side, as if they were more rows of the batch. Arrays are (steps, B, chunks, N) and flags
 # --- (steps, B, chunks, 1) below; one chunk is all of the time.
 
-# Elements of a buffer, for each thread: few enough for its cache, so many that Python's cost does not show.
+# Elements of a buffer: on a CPU, for each thread, few enough for its cache, so many that Python's cost does not show.
 _BLOCK_ELEMENTS = 1 << 16
-# Rows of as many elements are cut into chunks, since more of them do not pay for a second look at every step; as many
-# chunks as a chunk has steps, and no longer rows than gain by it.
+_DEVICE_BLOCK_ELEMENTS = 1 << 22
+# Rows (B x N) of at most _SMALL_ROW elements are cut into about sqrt(T) chunks of time that run side by side; for
+# longer rows the second look at every step costs more than it saves. Chunks x row stays within _CHUNKED_ROW.
 _SMALL_ROW = 512
 _CHUNKED_ROW = 1 << 14
 _MIN_CHUNKS = 4
@@ -517,7 +532,8 @@ def _blocks(x, mask, reset, dtype, *, backwards=False, carry_only=False):
     Inf through.
     """
     steps, row_elements = x.shape[1], x[0, 0].numel()
-    length = max(1, min(steps, _BLOCK_ELEMENTS * torch.get_num_threads() // row_elements))
+    block_elements = _BLOCK_ELEMENTS * torch.get_num_threads() if x.is_cpu else _DEVICE_BLOCK_ELEMENTS
+    length = max(1, min(steps, block_elements // row_elements))
     starts = range(0, steps, length)
     block = None
     for start in reversed(starts) if backwards else starts:

@@ -71,7 +71,7 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
         ImportError: if PyAV is missing.
     """
     if av is None:
-        raise ImportError('reading videos needs PyAV: pip install "mingru-hf[video]"')
+        raise ImportError("reading videos needs PyAV: pip install av")
     try:
         total, known = _count_frames(video), None
         while True:
@@ -106,10 +106,18 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
 
 
 def _count_frames(video: str | bytes) -> int:
-    """Give the number of frames from the file's header or, where it says none, by counting its packets."""
+    """Return the number of frames from the file's header or, where it says none, by counting its packets."""
     with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
         stream = container.streams.video[0]
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+
+
+def _check_sampling(num_frames: int, frame_stride: float, fps: float | None) -> None:
+    for name, value in (("num_frames", num_frames), ("frame_stride", frame_stride)):
+        if not value >= 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if fps is not None and not fps > 0:
+        raise ValueError(f"fps must be above 0, got {fps}.")
 
 
 class MinConvGRUVideoProcessorKwargs(VideosKwargs, total=False):
@@ -130,8 +138,8 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         num_frames: frames of a clip.
         frame_stride: frames of the video from one frame of the clip to the next, 1 or more; without effect
             beside `fps`.
-        fps: frames of the clip a second instead; then `video_metadata` must hold the video's `fps`, as it does
-            for files.
+        fps: frames of the clip per second instead; then `video_metadata` must hold the video's `fps`, as it does
+            for files. Above the video's own rate every frame is taken once.
         kwargs: all that transformers' video processors take.
 
     Raises:
@@ -158,9 +166,7 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
     def __init__(self, **kwargs: Unpack[MinConvGRUVideoProcessorKwargs]):
         requires_backends(self, ("torchvision", "vision"))
         super().__init__(**kwargs)
-        for name, least in (("num_frames", 1), ("frame_stride", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        _check_sampling(self.num_frames, self.frame_stride, self.fps)
 
     def sample_frames(
         self,
@@ -171,7 +177,7 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         position: float = 0.5,
         **kwargs,
     ) -> np.ndarray:
-        """Give the indices of a clip's frames.
+        """Return the indices of a clip's frames.
 
         Args:
             metadata: of the video; `total_num_frames`, and `fps` where frames a second are asked for.
@@ -180,11 +186,12 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
 
         Raises:
             VideoReadError: if the video is too short.
-            ValueError: if frames a second are asked for and the video's are not known.
+            ValueError: if a number is out of range, or frames per second are asked for and the video's are not known.
         """
         num_frames = self.num_frames if num_frames is None else num_frames
         frame_stride = self.frame_stride if frame_stride is None else frame_stride
         fps = self.fps if fps is None else fps
+        _check_sampling(num_frames, frame_stride, fps)
         if fps is not None:
             if not metadata.fps:
                 raise ValueError(

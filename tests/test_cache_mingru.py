@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from functorch.compile import make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import TracingContext
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 # Logits of a few units in float32; matrix products of other row counts round differently.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -111,6 +114,42 @@ def test_rows_can_be_reordered_repeated_and_selected(model, input_ids):
         following = new[:1].expand(len(expected), -1)
         logits = model(following, cache=cache).logits[:, -1]
         torch.testing.assert_close(logits, next_logits(model, torch.cat([expected, following], dim=1)), **CLOSE)
+
+
+def static_inputs(model, cache, ids):
+    """Which inputs of a compiled step it writes to, and which of these inductor may leave where they are."""
+    written, static = [], []
+
+    def look(graph, inputs):
+        metadata = TracingContext.get().fw_metadata
+        written.extend(metadata.mutated_inp_runtime_indices)
+        static.extend(metadata.static_input_indices)
+        return make_boxed_func(graph.forward)
+
+    step = torch.compile(
+        model.forward, fullgraph=True, dynamic=False, backend=lambda *args: aot_module_simplified(*args, look)
+    )
+    step(ids, cache=cache)
+    torch._dynamo.reset()
+    return written, static
+
+
+def test_a_static_cache_stays_in_its_place(model, input_ids):
+    """Else CUDA graphs are left out, since a step writes to what may have moved."""
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    model(input_ids[:, :8], cache=cache)
+    tensors = [tensor for layer in cache.layers for tensor in (layer.states, layer.windows) if tensor is not None]
+    places = [tensor.data_ptr() for tensor in tensors]
+    expected = model(input_ids[[2, 0, 0], 8:9], cache=model(input_ids[[2, 0, 0], :8], use_cache=True).cache).logits
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    torch.testing.assert_close(model(input_ids[[2, 0, 0], 8:9], cache=cache).logits, expected, **CLOSE)
+    cache.reset()
+    model(input_ids, cache=cache)
+    after = [tensor for layer in cache.layers for tensor in (layer.states, layer.windows) if tensor is not None]
+    assert [tensor.data_ptr() for tensor in after] == places
+    written, static = static_inputs(model, cache, input_ids[:, :1])
+    assert len(written) == len(places) + len(cache.layers)
+    assert set(written) <= set(static)
 
 
 def test_a_copy_goes_its_own_way(model, input_ids):

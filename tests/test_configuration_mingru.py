@@ -71,6 +71,21 @@ def test_impossible_sizes_are_refused(kwargs, message):
         MinGRUConfig(**kwargs)
 
 
+@pytest.mark.parametrize(
+    ("saved", "override", "message"),
+    [
+        ({"hidden_sizes": [16, 16]}, {"num_hidden_layers": 1}, "names 2 blocks but num_hidden_layers is 1"),
+        ({"expand": 1}, {"expand": 2}, "needs expand=1"),
+    ],
+)
+def test_impossible_overrides_are_refused_when_a_model_is_loaded(saved, override, message, tmp_path):
+    MinGRUForCausalLM(MinGRUConfig(vocab_size=11, hidden_size=16, num_hidden_layers=2, **saved)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(StrictDataclassError, match=message):
+        MinGRUForCausalLM.from_pretrained(tmp_path, **override)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_configs_build_models(path):
     config = MinGRUConfig.from_json_file(path)

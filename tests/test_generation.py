@@ -170,20 +170,108 @@ def test_generation_on_a_compiled_model_compiles_once_a_shape(model, input_ids):
         assert torch.equal(model.generate(input_ids, **settings | {"max_new_tokens": 10}), longer)
 
 
+# --- Rows that end before others, and caches that come back
+
+
+class StopAt(StoppingCriteria):
+    """Stops the rows whose last token is `token`."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize("stopped_by", ["eos", "criterion"])
+@pytest.mark.parametrize("way", ["returned", "own cache", "static"])
+def test_a_row_that_ends_early_goes_on_in_the_next_turn(model, input_ids, way, stopped_by):
+    """generate() appends padding to it, which the next turn's mask hides, and the state must not have read."""
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    if way == "static":
+        settings |= {"cache_implementation": "static", "disable_compile": True}
+    elif way == "own cache":
+        settings |= {"cache": DynamicCache(config=model.config), "return_dict_in_generate": False}
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    free = model.generate(input_ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 12:]
+    end = next(token for token in free[:, 1:4].flatten().tolist() if (free == token).any(1).sum() < 3)
+    if stopped_by == "eos":
+        settings["eos_token_id"] = end
+    else:
+        settings |= {"eos_token_id": 39, "stopping_criteria": StoppingCriteriaList([StopAt(end)])}
+    output = model.generate(input_ids, attention_mask=mask, **settings)
+    sequences = output if way == "own cache" else output.sequences
+    ended = (sequences[:, 12:] == end).int().cumsum(1).cumsum(1) > 1  # behind the first one
+    assert ended.any()
+    assert not ended.any(1).all()
+    following = torch.randint(1, 40, (3, 5))
+    ids = torch.cat([sequences, following], dim=1)
+    mask = torch.cat([mask, (~ended).long(), torch.ones_like(following)], dim=1)
+    cache = settings["cache"] if way == "own cache" else output.cache
+    settings = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(ids, **settings, use_cache=False)
+    actual = model.generate(ids, **settings, cache=cache)
+    assert torch.equal(actual, expected)
+
+
+def test_generated_tokens_need_no_mask(model, input_ids):
+    """Behind a padded prompt: the masked way through a block takes nearly twice as many operations."""
+    masks = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+    )
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    model.generate(input_ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    hook.remove()
+    assert [given is None for given in masks] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cache_that_is_passed_comes_back(model, input_ids, training):
+    model.train(training)
+    with torch.no_grad():
+        expected = model(input_ids).logits[:, -1]
+        cache = DynamicCache(config=model.config)
+        for piece in input_ids.split(5, dim=1):
+            output = model(piece, cache=cache, use_cache=None if training else False)
+            cache = output.cache
+    torch.testing.assert_close(output.logits[:, -1], expected, rtol=1e-4, atol=1e-4)
+    assert model(input_ids, use_cache=False).cache is None
+
+
+def test_activation_checkpointing_refuses_to_go_on_from_a_cache(model, input_ids):
+    """Recomputed blocks would move the state on twice; transformers leaves the cache out, and says so in a log."""
+    model.activation_checkpointing_enable()
+    model.train()
+    with torch.enable_grad(), pytest.raises(ValueError, match="leave out the cache"):
+        model(input_ids, cache=DynamicCache(config=model.config))
+    with torch.enable_grad():
+        assert model(input_ids).cache is None
+    with torch.no_grad():
+        assert model(input_ids, cache=DynamicCache(config=model.config)).cache.get_seq_length() == 12
+
+
 # --- Drafts
 
 
 def test_prompt_lookup_takes_several_tokens_a_forward_in_bounded_memory(model, input_ids):
     ids = input_ids[:1]
     expected = model.generate(ids, max_new_tokens=400)  # without a penalty, the tiny model ends in a loop
-    calls = count_forwards(model)
-    output = model.generate(ids, max_new_tokens=400, prompt_lookup_num_tokens=5, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, expected)
-    assert len(calls) < 400 / 2
-    for layer in output.cache.layers:
-        assert layer.states.shape[1] <= layer.min_recorded_steps
+    cache, held = DynamicCache(config=model.config), []
+
+    def measure(module, args, output):
         # A slice's storage is that of the tensor it was cut from.
-        assert layer.states.untyped_storage().nbytes() <= 4 * layer.states.shape[2] * (layer.min_recorded_steps + 12)
+        held.append([layer.states.untyped_storage().nbytes() / 4 / layer.states.shape[2] for layer in cache.layers])
+
+    hook = model.register_forward_hook(measure)
+    output = model.generate(ids, max_new_tokens=400, prompt_lookup_num_tokens=5, cache=cache)
+    hook.remove()
+    assert torch.equal(output, expected)
+    assert len(held) < 400 / 2
+    for steps, layer in zip(zip(*held, strict=True), cache.layers, strict=True):
+        assert 12 < max(steps) <= layer.min_recorded_steps + 12
 
 
 def test_a_plain_turn_follows_an_assisted_one(model, input_ids):
@@ -193,6 +281,9 @@ def test_a_plain_turn_follows_an_assisted_one(model, input_ids):
     expected = model.generate(following, max_new_tokens=10, repetition_penalty=1.3)
     actual = model.generate(following, cache=first.cache, max_new_tokens=10, repetition_penalty=1.3)
     assert torch.equal(actual, expected)
+    for layer in first.cache.layers:
+        assert layer.states.shape[1] == 1  # nothing is recorded any more
+        assert layer.states.untyped_storage().nbytes() == layer.states.nbytes
 
 
 @pytest.mark.parametrize("assistant", ["alike", "the same"])

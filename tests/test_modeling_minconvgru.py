@@ -391,6 +391,7 @@ def test_a_frozen_backbone_stays_as_it_is(frames, tmp_path):
         one.train()
         assert one.training
         assert not any(module.training for module in one.model.backbone.modules())
+        assert not any(parameter.requires_grad for parameter in one.model.backbone.parameters())
         optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
         one(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
         optimizer.step()
@@ -437,19 +438,19 @@ def test_the_backbone_sees_a_chosen_number_of_frames_at_once(chunk, frames):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", ["resnet", "convnext"])
 def test_gradient_checkpointing_changes_no_gradient(kind, frozen, frames):
-    model = make_model(kind, freeze_backbone=frozen, backbone_chunk_size=5)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # so that the second run sees the statistics of the first
-    model.train()
+    model = make_model(kind, freeze_backbone=frozen, backbone_chunk_size=5).train()
+    before = copy.deepcopy(model.state_dict())
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     expected = torch.autograd.grad(model(frames, labels=torch.tensor([0, 1, 2])).loss, parameters)
+    moved = copy.deepcopy(model.state_dict())  # batch norms' statistics
+    model.load_state_dict(before)
     model.activation_checkpointing_enable()
     calls = []
     hook = model.model.stacks[0].layers[0].gate_hidden.register_forward_pre_hook(lambda *args: calls.append(1))
     actual = torch.autograd.grad(model(frames, labels=torch.tensor([0, 1, 2])).loss, parameters)
     hook.remove()
     assert len(calls) == 2  # forward, and once more in backward
+    torch.testing.assert_close(model.state_dict(), moved)
     for name, one, other in zip(names, actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 

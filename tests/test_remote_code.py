@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,43 @@ def test_package_and_remote_copy_live_in_one_process(first, directory, tmp_path)
         assert one == other, way
         assert way == "beams" or one == result["outputs"]["uncached"][0], way
     assert result["off"] < 1e-5
+
+
+VERSIONS = """
+import json, sys
+sys.modules["mingru_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+prompt = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 3, 1, 4]])
+ways = [{}, {"cache_implementation": "static", "disable_compile": True}, {"prompt_lookup_num_tokens": 3}]
+
+def tokens(model):
+    return [model.generate(prompt, max_new_tokens=9, do_sample=False, **way).tolist() for way in ways]
+
+one = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+results = [tokens(one)]
+other = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+results += [tokens(other), tokens(one)]
+cache = DynamicCache(config=one.config)
+with torch.no_grad():
+    one(prompt, cache=cache)
+    try:
+        other(prompt, cache=cache)
+    except ValueError as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
+
+
+def test_checkpoints_with_code_of_two_versions_live_in_one_process(directory, tmp_path):
+    """transformers' table of cache layers is one for all: who comes last must not bring the others to fall."""
+    later = tmp_path / "later"
+    shutil.copytree(directory, later)
+    for name in ("cache_mingru.py", "modeling_mingru.py"):
+        code = (later / name).read_text()
+        assert "num_to_record" in code
+        (later / name).write_text(code.replace("num_to_record", "states_to_record"))
+    before, other, after, error = run_python(VERSIONS, tmp_path, directory, later)
+    assert before == other == after
+    assert "another copy" in error

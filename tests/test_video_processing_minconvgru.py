@@ -202,6 +202,22 @@ def test_the_pipeline_takes_arrays_and_files(model_dir, file, frames):
             assert answer["score"] == pytest.approx(probabilities["abc".index(answer["label"])].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"frame_stride": 0}, "frame_stride must be at least 1, got 0"),
+        ({"frame_stride": -1}, "frame_stride must be at least 1, got -1"),
+        ({"fps": 0}, "fps must be above 0, got 0"),
+    ],
+)
+def test_impossible_numbers_are_named_in_a_call_too(frames, options, message):
+    with pytest.raises(ValueError, match=message):
+        MinConvGRUVideoProcessor(num_frames=4)(frames, return_tensors="pt", **options)
+    with pytest.raises(ValueError, match=message):
+        MinConvGRUVideoProcessor(**options)
+
+
 def test_it_loads_where_the_package_is_not_installed(model_dir, frames, tmp_path):
     np.save(tmp_path / "frames.npy", frames)
     expected = MinConvGRUVideoProcessor.from_pretrained(model_dir)(frames, return_tensors="pt").pixel_values_videos
