@@ -70,7 +70,7 @@ def calls_directly(module_class: type) -> type:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Say whether calling a module means no more than its class's forward on its parameters.
+    """Return whether calling a module means no more than its class's forward on its parameters.
 
     No class of its own (adapter, quantisation), no hook, no forward put upon it or its class (offloading, patches),
     not compiled.

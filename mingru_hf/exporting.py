@@ -20,7 +20,7 @@ class MinGRUPrefill(nn.Module):
 
     Args:
         model: a MinGRUForCausalLM.
-        logits_to_keep: compute logits for the last so many places only; 0 for all.
+        logits_to_keep: compute logits for this many places at the end only; 0 for all.
     """
 
     def __init__(self, model: nn.Module, logits_to_keep: int = 0):
@@ -66,7 +66,7 @@ def state_of(cache: DynamicCache) -> list[Tensor]:
 
 
 def cache_of(model: nn.Module, state: list[Tensor]) -> DynamicCache:
-    """A cache to go on from `state`; how many tokens are behind it is not known, and the model does not need it.
+    """A cache that continues from `state`; how many tokens are behind it is not known, and the model does not need it.
 
     Raises:
         ValueError: if the number of tensors is not that of the model's state.
@@ -90,7 +90,7 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
 
     Args:
         model: a MinGRUForCausalLM; it is exported as it is in evaluation.
-        logits_to_keep: of the prompt's logits, the last so many only; 0 for all.
+        logits_to_keep: return this many of the prompt's last logits; 0 for all.
 
     Returns:
         The prefill, `logits, state = prefill.module()(input_ids)`, and the step, `logits, state =

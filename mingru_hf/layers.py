@@ -74,7 +74,7 @@ class MinGRUCell(nn.Module):
     Example:
         >>> cell = MinGRUCell(3, 8)
         >>> out, h = cell(torch.randn(2, 16, 3))  # (2, 16, 8), [(2, 1, 8)]
-        >>> out, h = cell(torch.randn(2, 1, 3), h)  # goes on from there
+        >>> out, h = cell(torch.randn(2, 1, 3), h)  # continues from there
     """
 
     layer_sizes: list[int]
@@ -276,7 +276,7 @@ def _state_shape(
 
 
 def _num_groups(channels: int) -> int:
-    """torch-mingru's rule for GroupNorm: as many groups as leave each at least 4 channels, if there are so many."""
+    """torch-mingru's rule for GroupNorm: the most groups that leave at least 4 channels in each, where possible."""
     return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
 
 
@@ -296,7 +296,7 @@ class MinConv2dGRUCell(nn.Module):
     Example:
         >>> cell = MinConv2dGRUCell(3, 8, kernel_size=3, stride=2, padding=1)
         >>> out, h = cell(torch.randn(2, 16, 3, 32, 32))  # (2, 16, 8, 16, 16), [(2, 1, 8, 16, 16)]
-        >>> out, h = cell(torch.randn(2, 1, 3, 32, 32), h)  # goes on from there
+        >>> out, h = cell(torch.randn(2, 1, 3, 32, 32), h)  # continues from there
     """
 
     layer_sizes: list[int]

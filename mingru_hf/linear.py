@@ -18,11 +18,11 @@ from .observers import in_transform
 
 _ZEN_5 = 26  # the "family" of the processor
 
-# Fewer multiplications, or a larger weight beside as few rows, do not pay for the way there.
+# Smaller products, and weights that are large for so few rows, are not worth the conversion.
 _MIN_ROWS = 256
 _MIN_PRODUCTS = 1 << 24
 _MAX_WEIGHTS_PER_ROW = 2048
-# torch gives a convolution of a single thread to oneDNN from a batch of as many on.
+# With a single thread torch gives a convolution to oneDNN from this batch size on.
 _BATCH = 16
 
 

@@ -100,7 +100,7 @@ class MinConvGRUModelOutput(ModelOutput):
             frame before it (for backward stacks, after it), or zeros where there is none.
         pooler_output: (B, F of all depths) pooled outputs for the clips: those of the last real frame, and for
             backward stacks those of the first.
-        cache: the state to go on from, if one was asked for.
+        cache: the state to continue from, if one was asked for.
         hidden_states: for each depth the feature map (B, T, C, H, W), then the output of each recurrent layer.
     """
 
@@ -118,7 +118,7 @@ class MinConvGRUVideoClassifierOutput(ModelOutput):
         loss: a scalar, if labels are given.
         logits: (B, num_labels) for the clips.
         frame_logits: (B, T, num_labels) after each frame, if asked for.
-        cache: the state to go on from, if one was asked for.
+        cache: the state to continue from, if one was asked for.
         hidden_states: as in MinConvGRUModelOutput.
     """
 
@@ -176,7 +176,7 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
             state,
             mask,
             backend=self.config.scan_backend,
-            # The cache holds what a 16-bit state would round, so that a stream goes on from the exact state.
+            # The cache holds what a 16-bit state would round, so that a stream continues from the exact state.
             dtype=torch.promote_types(dtype, torch.float32) if keep_state else dtype,
         )
         out = states.to(dtype) + skip if self.config.residual else states.to(dtype)
@@ -354,7 +354,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             pixel_values_videos: (B, T, C, H, W) frames as the video processor returns them.
             attention_mask: (B, T) 0 at padding, on whichever side or in between. The backbone does not look at
                 padding and the states pass over it unchanged, so a padded clip gives the numbers of the clip alone.
-            cache: the state to go on from; it is updated in place. It keeps the graph of the frames behind it
+            cache: the state to continue from; it is updated in place. It keeps the graph of the frames behind it
                 unless they ran under `torch.no_grad()`.
             use_cache: return the state after the last frame. None: where a cache is passed.
             output_hidden_states: return feature maps and outputs of all layers. None: config.output_hidden_states.
@@ -380,7 +380,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         use_cache = bool(use_cache) or cache is not None
         if use_cache and self.config.bidirectional:
             raise ValueError(
-                "A bidirectional model reads a clip from its end too, so it cannot go on from a cache: pass whole "
+                "A bidirectional model reads a clip from its end too, so it cannot continue from a cache: pass whole "
                 "clips without cache and use_cache."
             )
         if cache is not None:

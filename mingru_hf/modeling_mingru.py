@@ -190,7 +190,7 @@ class MinGRUMixer(nn.Module):
             gate_and_candidate = linear(x, weight)
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
-        # The cache holds what a 16-bit state would round, so that decoding goes on from the exact state.
+        # The cache holds what a 16-bit state would round, so that decoding continues from the exact state.
         states_dtype = torch.promote_types(out_dtype, torch.float32) if keep_states else out_dtype
         if call is direct_call and mask is None and reset is None:
             states = mingru_step(gate_and_candidate, state, bias=bias, backend=backend, dtype=states_dtype)
@@ -376,8 +376,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
             attention_mask: (B, T), or longer with the tokens behind `cache` in front: 0 at padding, on whichever
                 side or in between. The state passes over padding unchanged.
             position_ids: (B, T) or (1, T). A 0 starts a new document, unless it is that of padding: the state goes
-                back to g(0). Other positions change nothing. None: every row goes on.
-            cache: the state to go on from; it is updated in place. In training, gradients flow through it: a text is
+                back to g(0). Other positions change nothing. None: every row continues.
+            cache: the state to continue from; it is updated in place. In training, gradients flow through it: a text is
                 learned piece by piece with `layer.detach_()` for each of cache.layers after every backward pass.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
             use_cache: return the state after the last token. None: config.use_cache, but not in training. A cache
@@ -386,7 +386,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 back. None: all.
             **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,)
                 mark the documents of packed rows as transformers' collators do; a document may begin with padding.
-                Both speak of this call alone: with a cache the first document goes on, whatever its number.
+                Both speak of this call alone: with a cache the first document continues, whatever its number.
 
         Returns:
             last_hidden_state (B, T, width of the last block), cache, hidden_states: the embeddings' and each
@@ -435,7 +435,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
             use_cache = False  # the second forward would move the state on once more
             if cache is not None:
                 raise ValueError(
-                    "With activation checkpointing a training step cannot go on from a cache, whose state would move "
+                    "With activation checkpointing a training step cannot continue from a cache, whose state would move "
                     "on twice: leave out the cache, or call model.gradient_checkpointing_disable()."
                 )
         batch, steps = inputs_embeds.shape[:2]
@@ -708,7 +708,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
             labels: (B, T) token ids, usually input_ids: the loss at place t is that of predicting labels[:, t + 1];
                 -100 leaves a place out.
-            logits_to_keep: compute logits for the last so many places only, or for the places in a tensor; 0: all.
+            logits_to_keep: compute logits for this many places at the end, or for the places in a tensor; 0: all.
             skip_logits: return the loss alone, computed a few rows at a time, so that the logits of all places never
                 take up memory. None: in training with labels, if config.skip_logits says so.
 

@@ -338,8 +338,8 @@ _CARRY, _LOW = 19, 20
 _BIAS = 21  # (2N,), added to gates and candidates
 _GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 22, 23, 24, 25, 26  # half: a row of N times 0.5
 
-# Rows are worked through in chunks of this many channels, each after a request for its like of _AHEAD steps on: the
-# processor's own prefetching starts anew with every row, and does not see the next one coming.
+# Rows are worked through in chunks of _CHUNK channels, and the same chunk _AHEAD steps ahead is prefetched: the
+# processor's own prefetcher starts anew with every row.
 _CHUNK = 64
 _AHEAD = 3
 _CACHE_LINE = 64  # bytes
@@ -859,7 +859,7 @@ class _Scratch(threading.local):
     size = address = 0
 
     def at_least(self, size: int) -> int:
-        """The address of so many bytes."""
+        """Return the address of at least `size` bytes."""
         if size > self.size:
             self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default
             self.size, self.address = size, self.memory.data_ptr()

@@ -29,7 +29,7 @@ class VideoReadError(ValueError):
 
 
 def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1, position: float = 0.5) -> np.ndarray:
-    """Give the frames of one clip: N of them, every `frame_stride`-th.
+    """Return the indices of one clip's frames: N of them, every `frame_stride`-th.
 
     Args:
         total_num_frames: frames T of the video.
