@@ -377,8 +377,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 side or in between. The state passes over padding unchanged.
             position_ids: (B, T) or (1, T). A 0 starts a new document, unless it is that of padding: the state goes
                 back to g(0). Other positions change nothing. None: every row continues.
-            cache: the state to continue from; it is updated in place. In training, gradients flow through it: a text is
-                learned piece by piece with `layer.detach_()` for each of cache.layers after every backward pass.
+            cache: the state to continue from; it is updated in place. In training, gradients flow through it: a text
+                is learned piece by piece with `layer.detach_()` for each of cache.layers after every backward pass.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
             use_cache: return the state after the last token. None: config.use_cache, but not in training. A cache
                 that is passed in comes back in any case.
@@ -435,8 +435,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
             use_cache = False  # the second forward would move the state on once more
             if cache is not None:
                 raise ValueError(
-                    "With activation checkpointing a training step cannot continue from a cache, whose state would move "
-                    "on twice: leave out the cache, or call model.gradient_checkpointing_disable()."
+                    "With activation checkpointing a training step cannot continue from a cache, whose state would "
+                    "move on twice: leave out the cache, or call model.activation_checkpointing_disable()."
                 )
         batch, steps = inputs_embeds.shape[:2]
         if steps == 0:
