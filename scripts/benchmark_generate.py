@@ -5,24 +5,27 @@
     python scripts/benchmark_generate.py --parts speed --threads 2 --rounds 9
     python scripts/benchmark_generate.py --parts memory --tokens 1000000 --threads 1
 
-features: a table of MinGRU, Mamba2, RWKV and GPT-2, tiny and random, in Markdown. Every cell is tried out and compared
-with the same model run over the whole text without a cache: "exact" (the same greedy tokens), "wrong" (others, and no
-error), "refused" (an error), "none" (nothing there to ask for). Scores are compared where no tokens are generated.
-speed: a decoding step against the model's matrix products alone, generate() against a raw loop, and the prefill of a
-long prompt, beside the log-space scan's model and transformers' Mamba and GPT-2. All take turns; medians are shown.
-memory: a model reads and writes very many tokens; the process's memory and the time a token are printed on the way.
+features: a table of MinGRU, Mamba2, RWKV and GPT-2, tiny and random, in Markdown. Every cell is tried out and
+compared with the same model run over the whole text without a cache: "exact" (the same greedy tokens),
+"wrong" (others, and no error), "refused" (an error), "none" (nothing there to ask for). Scores are compared
+where no tokens are generated.
+speed: a decoding step against the model's matrix products alone, generate() against a raw loop, and the
+prefill of a long prompt, beside the log-space scan's model and transformers' Mamba and GPT-2. All take turns;
+medians are shown.
+memory: a model reads and writes very many tokens; the memory of the process and the time per token are
+printed on the way.
 """
 
 import argparse
 import copy
 import inspect
-import resource
 import time
 import warnings
 from collections.abc import Callable
 
 import torch
-from benchmark_lm import LogScanLM, interleave
+from benchmark_lm import LogScanLM
+from benchmarking import HelpFormatter, interleave, machine, process_megabytes
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -46,16 +49,18 @@ NEW_TOKENS = 12
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["features", "speed", "memory"], default=["features"])
-    parser.add_argument("--models", nargs="+", help="of the features' table only these; default: all")
-    parser.add_argument("--verbose", action="store_true", help="print the error behind each 'refused'")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5, help="of the speed's measurements")
-    parser.add_argument("--decode_steps", type=int, default=100, help="tokens a round")
-    parser.add_argument("--prompt_length", type=int, default=8192, help="tokens of the prefill")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="to read, and to write, in the memory's part")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parts = ["features", "speed", "memory"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=["features"], help="what to measure, see above")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and tokens")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="features: only these models; default: all")
+    parser.add_argument("--verbose", action="store_true", help="features: print the error behind each 'refused'")
+    parser.add_argument("--device", default="cpu", help="speed: where to measure: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--rounds", type=int, default=5, help="speed: times each is timed; the median is shown")
+    parser.add_argument("--decode_steps", type=int, default=100, help="speed: tokens decoded per round")
+    parser.add_argument("--prompt_length", type=int, default=8192, help="speed: tokens of the prefill")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="memory: tokens to read, and to write")
     return parser.parse_args(argv)
 
 
@@ -188,6 +193,20 @@ def turn_with_all_ids(model, ids):
     return generate(model, full, cache=returned_cache(first)), greedy(model, full)
 
 
+def turn_after_an_early_end(model, ids):
+    """The next turn of a batch whose rows did not end together; the mask hides the padding behind those that did."""
+    written = generate(model, ids)[:, ids.shape[1] :]
+    candidates = written[:, 1:4].flatten().tolist()
+    end = next(token for token in candidates if not (written == token).any(1).all())
+    first = generate(model, ids, eos_token_id=end, return_dict_in_generate=True)
+    padding = (first.sequences[:, ids.shape[1] :] == end).cumsum(1).cumsum(1) > 1
+    real = torch.cat([torch.ones_like(ids), (~padding).long(), torch.ones_like(ids[:, :4])], dim=1)
+    full = torch.cat([first.sequences, ids[:, :4]], dim=1)
+    together = generate(model, full, attention_mask=real, cache=returned_cache(first))[:, full.shape[1] :]
+    alone = [greedy(model, row[mask.bool()][None])[0, -NEW_TOKENS:] for row, mask in zip(full, real, strict=True)]
+    return together, torch.stack(alone)
+
+
 def turn_with_new_ids(model, ids):
     first = generate(model, ids, return_dict_in_generate=True)
     cache = returned_cache(first)
@@ -258,6 +277,7 @@ FEATURES = {
     "forward in pieces": forward_in_chunks,
     "`prefill_chunk_size`": prefill_chunks,
     "next turn with all ids": turn_with_all_ids,
+    "next turn, a row had ended early": turn_after_an_early_end,
     "next turn with the new ids": turn_with_new_ids,
     "rollback (`crop`)": rollback,
     "prompt lookup": prompt_lookup,
@@ -315,8 +335,8 @@ class Products(nn.Module):
         return x
 
 
-def raw_loop(model: PreTrainedModel, cache_of: Callable, batch_size: int, steps: int) -> Callable[[], None]:
-    first = torch.ones(batch_size, 1, dtype=torch.long)
+def raw_loop(model: PreTrainedModel, cache_of: Callable, first: Tensor, steps: int) -> Callable[[], None]:
+    """`steps` greedy tokens after `first` (B, 1), with nothing around the model."""
 
     @torch.inference_mode()
     def run() -> None:
@@ -329,23 +349,25 @@ def raw_loop(model: PreTrainedModel, cache_of: Callable, batch_size: int, steps:
 
 def print_speed(args: argparse.Namespace) -> None:
     """Decoding steps and prefill of models 384 wide with 6 layers, vocabulary 96."""
-    size, depth, steps = 384, 6, args.decode_steps
+    size, depth, steps, device = 384, 6, args.decode_steps, args.device
     common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = MinGRUConfig(**common, hidden_size=size, num_hidden_layers=depth, expand=1, conv_kernel=0, use_mlp=False)
-    mingru = MinGRUForCausalLM(config).eval()
+    mingru = MinGRUForCausalLM(config).eval().to(device)
     longest = max(args.prompt_length, steps + 1)
-    gpt2 = GPT2LMHeadModel(GPT2Config(**common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest)).eval()
-    mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval()
-    products = Products(size, depth)
+    gpt2_config = GPT2Config(**common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest)
+    gpt2 = GPT2LMHeadModel(gpt2_config).eval().to(device)
+    mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval().to(device)
+    products = Products(size, depth).to(device)
     compiled, unguarded = (
-        torch.compile(MinGRUForCausalLM(config).eval(), fullgraph=True, dynamic=False, options=options)
+        torch.compile(MinGRUForCausalLM(config).eval().to(device), fullgraph=True, dynamic=False, options=options)
         for options in (None, {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True})
     )
-    print(f"torch {torch.__version__}, {args.threads} threads; {depth} layers, {size} wide, float32")
+    print(f"{machine(device)}; {depth} layers, {size} wide, float32")
 
     for batch_size in (1, 16):
         torch._dynamo.reset()  # a graph without guards is taken for any batch
-        x, prompt = torch.randn(batch_size, 1, size), torch.ones(batch_size, 1, dtype=torch.long)
+        x = torch.randn(batch_size, 1, size, device=device)
+        prompt = torch.ones(batch_size, 1, dtype=torch.long, device=device)
 
         @torch.inference_mode()
         def linears(x=x) -> None:
@@ -357,9 +379,9 @@ def print_speed(args: argparse.Namespace) -> None:
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False, use_cache=True
             )
 
-        def static_cache(batch_size=batch_size) -> StaticCache:
+        def static_cache(prompt=prompt) -> StaticCache:
             cache = StaticCache(config=config, max_cache_len=steps + 1)
-            mingru(torch.ones(batch_size, 1, dtype=torch.long), cache=cache)  # makes its tensors
+            mingru(prompt, cache=cache)  # makes its tensors
             return cache
 
         def dynamic(model):
@@ -367,22 +389,22 @@ def print_speed(args: argparse.Namespace) -> None:
 
         runs = {
             "linears": linears,
-            "MinGRU, raw loop": raw_loop(mingru, dynamic(mingru), batch_size, steps),
+            "MinGRU, raw loop": raw_loop(mingru, dynamic(mingru), prompt, steps),
             "MinGRU, generate()": generated,
-            "MinGRU, static + compile": raw_loop(compiled, static_cache, batch_size, steps),
-            "the same, no guards, C++": raw_loop(unguarded, static_cache, batch_size, steps),
-            "Mamba, raw loop": raw_loop(mamba, dynamic(mamba), batch_size, steps),
-            "GPT-2, raw loop": raw_loop(gpt2, dynamic(gpt2), batch_size, steps),
+            "MinGRU, static + compile": raw_loop(compiled, static_cache, prompt, steps),
+            "the same, no guards, C++": raw_loop(unguarded, static_cache, prompt, steps),
+            "Mamba, raw loop": raw_loop(mamba, dynamic(mamba), prompt, steps),
+            "GPT-2, raw loop": raw_loop(gpt2, dynamic(gpt2), prompt, steps),
         }
-        seconds = interleave(runs, args.rounds)
-        print(f"\ndecoding, B={batch_size}, {steps} tokens      ms a step   over the {depth} linears")
+        seconds = interleave(runs, args.rounds, device)
+        print(f"\ndecoding, B={batch_size}, {steps} tokens    ms per step   over the {depth} linears")
         for name, value in seconds.items():
             print(f"{name:30} {1e3 * value / steps:10.3f}   {value / seconds['linears']:10.2f}")
         extra = 1e3 * (seconds["MinGRU, generate()"] - seconds["MinGRU, raw loop"]) / steps
-        print(f"generate() adds {extra:.3f} ms a step")
+        print(f"generate() adds {extra:.3f} ms per step")
 
-    ids = torch.randint(2, 96, (1, args.prompt_length))
-    log_scan = LogScanLM(96, size, depth).eval()
+    ids = torch.randint(2, 96, (1, args.prompt_length)).to(device)
+    log_scan = LogScanLM(96, size, depth).eval().to(device)
 
     def prefill(model):
         @torch.inference_mode()
@@ -392,7 +414,7 @@ def print_speed(args: argparse.Namespace) -> None:
         return run
 
     readers = {"MinGRU": mingru, "log scan": log_scan, "Mamba": mamba, "GPT-2": gpt2}
-    seconds = interleave({name: prefill(model) for name, model in readers.items()}, min(args.rounds, 3))
+    seconds = interleave({name: prefill(model) for name, model in readers.items()}, min(args.rounds, 3), device)
     print(f"\nprefill, B=1, T={args.prompt_length}      ms   over MinGRU's")
     for name, value in seconds.items():
         print(f"{name:20} {1e3 * value:10.1f}   {value / seconds['MinGRU']:10.2f}")
@@ -401,20 +423,15 @@ def print_speed(args: argparse.Namespace) -> None:
 # --- Memory
 
 
-def resident_megabytes() -> float:
-    """Memory of this process now, where the system tells, else its peak."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-
-
 @torch.inference_mode()
 def measure_memory(
     tokens: int, pieces: int = 10, piece_length: int = 1000
 ) -> dict[str, list[tuple[int, float, float]]]:
-    """Read `tokens` tokens in pieces of `piece_length`, then write as many; (tokens, MB, us a token) on the way."""
+    """Read `tokens` tokens in pieces of `piece_length`, then write as many.
+
+    Returns:
+        (tokens so far, MB of the process, us per token) at every of `pieces` stations, read and written.
+    """
     config = MinGRUConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()
     cache = DynamicCache(config=config)
@@ -426,20 +443,20 @@ def measure_memory(
         began = time.perf_counter()
         for _ in range(part // piece_length):
             output = model(ids, cache=cache, logits_to_keep=1)
-        points["read"].append((number * part, resident_megabytes(), 1e6 * (time.perf_counter() - began) / part))
+        points["read"].append((number * part, process_megabytes(), 1e6 * (time.perf_counter() - began) / part))
     token = output.logits.argmax(-1)
     for number in range(1, pieces + 1):
         began = time.perf_counter()
         for _ in range(part):
             token = model(token, cache=cache).logits.argmax(-1)
-        points["written"].append((number * part, resident_megabytes(), 1e6 * (time.perf_counter() - began) / part))
+        points["written"].append((number * part, process_megabytes(), 1e6 * (time.perf_counter() - began) / part))
     assert cache.get_seq_length() == piece_length * (1 + pieces * (part // piece_length)) + pieces * part
     return points
 
 
 def print_memory(args: argparse.Namespace) -> None:
     for name, points in measure_memory(args.tokens).items():
-        print(f"\n{name:>12} tokens   process MB   us a token")
+        print(f"\n{name:>12} tokens   process MB us per token")
         for count, megabytes, microseconds in points:
             print(f"{count:19,} {megabytes:12.1f} {microseconds:12.2f}")
 

@@ -4,59 +4,43 @@
     python scripts/benchmark_head.py --vocab_size 50257
     python scripts/benchmark_head.py --vocab_size 50257 --dtype bfloat16 --batch_size 16
 
-Memory is what a forward and backward pass adds to the process (Linux only): activations, logits and gradients.
+Memory is what a forward and backward pass adds to the process, or to what is in use on the card: activations,
+logits and gradients. The process's is known on Linux only.
 """
 
 import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
+from benchmarking import HelpFormatter, interleave, machine, peak_megabytes
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 
 
-def peak_memory(step: Callable[[], None]) -> float:
-    """MB by which `step` raises the resident memory of this process at its worst."""
-
-    def status(name: str) -> float:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # sets the high-water mark back
-    before = status("VmRSS")
-    step()
-    return status("VmHWM") - before
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab_size", type=int, default=50257)
-    parser.add_argument("--hidden_size", type=int, default=384)
-    parser.add_argument("--num_layers", type=int, default=2)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--vocab_size", type=int, default=50257, help="rows of the head's weight")
+    parser.add_argument("--hidden_size", type=int, default=384, help="channels of every layer")
+    parser.add_argument("--num_layers", type=int, default=2, help="layers below the head")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences in a batch")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--rounds", type=int, default=3, help="times each step is timed; the median is shown")
     args = parser.parse_args(argv)
-    if not sys.platform.startswith("linux"):
-        parser.error("memory is read from /proc, which only Linux has")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     config = MinGRUConfig(
         vocab_size=args.vocab_size, hidden_size=args.hidden_size, num_hidden_layers=args.num_layers, expand=1
     )
-    model = MinGRUForCausalLM(config)
-    ids = torch.randint(args.vocab_size, (args.batch_size, args.sequence_length))
+    model = MinGRUForCausalLM(config).to(args.device)
+    ids = torch.randint(args.vocab_size, (args.batch_size, args.sequence_length)).to(args.device)
 
     def make_step(skip_logits: bool) -> Callable[[], None]:
         def step() -> None:
             model.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 loss = model(ids, labels=ids, skip_logits=skip_logits).loss
             loss.backward()
             losses[skip_logits] = loss.item()
@@ -65,23 +49,19 @@ def main(argv: list[str] | None = None) -> None:
 
     losses: dict[bool, float] = {}
     steps = {"all logits": make_step(False), "in pieces": make_step(True)}
-    memory, seconds = {}, {name: [] for name in steps}
+    memory = {}
     for name, step in steps.items():
         step()  # what only the first step allocates is not counted
         model.zero_grad()
-        memory[name] = peak_memory(step)
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
+        memory[name] = peak_megabytes(step, args.device)
+    seconds = interleave(steps, args.rounds, args.device)
     print(
-        f"torch {torch.__version__}, {args.threads} threads, {args.dtype}; {args.num_layers} layers, "
-        f"{args.hidden_size} wide, vocabulary {args.vocab_size}, B={args.batch_size}, T={args.sequence_length}; "
+        f"{machine(args.device)}, {args.dtype}; {args.num_layers} layers, {args.hidden_size} wide, "
+        f"vocabulary {args.vocab_size}, B={args.batch_size}, T={args.sequence_length}; "
         f"losses {losses[False]:.6f} and {losses[True]:.6f}"
     )
     for name in steps:
-        print(f"{name:12} {memory[name]:8,.0f} MB   {statistics.median(seconds[name]):6.3f} s a step")
+        print(f"{name:12} {memory[name]:8,.0f} MB   {seconds[name]:8.4f} s per step")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,19 @@
 
     python scripts/benchmark_lm.py --dtype float32
     python scripts/benchmark_lm.py --dtype bfloat16 --threads 1 --json runs/lm.json
+    python scripts/benchmark_lm.py --dtype bfloat16 --device cuda
 
-The models take turns, so that a busy machine slows all of them alike; quoted are medians and their ratios. Freed
-memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's text model, rebuilt
-here over the log-space scan that it uses.
+The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
+Freed memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's text
+model, rebuilt here over the log-space scan that it uses.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmarking import HelpFormatter, interleave, is_cuda, machine, write_json
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
@@ -107,7 +104,7 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     unknown = set(args.models or ()) - set(makers)
     if unknown:
         raise ValueError(f"--models: unknown {', '.join(sorted(unknown))}; known: {', '.join(makers)}.")
-    return {name: make() for name, make in makers.items() if not args.models or name in args.models}
+    return {name: make().to(args.device) for name, make in makers.items() if not args.models or name in args.models}
 
 
 def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[], None]:
@@ -115,7 +112,7 @@ def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[],
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
             output = model(ids, use_cache=False) if isinstance(model, PreTrainedModel) else model(ids)
         logits = output.logits if isinstance(model, PreTrainedModel) else output
         logits = logits[0] if isinstance(logits, tuple) else logits
@@ -129,11 +126,12 @@ def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[],
 def matrix_product_step(model: MatrixProducts, ids: Tensor, hidden_size: int, autocast: bool) -> Callable[[], None]:
     """Forward and backward of the matrix products alone."""
     dtype = torch.bfloat16 if autocast else torch.float32  # of what autocast leaves the other operators
-    inputs = [torch.randn(*ids.shape, hidden_size, dtype=dtype, requires_grad=True) for _ in model.projections]
-    grads = [torch.randn(*ids.shape, projection.out_features, dtype=dtype) for projection in model.projections]
+    new = {"dtype": dtype, "device": ids.device}
+    inputs = [torch.randn(*ids.shape, hidden_size, **new, requires_grad=True) for _ in model.projections]
+    grads = [torch.randn(*ids.shape, projection.out_features, **new) for projection in model.projections]
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
             outs = model(inputs)
         torch.autograd.backward(outs, grads)
         model.zero_grad()
@@ -143,9 +141,9 @@ def matrix_product_step(model: MatrixProducts, ids: Tensor, hidden_size: int, au
     return step
 
 
-def decoder(model: nn.Module, batch_size: int, steps: int, vocab_size: int) -> Callable[[], None] | None:
+def decoder(model: nn.Module, batch_size: int, steps: int) -> Callable[[], None] | None:
     """`steps` greedy tokens through the model's own cache; None for a model without one."""
-    first = torch.zeros(batch_size, 1, dtype=torch.long)
+    first = torch.zeros(batch_size, 1, dtype=torch.long, device=next(model.parameters()).device)
 
     @torch.inference_mode()
     def decode() -> None:
@@ -161,18 +159,6 @@ def decoder(model: nn.Module, batch_size: int, steps: int, vocab_size: int) -> C
     return None if isinstance(model, LogScanLM) else decode
 
 
-def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each step, all of them taking turns; one round before is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if round_ > 0:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def share_of_scan(step: Callable[[], None]) -> float:
     """Share of a training step's CPU time inside the scan operator, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -183,19 +169,20 @@ def share_of_scan(step: Callable[[], None]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=384)
-    parser.add_argument("--num_layers", type=int, default=6)
-    parser.add_argument("--num_heads", type=int, default=6, help="of GPT-2")
-    parser.add_argument("--vocab_size", type=int, default=96)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--sequence_length", type=int, default=256, help="tokens")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="compare only these; default: all")
+    parser.add_argument("--hidden_size", type=int, default=384, help="channels of every layer")
+    parser.add_argument("--num_layers", type=int, default=6, help="layers of every model")
+    parser.add_argument("--num_heads", type=int, default=6, help="attention heads of GPT-2")
+    parser.add_argument("--vocab_size", type=int, default=96, help="different tokens")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences in a batch; decoding takes 1 as well")
+    parser.add_argument("--sequence_length", type=int, default=256, help="tokens in a sequence to train on")
+    parser.add_argument("--decode_steps", type=int, default=64, help="tokens decoded per round")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--decode_steps", type=int, default=64, help="tokens a decoding round")
-    parser.add_argument("--models", nargs="+", help="only these; default: all")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--device", default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="times each step is timed; the median is shown")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(argv)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -204,25 +191,23 @@ def main(argv: list[str] | None = None) -> None:
         models = build_models(args)
     except ValueError as error:
         parser.error(str(error))
-    ids = torch.randint(0, args.vocab_size, (args.batch_size, args.sequence_length))
+    ids = torch.randint(0, args.vocab_size, (args.batch_size, args.sequence_length)).to(args.device)
     autocast = args.dtype == "bfloat16"
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {args.threads} threads, {args.dtype}; "
-        f"{args.num_layers} layers, {args.hidden_size} wide, "
+        f"{machine(args.device)}, {args.dtype}; {args.num_layers} layers, {args.hidden_size} wide, "
         f"vocabulary {args.vocab_size}, B={args.batch_size}, T={args.sequence_length}"
     )
 
     steps = {name: training_step(model, ids, autocast) for name, model in models.items()}
     ways = {"products, torch's": lambda module, x: module(x), "products, ours": module_call}
-    products = {
-        name: MatrixProducts(args.vocab_size, args.hidden_size, args.num_layers, way) for name, way in ways.items()
-    }
+    sizes = (args.vocab_size, args.hidden_size, args.num_layers)
+    products = {name: MatrixProducts(*sizes, way).to(args.device) for name, way in ways.items()}
     for name, model in products.items():
         steps[name] = matrix_product_step(model, ids, args.hidden_size, autocast)
-    seconds = interleave(steps, args.rounds)
+    seconds = interleave(steps, args.rounds, args.device)
     reference = next(iter(models))
     report: dict[str, dict] = {"training": {}, "decoding": {}}
-    print(f"\ntraining           parameters   tokens/s   time of a step over {reference}'s")
+    print(f"\ntraining           parameters   tokens/s   time per step over {reference}'s")
     for name, value in seconds.items():
         module = models[name] if name in models else products[name]
         count = sum(parameter.numel() for parameter in module.parameters())
@@ -230,24 +215,24 @@ def main(argv: list[str] | None = None) -> None:
         ratio = value / seconds[reference]
         report["training"][name] = {"parameters": count, "tokens_per_second": tokens, "ratio": ratio}
         print(f"{name:18} {count:10,} {tokens:10,.0f}   {ratio:8.2f}")
-    if reference == "MinGRU":
+    if reference == "MinGRU" and not is_cuda(args.device):
         report["share_of_scan"] = share_of_scan(steps["MinGRU"])
         print(f"MinGRU: {100 * report['share_of_scan']:.0f} % of a step's CPU time in the scan")
 
-    decoders: dict[int, dict[str, float]] = {}
+    decoding: dict[int, dict[str, float]] = {}  # seconds by batch size and model
     for model in models.values():
         model.eval()
     for batch_size in (1, args.batch_size):
-        makers = {n: decoder(m, batch_size, args.decode_steps, args.vocab_size) for n, m in models.items()}
-        decoders[batch_size] = interleave({n: run for n, run in makers.items() if run is not None}, args.rounds)
-    print(f"\ndecoding, ms a step      B=1   B={args.batch_size}   over {args.decode_steps} steps from an empty cache")
-    for name in decoders[1]:
-        times = [1e3 * decoders[batch_size][name] / args.decode_steps for batch_size in decoders]
+        decoders = {name: decoder(model, batch_size, args.decode_steps) for name, model in models.items()}
+        decoders = {name: decode for name, decode in decoders.items() if decode is not None}
+        decoding[batch_size] = interleave(decoders, args.rounds, args.device)
+    print(f"\ndecoding, ms per step    B=1   B={args.batch_size}   over {args.decode_steps} steps from an empty cache")
+    for name in decoding[1]:
+        times = [1e3 * decoding[batch_size][name] / args.decode_steps for batch_size in (1, args.batch_size)]
         report["decoding"][name] = dict(zip(("ms_1", f"ms_{args.batch_size}"), times, strict=True))
-        print(f"{name:20} {times[0]:8.2f} {times[1]:6.2f}")
+        print(f"{name:20} {times[0]:8.3f} {times[1]:6.3f}")
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), **report}, indent=2) + "\n")
+        write_json(args.json, {"arguments": vars(args), **report})
 
 
 if __name__ == "__main__":

@@ -3,34 +3,41 @@
 
     python scripts/benchmark_scan.py --threads 1 2 --dtype float32 bfloat16 --json scan.json --png scan.png
 
-The floor is torch.add(a, b, out=c) of (B, T, D): what the memory takes for reading two numbers and writing one.
-"kernel" rows are the fused CPU kernels into preallocated outputs, as the floor is; the other rows pay for the
-memory they allocate. All of a shape run interleaved, and medians are shown, so that a busy machine hits all alike.
+The floor is torch.add(a, b, out=c) of (B, T, D): what the memory takes for reading two numbers and writing
+one. "kernel" rows are the fused CPU kernels into preallocated outputs, as the floor is; the other rows pay
+for the memory they allocate. All of a shape take turns, so that a busy machine slows all of them alike, and
+medians are shown.
 
-Beside the backends stand torch.nn.GRU, whose matrix products cannot be taken out of its time, and where they are
-installed minGRU-pytorch and mingru-scans (pip install --no-deps minGRU-pytorch mingru-scans einops), without theirs;
-with --device cuda also the general scan of accelerated-scan and HGRN's of flash-linear-attention, fed by torch.
+Beside the backends stand torch.nn.GRU, whose matrix products cannot be taken out of its time, and, where they
+are installed, minGRU-pytorch and mingru-scans (pip install --no-deps minGRU-pytorch mingru-scans einops),
+without theirs; with --device cuda also the general scan of accelerated-scan and HGRN's of
+flash-linear-attention, fed by torch.
+
+On a card (--device cuda) a time is the mean over many calls in a row, whose inputs take turns and together
+exceed its caches. The first number is the time from call to call, Python included; the second the time that
+the card itself works on a call, as torch's profiler sees it, with its ratio to the floor's.
 """
 
 import argparse
-import ctypes
-import json
 import math
-import statistics
-import time
 from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmarking import HelpFormatter, interleave, is_cuda, peak_megabytes, seconds_of, synchronize, write_json
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from mingru_hf.scan import BACKENDS, mingru_scan, scan_reference
 from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward
 
 SHAPES = [(8, 1024, 512), (16, 256, 384), (1, 65536, 64), (16, 64, 3136)]
 CURVE = [(4, steps, 256) for steps in (64, 256, 1024, 4096, 16384)]  # for --png: time against T
-ERROR_CHANNELS = 8  # the float64 loop is slow: the error is taken on as many channels
+ERROR_CHANNELS = 8  # the float64 loop is slow: the error is taken on this many channels
+SAMPLE_SECONDS = 0.01  # on a card: least time of the calls in a row, beside which waiting for it does not count
+INPUT_BYTES = 2**28  # on a card: least size of the inputs that take turns, above any cache's
 
 
 # --- What others offer. Each is a function of the channels that gives a function (gate and candidate (B, T, 2D),
@@ -124,19 +131,26 @@ OTHER_RECURRENCE = ("torch.nn.GRU",)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--device", default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=dtypes, help="dtypes of the inputs")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads to measure with")
-    parser.add_argument("--backends", nargs="+", default=None, help="default: all but reference that can run here")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), help="default: all that can run here")
-    parser.add_argument("--shapes", nargs="*", default=None, metavar="B,T,D", help="default: the four of the LOG")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all but reference that can run here")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=list(PEERS),
+        metavar="NAME",
+        help="what others offer; default: all that can run here",
+    )
+    parser.add_argument("--shapes", nargs="*", metavar="B,T,D", help="default: the four of LOG.md")
     parser.add_argument("--gate_scale", type=float, default=1.0, help="standard deviation of the gates")
     parser.add_argument("--gate_bias", type=float, default=0.0, help="their mean: far below 0 states hardly change")
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the median is shown")
     parser.add_argument("--max_seconds", type=float, default=20.0, help="fewer rounds where a shape takes longer")
-    parser.add_argument("--json", type=Path, default=None, help="write all numbers to this file")
-    parser.add_argument("--png", type=Path, default=None, help="draw time against T to this file (log-log)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw time against T to this file (log-log)")
     return parser.parse_args(argv)
 
 
@@ -146,25 +160,37 @@ def make_function(name: str, channels: int) -> Callable:
     return lambda x, h0: mingru_scan(x, h0, backend=name)
 
 
+def gradients(states: Tensor, leaves: tuple[Tensor, Tensor], weight: Tensor, retain_graph: bool = False) -> None:
+    """Backward from `states` to the pre-activations and h0, for which HGRN has no gradient."""
+    torch.autograd.grad(states, leaves, weight, retain_graph=retain_graph, allow_unused=True)
+
+
 def usable(options: argparse.Namespace, dtype: torch.dtype) -> list[str]:
-    """The backends and peers that run here, tried on a small input; says why not for the others."""
+    """The backends and peers that run here, tried forward and backward on a small input; prints why others do not."""
     names = options.backends or [name for name in BACKENDS if name not in ("auto", "reference")]
     found = []
     for name in [*names, *options.peers]:
         x = torch.zeros(1, 2, 32, dtype=dtype, device=options.device)
+        leaves = x.requires_grad_(), torch.full_like(x[:, :1, :16], 0.5).requires_grad_()
         try:
-            make_function(name, 16)(x, torch.full_like(x[:, :1, :16], 0.5))
+            states = make_function(name, 16)(*leaves)
+            gradients(states, leaves, torch.ones_like(states))
+            synchronize(options.device)
             found.append(name)
-        except (ImportError, ValueError, RuntimeError) as error:
-            print(f"{str(dtype)[6:]} without {name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever a peer raises, the others are measured
+            print(f"{str(dtype)[6:]} without {name}: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return found
 
 
+# What is timed is a pair: (prepare or None, function of what that gives).
+Call = tuple[Callable | None, Callable]
+
+
 def make_calls(functions: dict[str, Callable], shape: tuple[int, int, int], x: Tensor, h0: Tensor) -> dict:
-    """(row, column) -> (prepare, function of what that gives), the latter to be timed."""
+    """(row, column) -> Call."""
     a, b = torch.randn_like(x[..., : shape[2]]), torch.randn_like(x[..., : shape[2]])
     out, grad_out = torch.empty_like(a), torch.empty_like(x)
-    calls = {("add", "floor"): (None, lambda _: torch.add(a, b, out=out))}
+    calls: dict[tuple[str, str], Call] = {("add", "floor"): (None, lambda _: torch.add(a, b, out=out))}
     if NUMBA_AVAILABLE and x.device.type == "cpu":
         states = numba_forward(x, h0, None, None, x.dtype)
         calls["kernel", "forward"] = (None, lambda _: numba_forward(x, h0, None, None, x.dtype, out))
@@ -180,42 +206,65 @@ def make_calls(functions: dict[str, Callable], shape: tuple[int, int, int], x: T
         def graph(function=function):
             return function(*leaves)
 
-        def backward(states):
-            torch.autograd.grad(states, leaves, a)
-
         calls[name, "forward"] = (None, forward)
-        calls[name, "backward"] = (graph, backward)
-        calls[name, "both"] = (None, lambda _, graph=graph, backward=backward: backward(graph()))
+        calls[name, "backward"] = (graph, lambda states: gradients(states, leaves, a, retain_graph=is_cuda(x.device)))
+        calls[name, "both"] = (None, lambda _, graph=graph: gradients(graph(), leaves, a))
     return calls
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def in_a_row(calls: list[Call], count: int) -> Callable[[], None]:
+    """Prepare the calls, the same with other inputs each; gives a function that makes `count` of them in turn."""
+    prepared = [(function, prepare() if prepare is not None else None) for prepare, function in calls[:count]]
+
+    def run() -> None:
+        for function, argument in islice(cycle(prepared), count):
+            function(argument)
+
+    return run
 
 
-def timed(prepare: Callable | None, function: Callable, device: str) -> float:
-    """Seconds of one call."""
-    argument = prepare() if prepare is not None else None
-    synchronize(device)
-    start = time.perf_counter()
-    function(argument)
-    synchronize(device)
-    return time.perf_counter() - start
+def seconds_of_call(calls: list[Call], count: int, device: str) -> float:
+    """Seconds from call to call."""
+    return seconds_of(in_a_row(calls, count), device) / count
 
 
-def measure(calls: dict, options: argparse.Namespace) -> dict:
-    """Median milliseconds of each call; the rounds go over all of them in turn."""
-    seconds = {key: [] for key in calls}
-    for call in calls.values():
-        timed(*call, options.device)
-    begin = time.perf_counter()
-    for done in range(options.rounds):
-        for key, call in calls.items():
-            seconds[key].append(timed(*call, options.device))
-        if done >= 2 and time.perf_counter() - begin > options.max_seconds:
-            break
-    return {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
+def seconds_of_kernels(calls: list[Call], count: int, device: str) -> float:
+    """Seconds that a card works on a call; NaN where the profiler cannot see it work."""
+    run = in_a_row(calls, count)
+    for _ in range(2):  # the first profile may miss what runs while the profiler starts
+        synchronize(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            run()
+            synchronize(device)
+    kernels = [e for e in recorded.key_averages() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+    return sum(event.self_device_time_total for event in kernels) / 1e6 / count or math.nan
+
+
+def enough(calls: list[Call], device: str) -> int:
+    """How many calls in a row make a sample: one on a CPU, as many as fill SAMPLE_SECONDS on a card."""
+    if not is_cuda(device):
+        return 1
+    seconds_of_call(calls, len(calls), device)  # what is compiled and allocated at first does not count
+    count = 1
+    while count * seconds_of_call(calls, count, device) < SAMPLE_SECONDS:
+        count *= 2
+    return count
+
+
+def measure(calls: dict[tuple[str, str], list[Call]], options: argparse.Namespace) -> tuple[dict, dict]:
+    """Median milliseconds from call to call, and on a card milliseconds of its kernels."""
+    steps = {key: (variants, enough(variants, options.device)) for key, variants in calls.items()}
+    seconds = interleave(
+        steps,
+        options.rounds,
+        options.device,
+        timed=lambda step, device: seconds_of_call(*step, device),
+        max_seconds=options.max_seconds,
+    )
+    kernels = {}
+    if is_cuda(options.device):
+        kernels = {key: 1e3 * seconds_of_kernels(*step, options.device) for key, step in steps.items()}
+    return {key: 1e3 * value for key, value in seconds.items()}, kernels
 
 
 def make_input(shape: tuple[int, int, int], dtype: torch.dtype, options: argparse.Namespace) -> Tensor:
@@ -234,76 +283,73 @@ def largest_errors(names: list[str], x: Tensor) -> dict[str, float]:
     return {name: ((states - expected) / expected).abs().max().item() for name, states in actual.items()}
 
 
-def status_megabytes(field: str) -> float:
-    """A field of /proc/self/status: VmRSS is the memory held now, VmHWM the most so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1e3
-    raise ValueError(field)
-
-
-def peak_megabytes(function: Callable, x: Tensor, h0: Tensor) -> float | None:
-    """Most memory held during forward + backward beyond the inputs; None where the system does not tell."""
-    x, h0 = x.clone().requires_grad_(), h0.clone().requires_grad_()
+def memory_of_training(function: Callable, x: Tensor, h0: Tensor) -> float:
+    """Most MB held during forward + backward beyond the inputs."""
+    leaves = x.clone().requires_grad_(), h0.clone().requires_grad_()
     weight = torch.ones_like(x[..., : h0.shape[2]])
-
-    def work():
-        torch.autograd.grad(function(x, h0), (x, h0), weight)
-
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed must be fetched anew
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        before = status_megabytes("VmRSS")
-        work()
-        return max(0.0, status_megabytes("VmHWM") - before)
-    except (OSError, AttributeError):
-        return None
+    return peak_megabytes(lambda: gradients(function(*leaves), leaves, weight), x.device)
 
 
 def measure_shape(names: list[str], shape: tuple, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
-    """One row a backend or peer: milliseconds, their ratios to the floor, error and memory."""
+    """One row for each backend or peer: milliseconds, their ratios to the floor, error and memory."""
     functions = {name: make_function(name, shape[2]) for name in names}
     x = make_input(shape, dtype, options)
     h0 = (torch.rand(shape[0], 1, shape[2], device=options.device) + 0.01).to(dtype)
-    times = measure(make_calls(functions, shape, x, h0), options)
+    copies = math.ceil(INPUT_BYTES / x.nbytes) if is_cuda(x.device) else 1
+    inputs = [x, *(x.clone() for _ in range(copies - 1))]
+    variants = [make_calls(functions, shape, each, h0) for each in inputs]
+    times, kernels = measure({key: [calls[key] for calls in variants] for key in variants[0]}, options)
+    del inputs, variants
     few = make_input((*shape[:2], ERROR_CHANNELS), dtype, options)
     error = largest_errors([name for name in names if name not in OTHER_RECURRENCE], few)
     rows = []
     for name in dict.fromkeys(name for name, _ in times):
         row = {"backend": name, "shape": shape, "dtype": str(dtype)[6:], "threads": torch.get_num_threads()}
+        row["device"] = torch.cuda.get_device_name(x.device) if is_cuda(x.device) else "cpu"
         for column in ("floor", "forward", "backward", "both"):
             if (name, column) in times:
                 row[f"{column}_ms"] = times[name, column]
                 row[f"{column}_over_add"] = times[name, column] / times["add", "floor"]
+            if (name, column) in kernels:
+                row[f"{column}_kernels_ms"] = kernels[name, column]
+                row[f"{column}_kernels_over_add"] = kernels[name, column] / kernels["add", "floor"]
         if name in functions:
-            row["peak_mb"] = peak_megabytes(functions[name], x, h0)
+            row["peak_mb"] = memory_of_training(functions[name], x, h0)
         if name in error:
             row["max_relative_error"] = error[name]
         rows.append(row)
     return rows
 
 
+def cell(row: dict, column: str) -> str:
+    """Milliseconds of a call and their ratio to the floor; on a card microseconds of a call and of its kernels."""
+    if f"{column}_ms" not in row:
+        return "-"
+    if f"{column}_kernels_ms" not in row:
+        return f"{row[f'{column}_ms']:.2f} ({row[f'{column}_over_add']:.2f})"
+    call, kernels = 1e3 * row[f"{column}_ms"], 1e3 * row[f"{column}_kernels_ms"]
+    return f"{call:.1f}, {kernels:.1f} ({row[f'{column}_kernels_over_add']:.2f})"
+
+
 def print_rows(rows: list[dict]) -> None:
-    first = rows[0]
-    print(f"\n{first['shape']} {first['dtype']}, {first['threads']} thread(s): add {first['floor_ms']:.2f} ms")
-    print(f"{'ms (x add)':<17}{'forward':>17}{'backward':>17}{'both':>17}{'error':>10}{'peak MB':>9}")
+    first, columns = rows[0], ("forward", "backward", "both")
+    if "floor_kernels_ms" in first:
+        title, width, where = "us: call, card (x add)", 28, first["device"]
+        floor = f"{1e3 * first['floor_ms']:.1f} us, {1e3 * first['floor_kernels_ms']:.1f} us of the card"
+    else:
+        title, width, where = "ms (x add)", 17, f"{first['threads']} thread(s)"
+        floor = f"{first['floor_ms']:.2f} ms"
+    print(f"\n{first['shape']} {first['dtype']}, {where}: add {floor}")
+    print(f"{title:<{width}}{''.join(f'{column:>{width}}' for column in columns)}{'error':>10}{'peak MB':>9}")
     for row in rows[1:]:
-        cells = ""
-        for column in ("forward", "backward", "both"):
-            text = f"{row[f'{column}_ms']:.2f} ({row[f'{column}_over_add']:.2f})" if f"{column}_ms" in row else "-"
-            cells += f"{text:>17}"
+        cells = "".join(f"{cell(row, column):>{width}}" for column in columns)
         error = f"{row['max_relative_error']:.1e}" if "max_relative_error" in row else "-"
-        memory = f"{row['peak_mb']:.0f}" if row.get("peak_mb") is not None else "-"
-        print(f"{row['backend']:<17}{cells}{error:>10}{memory:>9}")
+        memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else "-"
+        print(f"{row['backend']:<{width}}{cells}{error:>10}{memory:>9}")
 
 
 def draw(rows: list[dict], device: str, path: Path) -> None:
-    """Time of forward + backward against T, both axes logarithmic, one line a backend or peer."""
+    """Time of forward + backward against T, both axes logarithmic, one line for each backend or peer."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,11 +371,6 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def finite(value):
-    """JSON has no NaN and no infinity: the errors of a scan that breaks down."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -357,9 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         torch.set_num_threads(before)
     if options.json is not None:
-        parts = {"results": results, "curve": curve}
-        parts = {key: [{k: finite(v) for k, v in row.items()} for row in rows] for key, rows in parts.items()}
-        options.json.write_text(json.dumps({"torch": torch.__version__, **parts}, indent=1) + "\n")
+        write_json(options.json, {"torch": torch.__version__, "results": results, "curve": curve})
 
 
 if __name__ == "__main__":

@@ -4,22 +4,20 @@
     python scripts/benchmark_video.py
     python scripts/benchmark_video.py --video clip.mp4 --frame_step 2 --dtype bfloat16 --json runs/video.json
 
-Forward passes and training steps of the model and of the backbone alone take turns, so that a busy machine slows all
-of them alike; quoted are medians and their ratios. Peak memory is what a step adds to a process of its own.
+Forward passes and training steps of the model and of the backbone alone take turns, so that a busy machine
+slows all of them alike; medians and their ratios are shown. Peak memory is what a step adds to a process of
+its own.
 """
 
 import argparse
-import json
-import platform
-import re
-import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
+from benchmarking import HelpFormatter, interleave, machine, peak_megabytes, write_json
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,27 +25,24 @@ from torchvision.transforms import v2
 from transformers import TimmBackboneConfig
 
 from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification
+from mingru_hf.video_processing_minconvgru import read_video
 
 STEPS = ("model forward", "backbone forward", "model training", "backbone training")
 
 
 def read_clips(path: str, batch_size: int, num_frames: int, frame_step: int, size: int) -> Tensor:
     """The first frames of a video, one in `frame_step`, as (B, T, 3, size, size) in -1 to 1; clip follows clip."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("--video needs PyAV: pip install av.") from error
-    wanted, frames = batch_size * num_frames, []
-    with av.open(path) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            if i % frame_step == 0:
-                frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1))
-            if len(frames) == wanted:
-                break
-    if len(frames) < wanted:
-        raise ValueError(f"{path} has {len(frames)} frames of the {wanted} asked for; lower --frame_step.")
+    wanted = np.arange(batch_size * num_frames) * frame_step
+
+    def choose(metadata) -> np.ndarray:
+        there, needed = metadata.total_num_frames, wanted[-1] + 1
+        if there < needed:
+            raise ValueError(f"{path} has {there} frames, and {needed} are needed; lower --frame_step.")
+        return wanted
+
+    frames = torch.from_numpy(read_video(path, choose)[0]).permute(0, 3, 1, 2)
     resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.ToDtype(torch.float32, scale=True)])
-    return 2 * resize(torch.stack(frames)).unflatten(0, (batch_size, num_frames)) - 1
+    return 2 * resize(frames).unflatten(0, (batch_size, num_frames)) - 1
 
 
 def build(args: argparse.Namespace) -> tuple[MinConvGRUForVideoClassification, Tensor]:
@@ -82,34 +77,13 @@ def make_step(name: str, model: MinConvGRUForVideoClassification, clips: Tensor,
     return step
 
 
-def peak_memory(name: str, args: argparse.Namespace) -> int:
-    """Bytes that a step adds to the memory of this process at its peak; for a process that has done nothing else."""
-    step = make_step(name, *build(args), args.dtype == "bfloat16")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = memory_of_process("VmRSS")
-    step()
-    return memory_of_process("VmHWM") - before
-
-
-def memory_of_process(field: str) -> int:
-    """Bytes in memory now (VmRSS) or at the peak (VmHWM), as Linux counts them."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each step, all of them taking turns; one round before is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if round_ > 0:
-                seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def peak_memory(name: str, args: argparse.Namespace) -> float:
+    """MB that a step adds to the memory of this process at its peak; for a process that has done nothing else."""
+    return peak_megabytes(make_step(name, *build(args), args.dtype == "bfloat16"))
 
 
 def multiply_adds(step: Callable[[], None]) -> int:
-    """Those of the convolutions and matrix products of a step."""
+    """Count the multiply-adds of a step's convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() // 2
@@ -125,16 +99,16 @@ def seconds_in_scan(step: Callable[[], None]) -> tuple[float, float]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--video", help="a file whose frames are used; default: random frames")
-    parser.add_argument("--frame_step", type=int, default=1, help="take one frame in so many")
-    parser.add_argument("--batch_size", type=int, default=1, help="clips")
-    parser.add_argument("--num_frames", type=int, default=10, help="of a clip")
+    parser.add_argument("--frame_step", type=int, default=1, help="take one frame in N of the video", metavar="N")
+    parser.add_argument("--batch_size", type=int, default=1, help="clips in a batch")
+    parser.add_argument("--num_frames", type=int, default=10, help="frames in a clip")
     parser.add_argument("--image_size", type=int, default=224, help="pixels along a side of a frame")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="times each step is timed; the median is shown")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     return parser
 
 
@@ -143,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         model, clips = build(args)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
     steps = {name: make_step(name, model, clips, args.dtype == "bfloat16") for name in STEPS}
     counts = {
@@ -157,12 +131,12 @@ def main(argv: list[str] | None = None) -> None:
         memory = dict(zip(STEPS, pool.map(peak_memory, STEPS, [args] * len(STEPS)), strict=True))
 
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {args.threads} threads, {args.dtype}; clips "
+        f"{machine()}, {args.dtype}; clips "
         f"{tuple(clips.shape)}{'' if args.video is None else f' of {Path(args.video).name}'}"
     )
-    print(f"{'':18}{'seconds':>8} {'peak MiB':>9}")
+    print(f"{'':18}{'seconds':>8} {'peak MB':>9}")
     for name in STEPS:
-        print(f"{name:18}{seconds[name]:8.3f} {memory[name] / 2**20:9.0f}")
+        print(f"{name:18}{seconds[name]:8.3f} {memory[name]:9.0f}")
     shares = {
         "multiply_adds": work["model"] / work["backbone"] - 1,
         "heads_forward": seconds["model forward"] / seconds["backbone forward"] - 1,
@@ -180,15 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         "training step"
     )
     if args.json:
-        report = {
-            "parameters": counts,
-            "multiply_adds": work,
-            "seconds": seconds,
-            "peak_bytes": memory,
-            "shares": shares,
-        }
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), **report}, indent=2) + "\n")
+        report = {"parameters": counts, "multiply_adds": work, "seconds": seconds, "peak_mb": memory, "shares": shares}
+        write_json(args.json, {"arguments": vars(args), **report})
 
 
 if __name__ == "__main__":

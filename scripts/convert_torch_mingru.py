@@ -3,7 +3,7 @@
 
     python scripts/convert_torch_mingru.py --checkpoint_path model.pt --output_dir runs/converted
 
-No code from the file is run. Every tensor is used, or the error names it.
+No code from the file is executed. Every tensor is used, or the error names it.
 """
 
 from transformers import AutoTokenizer
@@ -19,14 +19,16 @@ def parse_args(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint_path", metavar="FILE", required=True, help="file written by torch-mingru")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the model goes")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the files of a model there")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the files of a model in it")
     parser.add_argument(
-        "--tokenizer_name", metavar="NAME", help="directory or name on the Hub of a tokenizer to save beside the model"
+        "--tokenizer_name",
+        metavar="NAME",
+        help="directory of a tokenizer, or its name on the Hub, to save with the model",
     )
     parser.add_argument(
         "--no_residual",
         action="store_true",
-        help="text models whose layers are all as wide as the embedding: they have no residual sums",
+        help="for text models with all layers as wide as the embedding: the model has no residual sums",
     )
     return parser, parser.parse_args(argv)
 
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
             if len(tokenizer) > model.config.vocab_size:
                 raise ValueError(
-                    f"tokenizer_name: {args.tokenizer_name} has {len(tokenizer)} tokens, and the model knows "
+                    f"tokenizer_name: {args.tokenizer_name} has {len(tokenizer)} tokens, but the model has "
                     f"{model.config.vocab_size}: it is not the tokenizer that the model was trained with"
                 )
         processor = None

@@ -3,8 +3,8 @@
 
     python scripts/evaluate_video_classification.py --model_name_or_path runs/ucf101 --dataset_name ucf101
 
-The defaults are UCF101's protocol: 25 clips a video, five crops of each and their mirrors, majority vote.
-Writes metrics.json and confusion_matrix.png, and prints a table of the classes.
+The defaults are UCF101's protocol: 25 clips per video, five crops of each and their mirror images, majority
+vote. Writes metrics.json and confusion_matrix.png, and prints a table of the classes.
 """
 
 import dataclasses
@@ -17,30 +17,33 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.video import VIEWS, VideoClips
 from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
-from mingru_hf.training.checkpoints import write_json
+from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
 from mingru_hf.training.models import load_pretrained
 from mingru_hf.training.plots import plot_confusion
 from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos
 
+FILES = METRICS, PICTURE = "metrics.json", "confusion_matrix.png"
+
 
 @dataclass(kw_only=True)
 class EvaluateArguments:
-    """Say which model to test, and how."""
+    """Options for the model and the protocol."""
 
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
     output_dir: str | None = option(
         None, "where metrics.json and confusion_matrix.png go; default: evaluation-SPLIT in the model's directory"
     )
-    split: str = option("test", "which videos", ("train", "validation", "test"), group="protocol")
-    clips_per_video: int = option(25, "clips of each video, evenly from beginning to end")
-    views: str = option("ten_crops", "crops of each clip; ten_crops has five and their mirrors", VIEWS)
-    aggregation: str = option("vote", "what decides a video's class: the views' vote, or mean", ("vote", "mean"))
-    per_device_eval_batch_size: int = option(32, "views that a process evaluates at once", group="machine")
-    dataloader_num_workers: int = option(2, "processes that decode; 0: the main one does")
+    overwrite_output_dir: bool = option(False, "replace these files if they exist")
+    split: str = option("test", "the videos to classify", ("train", "validation", "test"), group="protocol")
+    clips_per_video: int = option(25, "clips per video, spread evenly from beginning to end")
+    views: str = option("ten_crops", "crops of each clip (ten_crops: five and their mirror images)", VIEWS)
+    aggregation: str = option("vote", "how the views decide a video's class", ("vote", "mean"))
+    per_device_eval_batch_size: int = option(32, "views per batch of one process", group="machine")
+    dataloader_num_workers: int = option(2, "processes that decode; 0: the main process")
     mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
-    seed: int = option(0, "seed of a validation split, as in training, and of shuffled frames")
+    seed: int = option(0, "seed of the validation split, as in training, and of shuffled frames")
 
     def __post_init__(self):
         for name in ("clips_per_video", "per_device_eval_batch_size"):
@@ -61,6 +64,10 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArgument
 def main(argv: list[str] | None = None) -> None:
     parser, args, data_args = parse_args(argv)
     with parser.user_errors():
+        if args.output_dir is None and not Path(args.model_name_or_path).is_dir():
+            raise ValueError("output_dir is needed for a model of the Hub")
+        output_dir = Path(args.output_dir or Path(args.model_name_or_path) / f"evaluation-{args.split}")
+        check_new_files(output_dir, FILES, args.overwrite_output_dir)
         precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
         processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
@@ -77,9 +84,6 @@ def main(argv: list[str] | None = None) -> None:
         clips = VideoClips(
             videos[args.split], processor, args.clips_per_video, frame_order=data_args.frame_order, seed=args.seed
         )
-        if args.output_dir is None and not Path(args.model_name_or_path).is_dir():
-            raise ValueError("output_dir is needed for a model of the Hub")
-        output_dir = Path(args.output_dir or Path(args.model_name_or_path) / f"evaluation-{args.split}")
 
     result = evaluate_videos(
         model,
@@ -103,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(
-        output_dir / "metrics.json",
+        output_dir / METRICS,
         {
             "arguments": dataclasses.asdict(args) | dataclasses.asdict(data_args),
             "videos": int(seen.sum()),
@@ -116,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             "confusion_matrix": matrix.tolist(),
         },
     )
-    plot_confusion(matrix, names, output_dir / "confusion_matrix.png")
+    plot_confusion(matrix, names, output_dir / PICTURE)
     width = max(map(len, names))
     for name, row in classes.items():
         share = "" if row["accuracy"] is None else f"{100 * row['accuracy']:6.2f} %"

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Continue a prompt with a trained language model, to the terminal as it is written.
+"""Continue a prompt with a trained language model and print the text as it is generated.
 
-python scripts/generate_text.py --model_name_or_path runs/shakespeare --prompt "ROMEO:" --seed 1
+    python scripts/generate_text.py --model_name_or_path runs/shakespeare --prompt "ROMEO:" --seed 1
+
+Without a prompt it writes a new text. The speed goes to the standard error stream.
 """
 
 import sys
@@ -13,15 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.training.arguments import ArgumentParser
-from mingru_hf.training.models import load_pretrained, prompt_ids
+from mingru_hf.training.models import load_pretrained, pad_token_id, prompt_ids
 
 
 def parse_args(argv: list[str] | None):
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model_name_or_path", required=True, help="directory of the model, or its name on the Hub")
+    parser.add_argument(
+        "--model_name_or_path", metavar="NAME", required=True, help="directory of the model, or its name on the Hub"
+    )
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; default: none, a new text")
+    prompts.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; default: none")
     prompts.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue")
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=400, help="tokens to write")
     parser.add_argument(
@@ -29,12 +33,16 @@ def parse_args(argv: list[str] | None):
         metavar="X",
         type=float,
         default=0.8,
-        help="0: always the likeliest token; 1: as trained",
+        help="randomness of the choice; 0: always the likeliest token, 1: the model's own probabilities",
     )
-    parser.add_argument("--top_k", metavar="N", type=int, default=0, help="only the N likeliest tokens; 0: all [0]")
-    parser.add_argument("--top_p", metavar="X", type=float, default=1.0, help="only the likeliest that add up to X")
+    parser.add_argument("--top_k", metavar="N", type=int, default=0, help="sample from the N likeliest tokens; 0: all")
+    parser.add_argument(
+        "--top_p", metavar="X", type=float, default=1.0, help="sample from the likeliest tokens of total probability X"
+    )
     parser.add_argument("--num_return_sequences", metavar="N", type=int, default=1, help="texts to write")
-    parser.add_argument("--seed", metavar="N", type=int, help="seed of the draws; default: another one each time")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, help="seed of the sampling; default: a different one each time"
+    )
     parser.add_argument("--use_cpu", action="store_true", help="stay on the CPU even if there is a GPU")
     args = parser.parse_args(argv)
     with parser.user_errors():
@@ -74,7 +82,6 @@ def main(argv: list[str] | None = None) -> None:
 
     greedy = args.temperature == 0
     choice = {} if greedy else {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None), 0)
     one = args.num_return_sequences == 1
     began = time.perf_counter()
     sequences = model.generate(
@@ -83,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         max_new_tokens=args.max_new_tokens,
         do_sample=not greedy,
         num_return_sequences=args.num_return_sequences,
-        pad_token_id=pad,
+        pad_token_id=pad_token_id(tokenizer),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if one else None,
         **choice,
     )
@@ -93,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"----- {number} of {len(sequences)} -----")
             print(tokenizer.decode(sequence, skip_special_tokens=True))
     written = sequences.shape[0] * (sequences.shape[1] - prompt.shape[1])
-    print(f"{written} tokens in {seconds:.1f} s, {written / seconds:,.0f} a second", file=sys.stderr)
+    print(f"{written} tokens in {seconds:.1f} s, {written / seconds:,.0f} per second", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 #!/usr/bin/env python
-"""Write the moving shapes: videos of eight classes that only the order of their frames tells apart.
+"""Write the moving shapes: videos of eight classes that can be told apart only by the order of their frames.
 
     python scripts/make_moving_shapes.py --output_dir data/moving_shapes
 
 A shape moves left, right, up or down, turns clockwise or counter-clockwise, grows or shrinks, and nothing
-else about it changes; mingru_hf/data/moving_shapes.py says how. The files,
-SPLIT/CLASS/NUMBER.mp4, are what `load_dataset("videofolder", data_dir=...)` and
-scripts/train_video_classification.py read.
+else about it changes; see mingru_hf/data/moving_shapes.py. `load_dataset("videofolder", data_dir=...)` and
+scripts/train_video_classification.py read the files, SPLIT/CLASS/NUMBER.mp4.
 """
 
 import time
@@ -18,17 +17,18 @@ from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_nam
 
 @dataclass(kw_only=True)
 class ShapeArguments:
-    """Say how many videos, and how large."""
+    """Options for the videos."""
 
-    output_dir: str = option(MISSING, "directory to make; one that exists is refused", group="output")
-    num_train: int = option(4000, "videos to train on")
-    num_validation: int = option(400, "videos to validate on")
-    num_test: int = option(800, "videos to test on")
-    num_frames: int = option(16, "frames of a video", group="videos")
+    output_dir: str = option(MISSING, "directory to make", group="output")
+    overwrite_output_dir: bool = option(False, "replace a directory that holds nothing but such videos")
+    num_train: int = option(4000, "training videos")
+    num_validation: int = option(400, "validation videos")
+    num_test: int = option(800, "test videos")
+    num_frames: int = option(16, "frames per video", group="videos")
     size: int = option(64, "width and height of a frame, pixels")
-    fps: int = option(8, "frames a second")
+    fps: int = option(8, "frames per second")
     seed: int = option(0, "seed of all videos", group="machine")
-    num_proc: int = option(1, "processes that draw and encode")
+    num_proc: int = option(1, "processes that render and encode")
 
 
 def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, ShapeArguments]:
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     began = time.perf_counter()
     with parser.user_errors():
-        directory = write_moving_shapes(**vars(args))
+        values = vars(args).copy()
+        directory = write_moving_shapes(overwrite=values.pop("overwrite_output_dir"), **values)
     count = args.num_train + args.num_validation + args.num_test
     print(f"{count:,} videos in {time.perf_counter() - began:.0f} s; written to {directory}")
 

@@ -17,7 +17,7 @@ def parse_args(argv: list[str] | None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model_dir", metavar="DIR", required=True, help="directory of the model")
     parser.add_argument("--hub_model_id", metavar="NAME", help="owner/name on the Hub; default: the directory's name")
-    parser.add_argument("--public", action="store_true", help="let everybody see a new repository")
+    parser.add_argument("--public", action="store_true", help="make a new repository public")
     parser.add_argument(
         "--commit_message", metavar="TEXT", default="Trained with mingru-hf", help="title of the commit"
     )

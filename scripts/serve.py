@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-r"""Start transformers' own server, OpenAI-compatible, with MinGRU known to it.
+r"""Start transformers' own OpenAI-compatible server with MinGRU registered.
 
     python scripts/serve.py runs/demo --port 8000
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \
@@ -16,7 +16,7 @@ from transformers.cli.transformers import main
 
 import mingru_hf
 
-# The server looks a model's class up in transformers' own namespace.
+# The server looks up a model's class in transformers' own namespace.
 transformers.MinGRUForCausalLM = mingru_hf.MinGRUForCausalLM
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Watch a video frame by frame and say, after every frame, what it shows so far.
+"""Classify a video frame by frame and print, after every frame, what it shows so far.
 
     python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4
     python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4 --output_file seen.mp4
     python scripts/stream_video.py --model_name_or_path runs/shapes --video /dev/video0 --camera
 
-Every frame goes through the model once; the cache carries the state, whose size does not grow. The output is
-a video with the prediction written on it, or a PNG strip of frames over the course of the probabilities.
+Every frame goes through the model once; the cache holds the state, whose size does not grow. The output
+file is a video with the predictions written on it, or a PNG with frames above the curves of the
+probabilities.
 """
 
 import os
@@ -23,7 +24,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
-from mingru_hf.data.moving_shapes import import_av, write_video
+from mingru_hf.data.av import import_av, write_video
 from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
 from mingru_hf.training.models import load_pretrained
 
@@ -32,14 +33,15 @@ CAMERAS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
 @dataclass(kw_only=True)
 class StreamArguments:
-    """Say which model watches which video."""
+    """Options for the model and the video."""
 
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
     video: str = option(MISSING, "a file, or the name of a camera's device", group="video")
-    camera: bool = option(False, "video is a camera")
-    frame_stride: int | None = option(None, "take one frame of so many; default: as the model's processor does")
-    max_frames: int | None = option(None, "stop after so many frames of the video")
-    output_file: str | None = option(None, "write the annotated video (.mp4), or a strip of frames (.png), here")
+    camera: bool = option(False, "--video names a camera")
+    frame_stride: int | None = option(None, "take every N-th frame; default: as the model's processor does")
+    max_frames: int | None = option(None, "stop after N frames of the video")
+    output_file: str | None = option(None, "write the annotated video (.mp4), or frames and curves (.png), here")
+    overwrite_output_file: bool = option(False, "replace output_file if it exists")
     top_k: int = option(1, "classes to print after each frame")
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU", group="machine")
 
@@ -75,16 +77,16 @@ class Watcher:
     Args:
         model: the classifier.
         processor: its video processor.
-        device: where it runs.
+        device: to run on.
     """
 
-    def __init__(self, model, processor, device: str):
+    def __init__(self, model, processor, device: torch.device | str):
         self.model, self.processor, self.device = model.to(device).eval(), processor, device
         self.cache = None
 
     @torch.no_grad()
     def see(self, frame: np.ndarray) -> torch.Tensor:
-        """Show it a frame (H, W, 3) uint8; gives the probabilities (classes,) of what it has seen so far."""
+        """Show it a frame (H, W, 3) uint8; return the probabilities (classes,) given all frames so far."""
         inputs = self.processor(frame[None], do_sample_frames=False, return_tensors="pt").to(self.device)
         outputs = self.model(**inputs, cache=self.cache, use_cache=True)
         self.cache = outputs.cache
@@ -92,7 +94,7 @@ class Watcher:
 
 
 def annotate(frame: np.ndarray, text: str) -> np.ndarray:
-    """Write a line under a frame, which is enlarged to be readable: its sides become even and 240 or more."""
+    """Write a line under a frame, which is enlarged to be readable: its sides become even and at least 240."""
     scale = max(1, -(-240 // min(frame.shape[:2])))
     image = Image.fromarray(frame).resize((frame.shape[1] * scale // 2 * 2, frame.shape[0] * scale // 2 * 2), 0)
     canvas = Image.new("RGB", (image.width, image.height + 24))
@@ -102,26 +104,25 @@ def annotate(frame: np.ndarray, text: str) -> np.ndarray:
 
 
 def trained_stride(processor, rate: float | None) -> float:
-    """Give the stride of the clips that a processor makes of a video of `rate` frames a second (None: not known).
+    """Return the stride of the clips that a processor makes of a video of `rate` frames per second (None: unknown).
 
     Raises:
-        ValueError: if the clips have a rate of their own, and the video's is not known.
+        ValueError: if the clips have a fixed rate and the video's is unknown.
     """
     if processor.fps is None:
         return processor.frame_stride
     if not rate:
         raise ValueError(
-            f"the model takes {processor.fps} frames a second, and the video does not say how many it has: give "
+            f"the model takes {processor.fps} frames per second, but the video does not say how many it has: give "
             "--frame_stride"
         )
     return max(1.0, float(rate) / processor.fps)
 
 
 def watch(watcher: Watcher, container, args: StreamArguments, stride: float) -> Iterator[tuple]:
-    """Show the frames one after another; yields (number, frame, probabilities, line), and prints the line.
+    """Show the model every `stride`-th frame, print a line, and yield (number, frame, probabilities, line) of all.
 
-    Frames between those that are shown carry the prediction before them. A stride with a fraction is rounded down
-    frame by frame, as in a clip.
+    Frames in between carry the last prediction. A fractional stride is rounded down frame by frame, as in a clip.
     """
     names = watcher.model.config.id2label
     began, number, shown = time.perf_counter(), -1, 0
@@ -139,7 +140,7 @@ def watch(watcher: Watcher, container, args: StreamArguments, stride: float) -> 
 
 
 def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.ndarray], torch.Tensor]:
-    """Keep frames of a stream, however long it is: every n-th, where n doubles when `limit` of them are kept.
+    """Keep frames of a stream of any length: every n-th, where n doubles when `limit` of them are kept.
 
     Args:
         seen: what `watch` yields.
@@ -160,12 +161,12 @@ def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.nd
             every *= 2
             frames = {number: frame for number, frame in frames.items() if number % every == 0}
     if not courses:
-        raise ValueError("the video holds no frame")
+        raise ValueError("the video has no frames")
     return frames, torch.stack(courses)
 
 
 def plot_strip(frames: dict[int, np.ndarray], courses: torch.Tensor, names: dict[int, str], path: Path) -> None:
-    """Draw up to eight frames in a row over the curves of the five likeliest classes, and save it as PNG.
+    """Draw up to eight frames in a row above the curves of the five likeliest classes, and save it as PNG.
 
     Args:
         frames: (H, W, 3) by their number.
@@ -197,16 +198,16 @@ def main(argv: list[str] | None = None) -> None:
         processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
         output_file = args.output_file and Path(args.output_file)
-        if output_file and output_file.exists():
-            raise ValueError(f"{output_file} exists: choose another output_file")
+        if output_file and output_file.exists() and not args.overwrite_output_file:
+            raise ValueError(f"{output_file} exists: choose another output_file, or add --overwrite_output_file")
         try:
             container = av.open(args.video, format=CAMERAS.get(sys.platform) if args.camera else None)
             rate = container.streams.video[0].average_rate
         except (av.FFmpegError, IndexError) as error:
             raise ValueError(f"{args.video} cannot be read as a video: {error}") from None
         stride = args.frame_stride or trained_stride(processor, rate)
-    device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-    watcher = Watcher(model, processor, device)
+    use_accelerator = torch.accelerator.is_available() and not args.use_cpu
+    watcher = Watcher(model, processor, torch.accelerator.current_accelerator() if use_accelerator else "cpu")
     with container:
         seen = watch(watcher, container, args, stride)
         if output_file is None:

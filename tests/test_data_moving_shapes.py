@@ -1,5 +1,7 @@
 """Moving shapes: what the classes share, what tells them apart, and the files."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -101,16 +103,30 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         one, same = (np.stack(decode(folder / name)) for folder in (first, again))
         assert np.abs(one @ luma - same @ luma).mean() < 4
 
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match=r"exists.*--overwrite_output_dir"):
         write_moving_shapes(first, 16, 8, 8)
+    sizes = {"num_frames": 2, "size": 16}
+    write_moving_shapes(first, 8, 8, 8, **sizes, overwrite=True)
+    assert len(list(first.rglob("*.mp4"))) == 24  # the others are gone
+    (first / "test" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds other files, such as test/notes\.txt"):
+        write_moving_shapes(first, 8, 8, 8, **sizes, overwrite=True)
+    assert (first / "test" / "notes.txt").read_text() == "mine"
     monkeypatch.setattr("mingru_hf.data.moving_shapes.write_video", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_moving_shapes(tmp_path / "broken", 16, 8, 8, num_frames=5, size=32)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "again"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["set"]
+
+
+def test_without_pyav_the_error_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match="pip install av"):
+        write_moving_shapes(tmp_path / "set", 8, 8, 8)
 
 
 def test_too_few_videos_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="num_test is 7, expected at least one video a class"):
+    with pytest.raises(ValueError, match="num_test is 7, expected at least one video per class"):
         write_moving_shapes(tmp_path / "set", 16, 8, 7)
     with pytest.raises(ValueError, match="num_proc 0"):
         write_moving_shapes(tmp_path / "set", 16, 8, 8, num_proc=0)

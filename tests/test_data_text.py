@@ -10,15 +10,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 from mingru_hf.data import text as text_module
+from mingru_hf.data.splits import name_splits
 from mingru_hf.data.text import (
     DocumentPositions,
     ShiftedBlocks,
     StreamedBlocks,
     build_tokenizer,
     characters_per_token,
+    count_targets,
     evaluation_blocks,
     group_texts,
     load_shakespeare,
@@ -39,18 +41,17 @@ def caches_of_datasets(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def trelis(tmp_path):
-    """A local copy of the form of Trelis/tiny-shakespeare: few rows of text in a column "Text"."""
+    """A local copy of the form of Trelis/tiny-shakespeare: few rows of text in a column "Text", and a test split."""
     folder = tmp_path / "tiny-shakespeare"
     folder.mkdir()
-    parts = {"train": [TEXT[:4000], TEXT[4000:8000]], "test": [TEXT[8000:]]}
+    parts = {"train": [TEXT[:4000], TEXT[4000:8000]], "test": ["for the test alone"]}
     for split, rows in parts.items():
         datasets.Dataset.from_dict({"Text": rows}).to_csv(folder / f"{split}.csv", index=False)
     return folder
 
 
 def one_text(text):
-    split = datasets.Dataset.from_dict({"text": [text]})
-    return datasets.DatasetDict({"train": split, "validation": split})
+    return Dataset.from_dict({"text": [text]})
 
 
 def joined(blocks):
@@ -156,8 +157,19 @@ def test_files_of_documents_keep_their_order(tmp_path, suffix):
 
 def test_a_dataset_in_the_form_of_trelis_tiny_shakespeare(trelis):
     train, validation = texts_of(load_text_datasets(str(trelis)))
-    assert train == [TEXT[:4000], TEXT[4000:8000]]
-    assert validation == [TEXT[8000:]]
+    assert train[0] == TEXT[:4000]
+    assert "".join(train + validation) == TEXT[:8000]
+    assert len("".join(validation)) == pytest.approx(800, abs=25)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_the_validation_split_has_any_usual_name_and_is_never_the_test(name):
+    splits = name_splits({"train": 1, "test": 2, name: 3}, "it")
+    assert splits == {"train": 1, "test": 2, "validation": 3}
+    assert name_splits({"train": 1, "test": 2}, "it") == {"train": 1, "test": 2}
+    assert name_splits({"train": 1, "dev": 2, "validation": 3}, "it")["validation"] == 3
+    with pytest.raises(ValueError, match="it has the splits test, validation, expected one named train"):
+        name_splits({"validation": 1, "test": 2}, "it")
 
 
 def test_a_directory_of_text_files_has_a_document_a_file(tmp_path):
@@ -180,7 +192,6 @@ def test_a_directory_of_text_files_has_a_document_a_file(tmp_path):
 
 
 def test_few_rows_are_split_by_characters(trelis):
-    (trelis / "test.csv").unlink()
     train, validation = texts_of(load_text_datasets(str(trelis), validation_split_percentage=60))
     assert len(train) == 1
     assert len(validation) == 2
@@ -254,7 +265,8 @@ def test_a_tokenizer_gives_every_text_back_and_survives_saving(tmp_path, kind):
         assert len(tokenizer) == 300
         assert tokenizer.decode(tokenizer("never seen: € ж")["input_ids"]) == "never seen: € ж"
     padded = tokenizer(["ab", "a"], padding=True)
-    assert padded["attention_mask"] == [[1, 1], [0, 1]] or kind == "bpe"
+    if kind == "char":
+        assert padded["attention_mask"] == [[1, 1], [0, 1]]
 
     tokenizer.save_pretrained(tmp_path)
     program = (
@@ -306,10 +318,9 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, kind, nu
     tokenizer = build_tokenizer(kind, [text], vocab_size=400 if kind == "bpe" else None)
     blocks = group_texts(one_text(text), tokenizer, block_size=64, num_proc=num_proc)
     whole = tokenizer(text)["input_ids"]
-    for split in blocks.values():
-        assert split.column_names == ["input_ids"]
-        assert {len(row) for row in split["input_ids"]} == {64}
-        np.testing.assert_array_equal(joined(split), whole[: len(whole) // 64 * 64])
+    assert blocks.column_names == ["input_ids"]
+    assert {len(row) for row in blocks["input_ids"]} == {64}
+    np.testing.assert_array_equal(joined(blocks), whole[: len(whole) // 64 * 64])
 
 
 def test_a_tokenizer_that_sees_where_a_text_begins_is_not_cut(monkeypatch):
@@ -321,7 +332,7 @@ def test_a_tokenizer_that_sees_where_a_text_begins_is_not_cut(monkeypatch):
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     text = "aaaa\n" * 200
-    ids = joined(group_texts(one_text(text), tokenizer, block_size=7)["train"])
+    ids = joined(group_texts(one_text(text), tokenizer, block_size=7))
     np.testing.assert_array_equal(ids, tokenizer(text)["input_ids"][: len(ids)])
     assert len(ids) == 1001 // 7 * 7
 
@@ -329,33 +340,35 @@ def test_a_tokenizer_that_sees_where_a_text_begins_is_not_cut(monkeypatch):
 @pytest.mark.parametrize("rows", [3, 700])
 def test_documents_are_joined_with_eos_and_no_batch_loses_its_rest(rows):
     documents = [f"{i}" * (i % 5) for i in range(rows)]
-    split = datasets.Dataset.from_dict({"text": documents})
-    splits = datasets.DatasetDict({"train": split})
+    texts = Dataset.from_dict({"text": documents})
     tokenizer = build_tokenizer("char", ["0123456789"])
     expected = [token for row in documents for token in [*tokenizer(row)["input_ids"], 0]]
-    ids = joined(group_texts(splits, tokenizer, block_size=2)["train"])
+    ids = joined(group_texts(texts, tokenizer, block_size=2, add_eos=True))
     np.testing.assert_array_equal(ids, expected[: len(ids)])
     assert len(expected) - len(ids) < 2
     plain = [token for token in expected if token != 0]
-    ids = joined(group_texts(splits, tokenizer, block_size=2, add_eos=False)["train"])
+    ids = joined(group_texts(texts, tokenizer, block_size=2))
     np.testing.assert_array_equal(ids, plain[: len(ids)])
-    assert characters_per_token(split, tokenizer) == len("".join(documents)) / len(expected)
+    blocks = evaluation_blocks(texts, tokenizer, block_size=8, add_eos=True)
+    assert count_targets(blocks) == len(expected) - 1
+    assert characters_per_token(texts, blocks) == len("".join(documents)) / len(expected)
 
 
-def test_characters_per_token():
-    split = one_text(TEXT)["train"]
-    assert characters_per_token(split, build_tokenizer("char", [TEXT])) == 1.0
+@pytest.mark.parametrize("block_size", [2, 7, 100_000])
+def test_characters_per_token(block_size):
+    texts = one_text(TEXT)
+    characters = build_tokenizer("char", [TEXT])
+    assert characters_per_token(texts, evaluation_blocks(texts, characters, block_size)) == 1.0
     tokenizer = build_tokenizer("bpe", [TEXT], vocab_size=300)
-    assert characters_per_token(split, tokenizer) == len(TEXT) / len(tokenizer(TEXT)["input_ids"]) > 1.5
-    with pytest.raises(ValueError, match="holds no token"):
-        characters_per_token(datasets.Dataset.from_dict({"text": [""]}), tokenizer)
+    expected = len(TEXT) / len(tokenizer(TEXT)["input_ids"])
+    assert characters_per_token(texts, evaluation_blocks(texts, tokenizer, block_size)) == expected > 1.5
 
 
 def test_blocks_go_through_collator_and_loader():
     import torch
     from transformers import default_data_collator
 
-    blocks = group_texts(one_text(TEXT), build_tokenizer("char", [TEXT]), block_size=32)["train"]
+    blocks = group_texts(one_text(TEXT), build_tokenizer("char", [TEXT]), block_size=32)
     loader = torch.utils.data.DataLoader(blocks.shuffle(seed=0), batch_size=4, collate_fn=default_data_collator)
     batch = next(iter(loader))["input_ids"]
     assert batch.shape == (4, 32)
@@ -387,8 +400,7 @@ def test_impossible_blocks(arguments, message):
 def test_evaluation_blocks_ask_for_every_token_once(length, block_size):
     text = "".join(chr(ord("a") + i % 26) for i in range(length))
     tokenizer = build_tokenizer("char", [text])
-    blocks = evaluation_blocks(DatasetDict(validation=Dataset.from_dict({"text": [text]})), tokenizer, block_size)
-    rows = blocks["validation"]
+    rows = evaluation_blocks(one_text(text), tokenizer, block_size)
     asked = [label for row in rows for label in row["labels"][1:] if label != -100]  # a model shifts them
     assert tokenizer.decode(asked) == text[1:]
     for row in rows:
@@ -398,9 +410,8 @@ def test_evaluation_blocks_ask_for_every_token_once(length, block_size):
 
 
 def test_evaluation_blocks_need_two_tokens():
-    texts = DatasetDict(validation=Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(ValueError, match="has 1 tokens, expected at least two"):
-        evaluation_blocks(texts, build_tokenizer("char", ["a"]), 4)
+        evaluation_blocks(one_text("a"), build_tokenizer("char", ["a"]), 4)
 
 
 def test_positions_restart_where_a_document_begins():
@@ -483,15 +494,15 @@ def test_streams_with_a_validation_file_or_split(documents, trelis, tmp_path):
     stream, validation = load_text_stream(train_file=file, validation_file=held_out)
     assert validation["text"][:] == ["held out\n"]
     assert [row["text"] for row in stream] == texts
-    stream, validation = load_text_stream(str(trelis), validation_documents=5)
-    assert validation["text"][:] == [TEXT[8000:]]
-    assert [row["text"] for row in stream] == [TEXT[:4000], TEXT[4000:8000]]
+    stream, validation = load_text_stream(str(trelis), validation_documents=1)
+    assert validation["text"][:] == [TEXT[:4000]]
+    assert [row["text"] for row in stream] == [TEXT[4000:8000]]
 
 
 @LEFT_OPEN
 @pytest.mark.usefixtures("collected")
 def test_a_directory_of_text_files_is_a_stream_of_them(tmp_path):
-    for name, content in {"train/a.txt": "a\n\nb\n", "train/b.txt": "c\n", "test/c.txt": "d\ne"}.items():
+    for name, content in {"train/a.txt": "a\n\nb\n", "train/b.txt": "c\n", "dev/c.txt": "d\ne"}.items():
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_text(content)
     stream, validation = load_text_stream(str(tmp_path / "texts"), cache_dir=tmp_path / "cache")

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Video
 pytest.importorskip("av", reason="videos are read and written by PyAV")
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
 
-from mingru_hf.data.moving_shapes import write_video
+from mingru_hf.data.av import write_video
 from mingru_hf.data.video import (
     FitAndCrop,
     VideoClips,

@@ -149,21 +149,11 @@ def directory(tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("keep", [0, 4, 100, -10])
-def test_weights_cut_short_are_no_model(directory, keep):
-    content = (directory / "model.safetensors").read_bytes()
-    (directory / "model.safetensors").write_bytes(content[:keep])
-    with pytest.raises(Exception, match=r"(?i)header|incomplete|deserializ"):
-        AutoModelForCausalLM.from_pretrained(directory)
-
-
-@pytest.mark.parametrize("content", ["", '{"model_type": "mingru", "hidden', "[]"])
+@pytest.mark.parametrize("content", ["", '{"model_type": "mingru", "hidden'])
 def test_a_damaged_configuration_is_named(directory, content):
     (directory / "config.json").write_text(content)
-    with pytest.raises((OSError, ValueError, TypeError, AttributeError)) as error:
+    with pytest.raises(OSError, match=r"config\.json"):
         MinGRUForCausalLM.from_pretrained(directory)
-    if content != "[]":
-        assert "config.json" in str(error.value)
 
 
 def test_missing_weights_are_named(directory):
@@ -213,7 +203,7 @@ def test_pickled_code_never_runs(directory, tmp_path):
 
 
 def test_loading_and_running_write_nothing_into_the_directory(directory):
-    """It may be read-only, or another process's."""
+    """It may be read-only, or another process's. Root may write there all the same: then only the times tell."""
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     for path in (*directory.iterdir(), directory):
         path.chmod(0o555 if path.is_dir() else 0o444)

@@ -1,7 +1,9 @@
 """The scripts as a user runs them: on a tiny text, with a tiny model, and with mistakes."""
 
+import argparse
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -111,7 +113,7 @@ def test_training_prints_the_loss_and_where_the_model_is(text_file, tmp_path, ca
     lines = capsys.readouterr().out.splitlines()
     assert "parameters" in lines[0]
     assert lines[-2].startswith("final validation loss")
-    assert "nats a character, perplexity" in lines[-2]
+    assert "nats per character, perplexity" in lines[-2]
     assert lines[-1].endswith(f"saved in {directory}")
 
 
@@ -139,8 +141,8 @@ def test_training_with_bpe_on_json_reports_both_losses(tmp_path, capsys):
     metrics = json.loads((tmp_path / "bpe" / "metrics.json").read_text())
     assert 0 < metrics["final"]["eval_loss_per_character"] < metrics["final"]["eval_loss"]
     final = capsys.readouterr().out.splitlines()[-2]
-    assert "nats a token" in final
-    assert "nats a character" in final
+    assert "nats per token" in final
+    assert "nats per character" in final
     assert len(AutoTokenizer.from_pretrained(tmp_path / "bpe")) == 300
 
 
@@ -158,7 +160,7 @@ def test_documents_apart_a_sample_and_a_way_back(tmp_path, capsys):
     assert "holds checkpoint-20 of another run" in error_of(capsys, *command)
     call(*command, "--resume_from_checkpoint", "latest")
     out = capsys.readouterr().out
-    assert f"going on from {directory / 'checkpoint-20'}" in out
+    assert f"resuming from {directory / 'checkpoint-20'}" in out
     assert json.loads((directory / "metrics.json").read_text())["final"] == metrics["final"]
     again = (*command, "--resume_from_checkpoint", "latest")
     assert "with seed 0, not 1" in error_of(capsys, *again, "--seed", 1)
@@ -211,7 +213,8 @@ def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, ca
     assert "'x'" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "x=1")
     assert "config" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "hidden_size=0")
     assert "no such model" in error_of(capsys, *train, "--train_file", text_file, "--model_name_or_path", "./nothing")
-    assert "do not go with" in error_of(capsys, *train, "--model_name_or_path", trained, "--config_name", trained)
+    both = ("--model_name_or_path", trained, "--config_name", trained)
+    assert "leave out config_name" in error_of(capsys, *train, *both)
     assert "must be positive" in error_of(capsys, *train, "--max_train_steps", 0)
     assert "invalid int value" in error_of(capsys, *train, "--max_train_steps", "many")
     assert "required: --output_dir" in error_of(capsys, "train_causal_lm")
@@ -246,7 +249,7 @@ def test_generation_streams_one_text(trained, capsys):
     call("generate_text", "--model_name_or_path", trained, "--prompt", "LINE", "--max_new_tokens", 20, "--use_cpu")
     out, err = capsys.readouterr()
     assert out.startswith("LINE")
-    assert "a second" in err
+    assert "per second" in err
 
 
 def test_generation_repeats_itself_with_a_seed_and_without_a_temperature(trained, tmp_path, capsys):
@@ -318,8 +321,10 @@ def test_selective_copying_learns_a_small_task(tmp_path, capsys):
         *("train_selective_copying", "--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "longer"),
         *("--num_noise_tokens", 12, "--num_memorize_tokens", 2, "--num_eval_examples", 100, "--use_cpu"),
     )
-    assert "knows 4 tokens, and vocab_size is 6" in error_of(capsys, *longer)
-    assert "do not go with" in error_of(capsys, *longer, "--config_overrides", "hidden_size=8")
+    assert "has 4 tokens, but vocab_size is 6" in error_of(capsys, *longer)
+    assert "leave out config_overrides" in error_of(capsys, *longer, "--config_overrides", "hidden_size=8")
+    config = SCRIPTS / "configs" / "selective_copying.json"
+    assert "leave out config_name" in error_of(capsys, *longer, "--config_name", config)
     call(*longer, "--vocab_size", 4, "--num_train_examples", 100, "--max_train_steps", 2, "--learning_rate", 1e-5)
     assert json.loads((tmp_path / "longer" / "metrics.json").read_text())["final"]["eval_accuracy"] > 0.7
 
@@ -388,10 +393,12 @@ def test_a_video_classifier_is_trained_and_saved_with_its_processor(video_model)
     assert model.config.num_frames == processor.num_frames == 4
     assert processor.crop_size == {"height": 32, "width": 32}
     metrics = json.loads((video_model / "metrics.json").read_text())
+    assert metrics["frames_per_second"] > 0
+    assert "tokens_per_second" not in metrics
     assert metrics["step"] == 8  # the broken video's turn goes to another
     assert 0 <= metrics["final"]["eval_accuracy"] <= 1
     card = (video_model / "README.md").read_text()
-    assert "Validation loss (nats a clip)" in card
+    assert "Validation loss (nats per clip)" in card
     assert "Perplexity" not in card
 
 
@@ -452,6 +459,9 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
         0,
     )
     call(*test, *machine, "--clips_per_video", 3)
+    again = error_of(capsys, *test, *machine)
+    assert "already holds metrics.json, confusion_matrix.png" in again
+    assert "--overwrite_output_dir" in again
     metrics = json.loads((video_model / "evaluation-test" / "metrics.json").read_text())
     assert (metrics["videos"], metrics["unreadable"]) == (15, 1)
     assert "000010.mp4" in caplog.text
@@ -462,6 +472,8 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
         assert row["videos"] == (1 if name == "up" else 2)
         assert row["accuracy"] == matrix[number, number].item() / row["videos"]
     assert (video_model / "evaluation-test" / "confusion_matrix.png").stat().st_size > 1000
+    call(*test, *machine, "--clips_per_video", 3, "--overwrite_output_dir")
+    assert json.loads((video_model / "evaluation-test" / "metrics.json").read_text())["classes"] == metrics["classes"]
     out = capsys.readouterr().out
     assert "1 of 16 videos could not be read" in out
     assert f"accuracy {100 * metrics['accuracy']:.2f} % of 15 videos" in out
@@ -503,6 +515,8 @@ def test_a_stream_ends_where_the_whole_clip_does(video_model, shapes, tmp_path, 
     assert frames[0][256:].max() > 200  # the line of text
     call(*stream, "--output_file", tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 1000
+    assert "--overwrite_output_file" in error_of(capsys, *stream, "--output_file", tmp_path / "out.png")
+    call(*stream, "--output_file", tmp_path / "out.png", "--overwrite_output_file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png"]
 
 
@@ -553,8 +567,10 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     given = (*train, "--dataset_name", shapes)
     assert "is less than crop_size" in error_of(capsys, *given, "--resize_size", 16)
     assert "min_crop_scale" in error_of(capsys, *given, "--min_crop_scale", 0)
-    assert "do not go with" in error_of(capsys, *given, "--model_name_or_path", video_model)
+    error = error_of(capsys, *given, "--model_name_or_path", video_model)
+    assert "leave out config_name and config_overrides" in error
     test = ("evaluate_video_classification", "--model_name_or_path", video_model, "--use_cpu", *cache)
+    test += ("--output_dir", tmp_path / "evaluation")
     assert "no such directory" in error_of(capsys, *test, "--dataset_name", "./missing")
     for name in ("left", "right"):
         shutil.copytree(shapes / "test" / name, tmp_path / "two" / name)
@@ -567,12 +583,17 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_the_export_says_what_to_install(capsys, monkeypatch):
+def test_the_export_says_what_to_install_and_replaces_no_file(capsys, monkeypatch, tmp_path):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
     monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(__spec__=SimpleNamespace(name="onnx")))
-    export = ("export_onnx", "--model_name_or_path", "any", "--output_dir", "any")
+    export = ("export_onnx", "--model_name_or_path", "any", "--output_dir", tmp_path)
     assert "pip install onnxscript" in error_of(capsys, *export)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    (tmp_path / "decode.onnx").write_bytes(b"mine")
+    error = error_of(capsys, *export)
+    assert "already holds decode.onnx" in error
+    assert "--overwrite_output_dir" in error
 
 
 # ---- all of them, in processes of their own ----
@@ -580,6 +601,20 @@ def test_the_export_says_what_to_install(capsys, monkeypatch):
 
 TEXT_SCRIPTS = ["train_causal_lm", "generate_text", "train_selective_copying"]
 SHARING_SCRIPTS = ["convert_torch_mingru", "export_onnx", "push_to_hub"]
+# The options that each script cannot do without.
+MODEL, OUTPUT = ["--model_name_or_path", "model"], ["--output_dir", "out"]
+MINIMAL = {
+    "train_causal_lm": OUTPUT,
+    "generate_text": MODEL,
+    "train_selective_copying": OUTPUT,
+    "make_moving_shapes": OUTPUT,
+    "train_video_classification": OUTPUT,
+    "evaluate_video_classification": MODEL,
+    "stream_video": [*MODEL, "--video", "clip.mp4"],
+    "convert_torch_mingru": ["--checkpoint_path", "model.pt", *OUTPUT],
+    "export_onnx": [*MODEL, *OUTPUT],
+    "push_to_hub": ["--model_dir", "model"],
+}
 
 
 @pytest.mark.parametrize("name", [*TEXT_SCRIPTS, *VIDEO_SCRIPTS, *SHARING_SCRIPTS])
@@ -588,8 +623,16 @@ def test_help_explains_every_option(name, capsys):
         call(name, "--help")
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert f"python scripts/{name}.py --" in out
+    assert f"\n    python scripts/{name}.py --" in out  # the example, on lines of its own
     assert max(map(len, out.splitlines())) <= 110
+    assert not re.search(r"(\[.*\]) \1", out)  # one default for each
+
+    parser, *_ = load(name).parse_args(MINIMAL[name])
+    options = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    for action in options:
+        assert action.help, action.option_strings
+        takes_a_value = action.nargs != 0
+        assert bool(action.metavar) == takes_a_value, action.option_strings  # not --output_dir OUTPUT_DIR
 
 
 def test_as_a_user_runs_them(text_file, tmp_path):
@@ -656,10 +699,67 @@ def test_a_launcher_that_starts_one_process_only_is_reported(text_file, tmp_path
     assert "asked for several processes and started one" in result.stderr
 
 
-# ---- benchmark_scan ----
+# ---- benchmarks ----
 
 
-def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys):
+@pytest.fixture
+def benchmarking(monkeypatch):
+    """What the benchmarks import from beside them, as a script run by its path does."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("benchmarking")
+
+
+@pytest.mark.parametrize("name", ["generate", "head", "lm", "scan", "video"])
+def test_help_of_the_benchmarks_explains_every_option(name, capsys, benchmarking):
+    if name == "video":
+        pytest.importorskip("torchvision", reason="the benchmark needs it")
+    with pytest.raises(SystemExit) as end:
+        call(f"benchmark_{name}", "--help")
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert f"python scripts/benchmark_{name}.py --" in out
+    assert "(default: " in out
+    assert max(map(len, out.splitlines())) <= 110
+    names = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
+    assert "--threads" in names
+    texts = out.partition("options:")[2].replace("\n                 ", " ").splitlines()
+    assert all(re.search(r"  +\S+.* [a-z]+", line) for line in texts if line.startswith("  --")), texts
+
+
+def test_benchmarks_take_turns_and_see_memory(benchmarking, tmp_path):
+    turns, seconds = [], {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([9.0, 5.0, 5.0, 5.0])}
+
+    def timed(name, device):
+        turns.append(name)
+        return next(seconds[name])
+
+    assert benchmarking.interleave({"a": "a", "b": "b"}, 3, timed=timed) == {"a": 2.0, "b": 5.0}
+    assert "".join(turns) == "abababab"  # the first round is not counted
+    if sys.platform == "linux":
+        assert benchmarking.process_megabytes() > 50
+        assert 35 < benchmarking.peak_megabytes(lambda: torch.ones(10_000_000)) < 60
+    benchmarking.write_json(tmp_path / "new" / "a.json", {"a": [{"b": float("nan")}, 1.5, (2, 3)]})
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": [{"b": "nan"}, 1.5, [2, 3]]}
+
+
+def test_head_benchmark_compares_pieces_with_all_logits(benchmarking, capsys):
+    words = ["--vocab_size", 50, "--hidden_size", 8, "--num_layers", 1, "--sequence_length", 9, "--threads", 1]
+    call("benchmark_head", *words, "--rounds", 1, "--dtype", "bfloat16")
+    assert re.search(r"bfloat16; 1 layers.*\nall logits +.* MB +\S+ s per step\nin pieces", capsys.readouterr().out)
+
+
+def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path):
+    words = ["--hidden_size", 8, "--num_layers", 1, "--num_heads", 2, "--sequence_length", 9, "--batch_size", 2]
+    words += ["--threads", 1, "--rounds", 1, "--decode_steps", 2, "--models", "MinGRU", "log scan", "GPT-2"]
+    call("benchmark_lm", *words, "--json", tmp_path / "lm.json")
+    report = json.loads((tmp_path / "lm.json").read_text())
+    assert list(report["training"]) == ["MinGRU", "log scan", "GPT-2", "products, torch's", "products, ours"]
+    assert set(report["decoding"]) == {"MinGRU", "GPT-2"}
+    assert report["decoding"]["MinGRU"]["ms_2"] > 0
+    assert 0 < report["share_of_scan"] < 1
+
+
+def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):
     report, picture = tmp_path / "scan.json", tmp_path / "scan.png"
     words = ["--shapes", "2,20,8", "--rounds", 1, "--dtype", "float32", "bfloat16", "--json", report]
     call("benchmark_scan", *words)
@@ -680,7 +780,86 @@ def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-# ---- benchmark_video ----
+class _NoGradientOfTheState(torch.autograd.Function):
+    """As flash-linear-attention's HGRN, on another recurrence."""
+
+    @staticmethod
+    def forward(ctx, x, h0):
+        return x[..., : h0.shape[2]].cumsum(1) + h0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([grad, grad], dim=-1), None
+
+
+class _NoBackward(_NoGradientOfTheState):
+    @staticmethod
+    def backward(ctx, grad):
+        raise AssertionError
+
+
+def test_scan_benchmark_on_a_card(tmp_path, capsys, monkeypatch, benchmarking):
+    """The code for a card, on a CPU that is taken for one."""
+    module, waits = load("benchmark_scan"), []
+    for place in (module, benchmarking):
+        monkeypatch.setattr(place, "is_cuda", lambda device: True)
+    stubs = {"synchronize": lambda device: waits.append(device), "get_device_name": lambda device: "a card"}
+    stubs |= {"reset_peak_memory_stats": lambda device: None, "memory_allocated": lambda device: 10**6}
+    stubs |= {"max_memory_allocated": lambda device: 4 * 10**6}
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def key_averages(self):
+            kinds = [("CUDA", False, 3000), ("CUDA", False, 1000), ("CUDA", True, 4000), ("CPU", False, 4000)]
+            return [
+                SimpleNamespace(
+                    device_type=SimpleNamespace(name=name), is_user_annotation=mark, self_device_time_total=us
+                )
+                for name, mark, us in kinds
+            ]
+
+    monkeypatch.setattr(module, "profile", Profile)
+    monkeypatch.setattr(module, "NUMBA_AVAILABLE", False)
+    monkeypatch.setattr(module, "enough", lambda calls, device: 8)
+    monkeypatch.setattr(module, "INPUT_BYTES", 3 * 2 * 20 * 16 * 4)  # three inputs of that shape
+    monkeypatch.setitem(module.PEERS, "HGRN", lambda channels: _NoGradientOfTheState.apply)
+    monkeypatch.setitem(module.PEERS, "accelerated-scan", lambda channels: _NoBackward.apply)
+    words = ["--shapes", "2,20,8", "--rounds", "1", "--backends", "torch", "--json", str(tmp_path / "scan.json")]
+    module.main([*words, "--peers", "HGRN", "accelerated-scan"])
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "scan.json").read_text())["results"]}
+    assert list(rows) == ["add", "torch", "HGRN"]
+    assert rows["HGRN"]["backward_kernels_ms"] == pytest.approx(4 / 8)  # 4 ms of kernels in eight calls
+    assert rows["HGRN"]["both_kernels_over_add"] == pytest.approx(1)
+    assert rows["torch"]["both_ms"] > 0
+    assert rows["torch"]["peak_mb"] == 3
+    assert rows["torch"]["device"] == "a card"
+    assert len(waits) > 20
+    out = capsys.readouterr().out
+    assert "float32 without accelerated-scan: AssertionError()\n" in out
+    assert "(2, 20, 8) float32, a card: add" in out
+    assert re.search(r"torch( +\d+\.\d, 500\.0 \(1\.00\)){3}", out)
+
+
+def test_scan_benchmark_fills_its_samples_with_calls_in_turn(benchmarking, monkeypatch):
+    module, made = load("benchmark_scan"), []
+    variants = [(lambda number=number: number, made.append) for number in range(3)]
+    module.in_a_row(variants, 5)()
+    module.in_a_row(variants, 2)()
+    assert made == [0, 1, 2, 0, 1, 0, 1]
+    assert module.enough(variants, "cpu") == 1
+    monkeypatch.setattr(module, "is_cuda", lambda device: True)
+    monkeypatch.setattr(module, "seconds_of_call", lambda calls, count, device: 0.003)
+    assert module.enough(variants, "cuda") == 4
 
 
 @pytest.mark.slow
@@ -694,11 +873,11 @@ def test_video_benchmark_compares_the_model_with_its_backbone(tmp_path):
     assert figures["parameters"] == {"model": 48_278_073, "backbone": 14_714_688}
     assert figures["shares"]["multiply_adds"] > 0.1
     assert figures["seconds"]["model forward"] > 0
-    assert all(figures["peak_bytes"][f"{part} training"] > 2**20 for part in ("model", "backbone"))
+    assert all(figures["peak_mb"][f"{part} training"] > 1 for part in ("model", "backbone"))
     assert 0 < figures["shares"]["scan_training"] < 1
 
 
-def test_video_benchmark_names_a_missing_file(capsys, tmp_path):
+def test_video_benchmark_names_a_missing_file(capsys, tmp_path, benchmarking):
     for package in ("av", "timm", "torchvision"):
         pytest.importorskip(package, reason="the benchmark needs it")
     assert "nowhere.mp4" in error_of(capsys, "benchmark_video", "--video", tmp_path / "nowhere.mp4")

@@ -1,11 +1,13 @@
 """The training loop: what a step sees, what it updates, what is kept on disk, when it stops."""
 
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import platform
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -246,7 +248,10 @@ def test_the_speed_is_that_of_the_training_alone(args, monkeypatch):
     slow("evaluate", 10.0)
     slow("write_checkpoint", 5.0)
     choices = {"eval_steps": 1, "checkpointing_steps": "1", "resume_from_checkpoint": "latest"}
-    for steps, seconds in ((1, 1), (3, 3 + 10 + 5)):  # the second goes on from the first; the last pause is never in
+    for steps, seconds in (
+        (1, 1),
+        (3, 3 + 10 + 5),
+    ):  # the second resumes from the first; the last pause is not counted
         _, result = run(args(max_train_steps=steps, **choices))
         assert result["tokens_per_second"] == 4 * 12
         assert result["train_seconds"] == seconds
@@ -320,7 +325,7 @@ def train_as_one_of(rank, num_processes, port, batch_size, directory):
 
 
 def train_in_processes(num_processes, directory):
-    """Train as so many processes on 8 examples a step, and give the curve without its times."""
+    """Train as `num_processes` on 8 examples per step, and return the curve without its times."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
     with socket.socket() as free:
@@ -360,9 +365,10 @@ def test_a_launcher_that_started_one_process_for_two_is_found_out(args, monkeypa
         start(args())
 
 
-def test_sharded_models_are_refused(args, monkeypatch):
-    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType.FSDP)
-    with pytest.raises(ValueError, match=r"FSDP does not run here.*Trainer"):
+@pytest.mark.parametrize("kind", ["FSDP", "MULTI_XPU"])
+def test_other_ways_to_distribute_are_refused(args, monkeypatch, kind):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", loop.DistributedType[kind])
+    with pytest.raises(ValueError, match=rf"{kind} is not supported.*CPUs or CUDA GPUs.*Trainer"):
         start(args())
 
 
@@ -454,10 +460,12 @@ def test_evaluations_on_a_part_and_the_final_one_on_all(args, monkeypatch):
 
 def test_one_line_of_summary():
     scores = {"eval_loss": 1.5, "eval_perplexity": math.exp(1.5)}
-    assert summary(scores) == "validation loss 1.5000 nats a token, perplexity 4.482"
-    assert "1.5000 nats a character" in summary(scores | {"eval_loss_per_character": 1.5})
+    assert summary(scores) == "validation loss 1.5000 nats per token, perplexity 4.482"
+    assert "1.5000 nats per character" in summary(scores | {"eval_loss_per_character": 1.5})
     both = summary(scores | {"eval_loss_per_character": 0.5, "eval_accuracy": 0.25})
-    assert both == "validation loss 1.5000 nats a token, 0.5000 nats a character, perplexity 4.482, accuracy 0.2500"
+    assert (
+        both == "validation loss 1.5000 nats per token, 0.5000 nats per character, perplexity 4.482, accuracy 0.2500"
+    )
 
 
 # ---- what is kept ----
@@ -682,6 +690,14 @@ def test_a_wrong_option_ends_with_one_line(capsys):
         raise ValueError("two\nlines")
     assert error.value.code == 2
     assert capsys.readouterr().err == "x: error: two lines\n"
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch):
+    find = importlib.util.find_spec
+    missing = ("accelerate", "datasets")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else find(name))
+    with pytest.raises(ImportError, match="needs accelerate and datasets: pip install accelerate datasets"):
+        runpy.run_path(str(ROOT / "mingru_hf" / "training" / "__init__.py"))
 
 
 # ---- configs and checkpoints by name ----

@@ -247,15 +247,15 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_used(name, spo
     elif spoil == "changed":
         path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     assert name in damage(run / "checkpoint-20")
-    with pytest.warns(UserWarning, match=f"checkpoint-20 is no whole checkpoint .*{name}.*the one before"):
+    with pytest.warns(UserWarning, match=f"checkpoint-20 is not a complete checkpoint .*{name}.*the one before"):
         assert find_checkpoint("latest", run) == run / "checkpoint-18"
-    with pytest.raises(ValueError, match=f"checkpoint-20 is no whole checkpoint.*{name}"):
+    with pytest.raises(ValueError, match=f"checkpoint-20 is not a complete checkpoint.*{name}"):
         find_checkpoint(run / "checkpoint-20", run)
 
 
 def test_going_on_from_the_checkpoint_before_a_damaged_one(run, whole):
     (run / "checkpoint-20" / "training_state.pt").write_bytes(b"half")
-    with pytest.warns(UserWarning, match="no whole checkpoint"):
+    with pytest.warns(UserWarning, match="not a complete checkpoint"):
         train_counting(run)
     assert_same_run(run, whole)
 
@@ -271,7 +271,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(run):
     before = contents(run)
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-20 is no .*config.json is not what.*checkpoint-18 is no .*ation_config.json is missing",
+        match=r"checkpoint-20 is not .*config.json is not what.*checkpoint-18 is not .*ation_config.json is missing",
     ):
         train_counting(run)
     assert contents(run) == before
@@ -296,7 +296,7 @@ def test_a_full_disk_ends_with_a_clear_error_and_leaves_the_last_checkpoint(tmp_
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "write_checkpoint", shrink)
             with pytest.raises(
-                OSError, match=r"checkpoint-6 could not be written.*make room.*--resume_from_checkpoint"
+                OSError, match=r"checkpoint-6 could not be written.*Free some space.*--resume_from_checkpoint"
             ):
                 train_counting(tmp_path / "run")
     finally:
@@ -452,7 +452,7 @@ def test_a_run_goes_on_with_the_vocabulary_and_labels_it_began_with(tmp_path):
         ({"id2label": {0: "Up", 1: "down"}}, r"other labels .*0: 'down' there, 'Up' here; 1: 'up' there, 'down' here"),
         ({"id2label": {0: "down", 1: "up", 2: "left"}}, r"other labels .*2: None there, 'left' here\)"),
     ):
-        with pytest.raises(SetupError, match=message + ".*go on with the data"):
+        with pytest.raises(SetupError, match=message + ".*resume with the data"):
             train_counting(tmp_path / "run", **run | change)
     assert contents(tmp_path / "run") == before
     assert train_counting(tmp_path / "run", **run)["step"] == 4

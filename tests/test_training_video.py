@@ -12,7 +12,7 @@ from datasets import Dataset, Video
 pytest.importorskip("av", reason="videos are read and written by PyAV")
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
 
-from mingru_hf.data.moving_shapes import write_video
+from mingru_hf.data.av import write_video
 from mingru_hf.data.video import VideoClips
 from mingru_hf.training.loop import BatchStream, summary
 from mingru_hf.training.plots import plot_confusion
@@ -121,4 +121,4 @@ def test_the_stream_counts_on_over_epochs_where_a_dataset_draws_anew():
 
 def test_a_loss_of_clips_is_called_so():
     scores = {"eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_accuracy": 0.75}
-    assert summary(scores, "clip") == "validation loss 0.5000 nats a clip, accuracy 0.7500"
+    assert summary(scores, "clip") == "validation loss 0.5000 nats per clip, accuracy 0.7500"

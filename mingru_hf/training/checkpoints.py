@@ -1,4 +1,4 @@
-"""What a run leaves on disk, written so that a crash at any moment leaves the files before it whole."""
+"""What a run writes to the disk, in such a way that a crash at any moment damages no existing file."""
 
 import json
 import os
@@ -18,19 +18,19 @@ from transformers.utils import logging
 METRICS_FILE = "metrics.json"
 STAGING = ".incomplete"
 
-# What tells of a run or a model in a directory,
+# Files that mark a run or a model.
 RUN_FILES = (METRICS_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-# and what else a run writes: card and curve, tokenizer or processor, and the code that travels with the model.
+# Other files that a run writes: card and curve, tokenizer or processor, and the code that travels with the model.
 OTHER_FILES = (
     *("README.md", "loss.png", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*processor_config.json"),
     *sorted(path.name for path in Path(__file__).parents[1].glob("[!_]*.py")),
 )
 
-# A checkpoint is a directory `checkpoint-STEP`: a model as `from_pretrained` loads it, and beside it
-STATE_FILE = "trainer_state.json"  # where the run stood, and the size and checksum of every file
-TENSORS_FILE = "training_state.pt"  # the optimizer's state, and each process's random numbers
-BEST_DIRECTORY = "best"  # the best weights so far, unless the checkpoint's own are
+# A checkpoint is a directory `checkpoint-STEP`: a model as `from_pretrained` loads it, and next to it
+STATE_FILE = "trainer_state.json"  # the run's progress, and the size and checksum of every file
+TENSORS_FILE = "training_state.pt"  # the optimizer's state, and each process's random state
+BEST_DIRECTORY = "best"  # the best weights so far, unless they are the checkpoint's own
 WEIGHTS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -40,45 +40,45 @@ def check_output_dir(
     resume: str | Path | None = None,
     arguments: dict | None = None,
 ) -> None:
-    """Refuse a directory in which a run would overwrite the files of another run, of another program or of the user.
+    """Refuse a directory in which a run would overwrite files of another run, of another program or of the user.
 
-    A run that resumes goes on in the directory of its checkpoint. With `latest` it also starts again in one where
-    it was interrupted before its first checkpoint, as metrics.json tells: the same arguments, and no end.
+    A resumed run continues in the directory of its checkpoint. With `latest` it may also restart in a directory where
+    it was interrupted before its first checkpoint: metrics.json there has the same arguments and no final result.
 
     Args:
         output_dir: need not exist.
-        overwrite: the user allows it; files of the same name will be replaced, none deleted.
+        overwrite: the user allows it; files of the same name are replaced, none is deleted.
         resume: `resume_from_checkpoint`.
         arguments: of the run, as metrics.json holds them.
 
     Raises:
-        ValueError: if it holds another run or model, or files of names that a run writes, and `overwrite` is False;
-            or checkpoints of another program, or those that would be mistaken for the new run's; or is a file.
+        ValueError: if it holds another run or model, or files with names that a run writes, and `overwrite` is False;
+            or checkpoints of another program, or ones that would be mistaken for the new run's; or is a file.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file")
-    there = checkpoints_in(path)
-    for other in reversed(there):
+    existing = checkpoints_in(path)
+    for other in reversed(existing):
         if not _is_ours(other):
             raise ValueError(
                 f"output_dir {path} holds {other.name}, which this script did not write ({damage(other)}) and cannot "
-                "go on from: choose another --output_dir, or move the checkpoint away"
+                "resume from: choose another --output_dir, or move the checkpoint away"
             )
     checkpoint = find_checkpoint(resume, path)
     if checkpoint is not None:
-        later = [other for other in there if _step(other) > _step(checkpoint) and damage(other) is None]
-        if later or (there and checkpoint.resolve().parent != path.resolve()):
+        later = [other for other in existing if _step(other) > _step(checkpoint) and damage(other) is None]
+        if later or (existing and checkpoint.resolve().parent != path.resolve()):
             raise ValueError(
-                f"output_dir {path} holds {(later or there)[-1].name}, which would be mistaken for one of the run "
-                f"that goes on from {checkpoint}: move it away, or choose another output_dir"
+                f"output_dir {path} holds {(later or existing)[-1].name}, which would be mistaken for one of the run "
+                f"that resumes from {checkpoint}: move it away, or choose another output_dir"
             )
         if checkpoint.resolve().parent == path.resolve():
             return
-    elif there and resume is None:
+    elif existing and resume is None:
         raise ValueError(
-            f"output_dir {path} holds {there[-1].name} of another run: add --resume_from_checkpoint latest to go on "
-            "from it, choose another output_dir, or move the checkpoints away"
+            f"output_dir {path} holds {existing[-1].name} of another run: add --resume_from_checkpoint latest to "
+            "resume from it, choose another output_dir, or move the checkpoints away"
         )
     elif resume is not None and _is_unfinished(path, arguments or {}):
         return
@@ -88,18 +88,32 @@ def check_output_dir(
     )
     if run_files and not overwrite:
         raise ValueError(
-            f"output_dir {path} holds another run ({', '.join(run_files)}): choose another one, or add "
+            f"output_dir {path} holds another run ({', '.join(run_files)}): choose another directory, or add "
             "--overwrite_output_dir to replace its files"
         )
     if other_files and not overwrite:
         raise ValueError(
-            f"output_dir {path} holds files of names that a run writes ({', '.join(other_files)}): choose another "
-            "one, or add --overwrite_output_dir to have them replaced"
+            f"output_dir {path} holds files with names that a run writes ({', '.join(other_files)}): choose another "
+            "directory, or add --overwrite_output_dir to replace them"
+        )
+
+
+def check_new_files(output_dir: str | Path, names: Sequence[str], overwrite: bool = False) -> None:
+    """Refuse to replace files that are already there, unless the user allows it.
+
+    Raises:
+        ValueError: if `output_dir` holds one of the files and `overwrite` is False.
+    """
+    existing = [name for name in names if (Path(output_dir) / name).exists()]
+    if existing and not overwrite:
+        raise ValueError(
+            f"output_dir {output_dir} already holds {', '.join(existing)}: choose another directory, or add "
+            "--overwrite_output_dir to replace them"
         )
 
 
 def check_writable(output_dir: str | Path) -> None:
-    """Find out whether a directory can be made and written; it is left as it was.
+    """Check that a directory can be made and written to; nothing is left behind.
 
     Raises:
         ValueError: if it cannot.
@@ -119,16 +133,16 @@ def check_writable(output_dir: str | Path) -> None:
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, completely or not at all."""
     text = json.dumps(content, indent=2) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Have `write` write a file under a temporary name, then rename it to `path`.
+    """Call `write` to write a file under a temporary name, then rename it to `path`.
 
     Raises:
-        OSError: if it cannot be written; the file that lay there stays.
+        OSError: if it cannot be written; an existing file is not changed.
     """
     temporary = Path(path).with_name(f"{STAGING}-{Path(path).name}")
     with writing(path):
@@ -140,15 +154,15 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 def save_pretrained(output_dir: str | Path, *parts: object) -> None:
     """Save models, tokenizers or processors into one directory, each file under a temporary name first.
 
-    A reader of `output_dir` finds every file whole, the old or the new one; other files stay as they are.
+    A reader of `output_dir` finds every file complete, the old or the new one; other files are not changed.
 
     Args:
         output_dir: made if missing.
-        parts: whatever has `save_pretrained`; None is skipped.
+        parts: anything with `save_pretrained`; None is skipped.
     """
     output_dir = Path(output_dir)
     staging = output_dir / STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed; no user's file bears this name
+    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed; no user's file has this name
     staging.mkdir(parents=True)
     with writing(output_dir, staging):
         _save_parts(staging, parts)
@@ -166,19 +180,19 @@ def write_checkpoint(
 ) -> Path:
     """Write `checkpoint-STEP`, and then remove the oldest ones beyond `limit`.
 
-    It gets its name in one rename, when all of it is on the disk: a directory of that name is whole, whenever the
-    process or the machine dies. Where the file system does not keep that promise, `damage` finds out.
+    It gets its name in one rename, once all of it is on the disk: a directory of that name is complete, whenever the
+    process or the machine dies. Where the file system breaks that promise, `damage` finds out.
 
     Args:
-        output_dir: made if missing; if its weights are the best ones so far they go into the checkpoint too.
-        step: updates behind the weights.
-        parts: model, tokenizer: whatever has `save_pretrained`; None is skipped.
+        output_dir: made if missing; if its weights are the best ones so far they are put into the checkpoint too.
+        step: number of updates so far.
+        parts: model, tokenizer: anything with `save_pretrained`; None is skipped.
         tensors: what `torch.load(weights_only=True)` can read again.
         state: what JSON can hold; `best` is the record of the best evaluation, with its `step`, or None.
         limit: checkpoints to keep; None: all.
 
     Raises:
-        OSError: if it cannot be written (a full disk); the checkpoints before it stay as they are.
+        OSError: if it cannot be written (a full disk); earlier checkpoints are not changed.
     """
     output_dir = Path(output_dir)
     target = output_dir / f"checkpoint-{step}"
@@ -197,7 +211,7 @@ def write_checkpoint(
         (staging / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             _sync(path)
-        if target.exists():  # a damaged one, or it would have been gone on from
+        if target.exists():  # a damaged one, or the run would have resumed from it
             _remove(target)
         staging.rename(target)
         _sync(output_dir)
@@ -216,7 +230,7 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict, dict]:
 
 
 def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
-    """Put the best weights that a checkpoint knows, and its tokenizer, into `output_dir`, as they lay there then."""
+    """Put a checkpoint's best weights so far, and its tokenizer, back into `output_dir`."""
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     best = {path.name: path for path in _files(checkpoint) if path.name not in (STATE_FILE, TENSORS_FILE)}
     if (checkpoint / BEST_DIRECTORY).is_dir():
@@ -229,21 +243,21 @@ def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
             _link(path, temporary)
             _sync(temporary)
             os.replace(temporary, output_dir / name)
-            temporary.unlink(missing_ok=True)  # two names of one file: the system call has done nothing
+            temporary.unlink(missing_ok=True)  # two names of one file: os.replace did nothing
 
 
 def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path | None:
-    """Find the checkpoint to go on from.
+    """Find the checkpoint to resume from.
 
     Args:
-        choice: a directory; `latest` for the newest whole one in `output_dir`; None for none.
+        choice: a directory; `latest` for the newest complete one in `output_dir`; None for none.
         output_dir: of the run.
 
     Returns:
         Its directory; None if none was asked for, or there is none yet.
 
     Raises:
-        ValueError: if the directory is no whole checkpoint, or there are some and none of them is whole.
+        ValueError: if the directory is not a complete checkpoint, or there are some and none is complete.
     """
     if choice is None:
         return None
@@ -253,18 +267,18 @@ def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path |
             reason = damage(path)
             if reason is None:
                 for words in damaged:
-                    warnings.warn(f"{words}: going on from the one before", stacklevel=2)
+                    warnings.warn(f"{words}: resuming from the one before", stacklevel=2)
                 return path
-            damaged.append(f"{path} is no whole checkpoint ({reason})")
-        if damaged:  # to begin anew would cost the best weights, which lie beside them
+            damaged.append(f"{path} is not a complete checkpoint ({reason})")
+        if damaged:  # to start again would cost the best weights, which are in the same directory
             raise ValueError(
-                f"{'; '.join(damaged)}: put back the files as they were, choose another output_dir, or move these "
-                "directories away to begin anew"
+                f"{'; '.join(damaged)}: restore the files, choose another output_dir, or move these directories away "
+                "to start again"
             )
         return None
     reason = damage(Path(choice))
     if reason is not None:
-        raise ValueError(f"resume_from_checkpoint {choice} is no whole checkpoint: {reason}")
+        raise ValueError(f"resume_from_checkpoint {choice} is not a complete checkpoint: {reason}")
     return Path(choice)
 
 
@@ -275,7 +289,7 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 
 
 def damage(checkpoint: str | Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if every file has the size and the checksum it was written with."""
+    """Describe what is wrong with a checkpoint; None if every file has the size and checksum it was written with."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "no such directory"
@@ -284,7 +298,7 @@ def damage(checkpoint: str | Path) -> str | None:
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
     except ValueError:
-        return f"{STATE_FILE} is not what was written: it is no JSON"
+        return f"{STATE_FILE} is not what was written: it is not JSON"
     if not _lists_files(state):
         return f"{STATE_FILE} lists no files with their checksums: another program wrote it"
     for name, fingerprint in state["files"].items():
@@ -297,13 +311,13 @@ def damage(checkpoint: str | Path) -> str | None:
 
 @contextmanager
 def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
-    """Turn whatever keeps the block from writing `target` into an OSError that says what to do.
+    """Turn any error in writing `target` into an OSError that says what to do.
 
-    safetensors and torch report a full disk by exceptions of their own. `staging` is removed: it takes up the space
-    that is lacking.
+    safetensors and torch report a full disk by exceptions of their own. `staging` is removed: it takes up the missing
+    space.
 
     Raises:
-        OSError: from the error met.
+        OSError: from the original error.
     """
     try:
         yield
@@ -312,14 +326,14 @@ def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
-            f"{target} could not be written, {free:,} bytes were free there: {error}. Nothing that lay on the disk "
-            "before is lost: make room, then go on with --resume_from_checkpoint latest if there is a checkpoint"
+            f"{target} could not be written, {free:,} bytes were free there: {error}. No existing file was damaged. "
+            "Free some space, then resume with --resume_from_checkpoint latest if there is a checkpoint, or run again"
         ) from error
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off the screen for the time of the block."""
+    """Hide transformers' progress bars within the block."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -330,7 +344,7 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _save_parts(directory: Path, parts: Sequence[object]) -> None:
-    """Have every part but None write itself into the directory."""
+    """Save every part but None into the directory."""
     with no_progress_bars():
         for part in parts:
             if part is not None:
@@ -343,36 +357,36 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _step(checkpoint: Path) -> int:
-    """Read the step off a checkpoint's name; -1 where a user gave it another."""
+    """Read the step from a checkpoint's name; -1 if a user renamed it."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 
 
 def _lists_files(state: object) -> bool:
-    """Say whether the content of a trainer_state.json is of our form; transformers' Trainer writes another one."""
+    """Return whether the content of a trainer_state.json is of our form; transformers' Trainer writes another one."""
     return isinstance(state, dict) and isinstance(state.get("files"), dict)
 
 
 def _is_ours(checkpoint: Path) -> bool:
-    """Say whether `write_checkpoint` wrote a directory, whole or damaged: where in doubt, it did not."""
+    """Return whether `write_checkpoint` wrote a directory, complete or damaged; if in doubt, False."""
     try:
         return _lists_files(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # missing or cut short: no other program has a file of this name beside it
+    except (OSError, ValueError):  # missing or cut short: no other program writes a file of this name next to it
         return (checkpoint / TENSORS_FILE).is_file()
 
 
 def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
-    """Say whether metrics.json is that of a run with these arguments which never came to its end."""
+    """Return whether metrics.json is that of a run with these arguments which was interrupted."""
     try:
         metrics = json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    ways = {"resume_from_checkpoint": None, "overwrite_output_dir": None, "hub_model_id": None}
-    return "final" not in metrics and metrics.get("arguments", {}) | ways == arguments | ways
+    ignored = {"resume_from_checkpoint": None, "overwrite_output_dir": None, "hub_model_id": None}
+    return "final" not in metrics and metrics.get("arguments", {}) | ignored == arguments | ignored
 
 
 def _fingerprint(path: Path) -> list[int]:
-    """Give a file's size in bytes and its CRC-32."""
+    """Return a file's size in bytes and its CRC-32."""
     checksum = 0
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -381,7 +395,7 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give weights a second name, which costs no space; copy what is small, since a user may edit it in place."""
+    """Link weights under a second name, which costs no space; copy small files, which a user may edit in place."""
     try:
         if source.suffix == ".safetensors":
             return os.link(source, target)
@@ -391,7 +405,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _sweep(output_dir: Path) -> None:
-    """Remove what a run that was killed left half written; no user's file bears such a name."""
+    """Remove what a killed run left half written; no user's file has such a name."""
     for path in output_dir.glob(f"{STAGING}*"):
         if path.is_dir():
             shutil.rmtree(path)
@@ -400,14 +414,14 @@ def _sweep(output_dir: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, its name first: what is half removed must not look like a whole one."""
+    """Remove a checkpoint, its name first: a half removed one must not look complete."""
     doomed = checkpoint.with_name(f"{STAGING}-{checkpoint.name}-old")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:
-    """Bring a file or directory to the disk, so that the rename that follows never outruns its content."""
+    """Flush a file or directory to the disk, so that the rename that follows cannot get there before its content."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such call for directories
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

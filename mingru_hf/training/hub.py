@@ -11,24 +11,24 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoints import write_whole
 
-# The tag of a model card that training wrote.
+# The tag of a model card that was written by training.
 GENERATED = "generated-by-mingru-hf"
 
-# Hidden files, and what a run needs to go on but a user of the model does not.
+# Hidden files, and what is needed to resume a run but not to use the model.
 IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*")
 
 
 def files_to_upload(directory: str | Path) -> list[str]:
-    """List the files that `push_directory` uploads, after a look whether they make a model.
+    """List the files that `push_directory` uploads, after checking that they make a model.
 
     Args:
         directory: what a training script, `save_pretrained` or a conversion wrote.
 
     Returns:
-        Paths relative to the directory, in order.
+        Paths relative to the directory, sorted.
 
     Raises:
-        FileNotFoundError: if there is no such directory, no config.json, or no weights, or some are missing.
+        FileNotFoundError: if there is no such directory, or config.json or weights are missing.
         ValueError: if a file of weights is damaged.
     """
     directory = Path(directory)
@@ -39,7 +39,7 @@ def files_to_upload(directory: str | Path) -> list[str]:
         weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in ("config.json", *weights) if not (directory / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{directory} holds no whole model: {', '.join(missing)} missing")
+        raise FileNotFoundError(f"{directory} holds no complete model: {', '.join(missing)} missing")
     for name in weights:
         try:
             with safe_open(directory / name, "pt"):
@@ -51,11 +51,11 @@ def files_to_upload(directory: str | Path) -> list[str]:
 
 
 def make_repository(name: str, private: bool = True) -> str:
-    """Make a model repository on the Hub if it does not exist, and give its full name.
+    """Make a model repository on the Hub if it does not exist, and return its full name.
 
     Args:
         name: `owner/name`, or `name` alone in the user's own namespace.
-        private: whether a new one is private; one that exists stays as it is.
+        private: whether a new one is private; an existing one is not changed.
 
     Raises:
         OSError: if nobody is logged in, or the Hub cannot be reached or refuses.
@@ -65,11 +65,11 @@ def make_repository(name: str, private: bool = True) -> str:
     try:
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
     except HTTPError as error:
-        raise OSError(f"the Hub gave no repository {name}: {error}") from error
+        raise OSError(f"the Hub did not make the repository {name}: {error}") from error
 
 
 def name_model_card(path: str | Path, name: str) -> None:
-    """Have a model card that training wrote load the model from the repository; others stay as they are.
+    """Make a model card written by training load the model from the repository; other cards are not changed.
 
     Args:
         path: the README.md, which need not exist.
@@ -85,9 +85,9 @@ def name_model_card(path: str | Path, name: str) -> None:
 def push_directory(
     directory: str | Path, name: str, private: bool = True, commit_message: str = "Trained with mingru-hf"
 ) -> str:
-    """Upload a model directory as one commit: all of it arrives, or nothing.
+    """Upload a model directory as one commit: all of it, or nothing.
 
-    A model card that training wrote loads the model from the repository from then on.
+    A model card written by training then loads the model from the repository.
 
     Args:
         directory: the model's directory.
@@ -114,7 +114,7 @@ def push_directory(
         )
     except HTTPError as error:
         raise OSError(
-            f"the upload of {directory} to {repository} was interrupted, which leaves the files there as they were: "
-            f"repeat it with scripts/push_to_hub.py. The cause: {error}"
+            f"the upload of {directory} to {repository} was interrupted and has changed no file there: repeat it with "
+            f"scripts/push_to_hub.py. The cause: {error}"
         ) from error
     return f"{api.endpoint}/{repository}"

@@ -3,9 +3,9 @@
 A step is one update of the weights. It takes the next `batch x accumulation x processes` examples of an
 endless stream, the epochs' random orders one after another. What step n sees depends on the seed and n alone:
 the same examples, whether they come as one batch, in accumulated pieces or over several processes. The learning
-rate, too, is a function of the step (or of the time that has passed). So a run that goes on from a checkpoint needs
-the step, the weights, the optimizer's moments and the random numbers of dropout, and then does what the run that was
-never interrupted does, bit for bit on a CPU.
+rate, too, is a function of the step (or of the time that has passed). So a run that resumes from a checkpoint needs
+the step, the weights, the optimizer's moments and the random state of dropout, and then does what an uninterrupted
+run does, bit for bit on a CPU.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from .checkpoints import (
 from .hub import make_repository, push_directory
 from .memory import keep_freed_memory
 from .model_card import write_model_card
-from .models import load_pretrained, prompt_ids, read_config_file
+from .models import load_pretrained, pad_token_id, prompt_ids, read_config_file
 from .optim import make_optimizer, make_schedule
 from .plots import plot_loss
 
@@ -54,31 +54,31 @@ Metric = Callable[[torch.Tensor, torch.Tensor], float | torch.Tensor]
 
 @dataclass
 class Progress:
-    """Where a run stands; a checkpoint holds it."""
+    """How far a run has come; part of every checkpoint."""
 
-    patience: int | None = None  # evaluations without a better loss that may still come
+    patience: int | None = None  # evaluations without a better loss that are left before the run stops
     step: int = 0
     epoch: float | None = 0.0  # None for a stream
-    tokens: int = 0
+    tokens: int = 0  # or frames
     seconds: float = 0.0  # since the start, interruptions not counted
-    pauses: float = 0.0  # of these, seconds for evaluations and checkpoints: training took the others
-    evaluations: int = 0  # tenths of the run at the last one
+    pauses: float = 0.0  # of these, seconds for evaluations and checkpoints; the others are training
+    tenths: int = 0  # of the run that had passed at the last evaluation
     logged_step: int = 0
     best: dict | None = None
     history: list[dict] = field(default_factory=list)
 
 
 def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
-    """Set up device, processes, precision, trackers and seed; call it before data and model are made.
+    """Set up device, processes, precision, trackers and seed; call this before making data and model.
 
     Args:
         args: how to train; with `push_to_hub`, `hub_model_id` becomes the repository's full name.
         settings: as for `train`.
 
     Raises:
-        ValueError: if `output_dir` holds another run or cannot be written, `resume_from_checkpoint` is no whole
-            checkpoint, device and precision do not go together, the tracker is not installed, or the launcher shards
-            the model.
+        ValueError: if `output_dir` holds another run or cannot be written, `resume_from_checkpoint` is not a complete
+            checkpoint, device and precision do not fit, the tracker is not installed, or the launcher's way to
+            distribute the model is not supported.
     """
     check_output_dir(
         args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
@@ -96,12 +96,12 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
         raise ValueError(f"the tracker {args.report_to or 'tensorboard'} is not installed: install it with pip")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
-            f"{accelerator.distributed_type.value} does not run here, where every process holds the whole model "
-            "(DDP): leave it out of the launcher's configuration, or train with transformers' Trainer"
+            f"{accelerator.distributed_type.value} is not supported: this loop trains on CPUs or CUDA GPUs with the "
+            "whole model in every process (DDP). Change the launcher's configuration, or use transformers' Trainer"
         )
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warnings.warn(
-            "The launcher was asked for several processes and started one (`accelerate launch --cpu` does): use "
+            "The launcher was asked for several processes and started one (as `accelerate launch --cpu` does): use "
             "torchrun --nproc_per_node N, or accelerate launch --multi_gpu --num_processes N, with --use_cpu.",
             stacklevel=2,
         )
@@ -109,9 +109,9 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
         keep_freed_memory()
     accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     if accelerator.is_main_process:
-        check_writable(args.output_dir)  # now rather than after the data are made
+        check_writable(args.output_dir)  # now, not after the data have been prepared
     if args.push_to_hub and accelerator.is_main_process:
-        # now rather than after hours of training: no login is an error here
+        # now, not after hours of training: a missing login is an error here
         args.hub_model_id = make_repository(args.hub_name)
     set_seed(args.seed)
     return accelerator
@@ -137,90 +137,71 @@ def train(
     """Train a model, keep its best weights in `args.output_dir`, and evaluate what was saved.
 
     Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only). The model is
-    left with its best weights, which every process reads from `output_dir`: machines must share a disk. Weights of
-    16 bits become float32 first, since rounding would swallow most updates; `mixed_precision` says what the matrix
-    products run in.
+    left with its best weights, which every process reads from `output_dir`: machines must share a disk. 16-bit weights
+    become float32 first, since most updates would be lost in rounding; `mixed_precision` is for the matrix products.
 
     Args:
         model: returns `.loss`, a mean over targets, and `.logits`.
-        train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or a
-            torch `IterableDataset` of such items that gives the same ones every time and does not end: every process
-            reads all of it and takes its share.
+        train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or an
+            endless torch `IterableDataset` of such items, the same ones every time: every process reads all of it and
+            takes its share.
         eval_dataset: map-style, for validation.
         args: how to train.
         accelerator: from `start(args)`.
-        processing_class: tokenizer or processor to save beside the weights.
+        processing_class: tokenizer or processor to save with the weights.
         collate_fn: makes a batch of a list of items; default: stacks tensors.
         metrics: name -> f(logits, labels), a mean over targets; reported as `eval_NAME`.
-        settings: the script's other arguments, dataclasses made with `option`: recorded with `args`, and those that
-            are fixed must be those of the checkpoint.
-        characters_per_token: characters of the validation text to a token, to report nats a character.
-        unit: what has one target, for the reader: token, or clip (whose frames are then counted for the speed).
+        settings: the script's other arguments, dataclasses made with `option`: recorded with `args`; the fixed ones
+            must equal those of the checkpoint.
+        characters_per_token: of the validation text, to report nats per character.
+        unit: what one target belongs to: token, or clip (then frames are counted for the speed).
         dataset_name, task, auto_class: for the model card.
 
     Returns:
         What metrics.json holds: `arguments` (settings included), `data_settings` (the fixed ones of them),
         `parameters`, `examples_per_step`, `num_warmup_steps`, `mixed_precision`, `history`
         (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`, `epoch`, `train_seconds`,
-        `tokens_per_second` (evaluations not counted), `best` (record) and `final` (`eval_*` of the saved
-        weights over the whole of `eval_dataset`). Losses in nats a target.
+        `tokens_per_second` or for clips `frames_per_second` (evaluations not counted), `best` (record) and `final`
+        (`eval_*` of the saved weights over all of `eval_dataset`). Losses are in nats per target.
 
     Raises:
-        SetupError: if a dataset is empty, a stream is to be read by epochs, the schedule is impossible, or the
+        SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, or the
             checkpoint belongs to another run, or has another vocabulary, other labels or another model.
         FloatingPointError: if the loss is no longer finite.
     """
-    streamed = isinstance(train_dataset, IterableDataset)
-    for name, dataset in (("training", train_dataset), ("validation", eval_dataset)):
-        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-            raise SetupError(f"the {name} set has no examples")
-    if streamed and ((args.max_train_steps or args.max_train_seconds) is None or args.checkpointing_steps == "epoch"):
-        raise SetupError("a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps")
-    if streamed and args.dataloader_num_workers:
-        raise SetupError("a stream is read by each process itself: leave dataloader_num_workers out")
+    _check_data(args, train_dataset, eval_dataset)
     if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
         model.float()
+    streamed = isinstance(train_dataset, IterableDataset)
     num_examples = None if streamed else len(train_dataset)
     train_dataset, eval_dataset = map(_as_tensors, (train_dataset, eval_dataset))
     output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
 
-    batch_size, world_size = args.per_device_train_batch_size, accelerator.num_processes
+    world_size = accelerator.num_processes
     batches_per_step = args.gradient_accumulation_steps * world_size
-    examples_per_step = batch_size * batches_per_step
+    examples_per_step = args.per_device_train_batch_size * batches_per_step
     max_steps = args.max_train_steps
     if max_steps is None and args.max_train_seconds is None:
         max_steps = math.ceil(args.num_train_epochs * num_examples / examples_per_step)
-    interim = eval_dataset
-    if args.max_eval_samples is not None and args.max_eval_samples < len(eval_dataset):
-        chosen = torch.linspace(0, len(eval_dataset) - 1, args.max_eval_samples).long().tolist()
-        interim = Subset(eval_dataset, chosen)
+    checkpoint_every = None  # steps
+    if args.checkpointing_steps is not None:
+        by_epoch = args.checkpointing_steps == "epoch"
+        checkpoint_every = math.ceil(num_examples / examples_per_step) if by_epoch else int(args.checkpointing_steps)
+    interim_dataset = _spread(eval_dataset, args.max_eval_samples)
 
     # Where do we start?
-    now, loss_sum, saved = Progress(patience=args.early_stopping_patience), torch.zeros(()), None
     arguments, data_settings = as_settings(args, *settings), fixed_settings(*settings)
     identity = {"seed": args.seed, "examples_per_step": examples_per_step, "training_examples": num_examples}
     identity |= data_settings
     checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+    now, saved = Progress(patience=args.early_stopping_patience), None
     if checkpoint is not None:
-        state, saved = read_checkpoint(checkpoint)
-        _check_identity(state["run"], identity, checkpoint)
-        now = Progress(**state["progress"])
-        _load_weights(model, processing_class, checkpoint)
-        if is_main and now.best is not None:
-            restore_best(checkpoint, output_dir)
-        changed = {
-            name: f"{name} {state['arguments'][name]} -> {value}"
-            for name, value in arguments.items()
-            if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
-        }
-        if "early_stopping_patience" in changed:
-            now.patience = args.early_stopping_patience
-        accelerator.print(f"going on from {checkpoint}{'; changed: ' * bool(changed)}{', '.join(changed.values())}")
+        now, saved = _load_checkpoint(checkpoint, model, processing_class, args, accelerator, arguments, identity)
     elif args.resume_from_checkpoint is not None:
         accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
     rate = make_schedule(args, max_steps)
-    per_second = "tokens/s" if unit == "token" else "frames/s"
+    speed, per_second = ("tokens_per_second", "tokens/s") if unit == "token" else ("frames_per_second", "frames/s")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
@@ -231,32 +212,10 @@ def train(
         named = {tracker: {"name": output_dir.name} for tracker in ("trackio", "wandb")}
         named["trackio"]["resume"] = "never" if checkpoint is None else "allow"
         accelerator.init_trackers("runs", config=_tracker_config(arguments), init_kwargs=named)
-    place = (batch_size, accelerator.process_index, world_size, now.step * batches_per_step)
-    if streamed:
-        batches = map(collate_fn or default_collate, _batches_of_stream(train_dataset, *place))
-    else:
-        draws_anew = getattr(train_dataset, "draws_anew", False)
-        batches = iter(
-            DataLoader(
-                train_dataset,
-                batch_sampler=BatchStream(num_examples, args.seed, *place, draws_anew),
-                collate_fn=collate_fn or default_collate,
-                num_workers=args.dataloader_num_workers,
-                pin_memory=accelerator.device.type == "cuda",
-                generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
-            )
-        )
+    batches = _make_batches(train_dataset, args, accelerator, collate_fn, first_batch=now.step * batches_per_step)
+    loss_sum = torch.zeros(())  # of the steps since the last point of the curve
     if saved is not None:
-        asked = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, values in zip(optimizer.param_groups, asked, strict=True):
-            group.update(values)  # those of the arguments, which may have changed
-        if accelerator.scaler is not None and saved["scaler"] is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        loss_sum = torch.stack([process["loss_sum"] for process in saved["processes"]]).mean()
-        if len(saved["processes"]) == world_size:  # else their number has changed, and dropout begins anew
-            loss_sum = saved["processes"][accelerator.process_index]["loss_sum"]
-            _set_random_state(saved["processes"][accelerator.process_index])
+        loss_sum = _restore_training_state(saved, optimizer, accelerator)
     loss_sum = loss_sum.to(accelerator.device)
 
     def report() -> dict:
@@ -271,21 +230,67 @@ def train(
             "step": now.step,
             "epoch": now.epoch,
             "train_seconds": round(now.seconds, 2),
-            "tokens_per_second": round(now.tokens / max(now.seconds - now.pauses, 1e-9), 1),
+            speed: round(now.tokens / max(now.seconds - now.pauses, 1e-9), 1),
             "best": now.best,
         }
 
-    def share() -> float:  # of the run that has passed
-        shares = [now.step / max_steps] if max_steps else []
+    def fraction() -> float:  # of the run that has passed
+        fractions = [now.step / max_steps] if max_steps else []
         if args.max_train_seconds is not None:
-            shares.append(now.seconds / args.max_train_seconds)
-        return max(shares)
+            fractions.append(now.seconds / args.max_train_seconds)
+        return max(fractions)
+
+    def evaluate_and_keep_the_best(position: dict) -> None:
+        scores = evaluate(
+            model, interim_dataset, args, accelerator, collate_fn, metrics, characters_per_token=characters_per_token
+        )
+        if not math.isfinite(scores["eval_loss"]):
+            raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}")
+        now.history.append({**position, **scores})
+        accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=now.step)
+        improved = now.best is None or scores["eval_loss"] < now.best["eval_loss"]
+        if improved:
+            now.best, now.patience = now.history[-1], args.early_stopping_patience
+        elif now.patience is not None:
+            now.patience -= 1
+        sample = None
+        if is_main and args.sample_tokens and isinstance(processing_class, PreTrainedTokenizerBase):
+            sample = now.history[-1]["sample"] = sample_text(model, processing_class, args.sample_tokens, args.seed)
+        net.train()
+        if is_main:
+            bar.write(
+                f"step {now.step}, {'' if streamed else f'epoch {now.epoch:.2f}, '}{now.seconds:.0f} s, "
+                f"{report()[speed]:,.0f} {per_second}: {summary(scores, unit)}{' (best)' * improved}"
+            )
+            if sample is not None:
+                bar.write(textwrap.indent(sample, "    "))
+                accelerator.log({"sample": sample}, step=now.step)
+            if improved:
+                save_pretrained(output_dir, model, processing_class)
+            write_json(output_dir / METRICS_FILE, report())
+            plot_loss(now.history, output_dir / "loss.png", f"nats per {unit}")
+            if now.patience == 0:
+                bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
+
+    def save_checkpoint() -> None:
+        processes = gather_object([{"loss_sum": loss_sum.cpu(), **_random_state()}])
+        if is_main:
+            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            progress = dataclasses.asdict(now)
+            write_checkpoint(
+                output_dir,
+                now.step,
+                (model, processing_class),
+                {"optimizer": optimizer.state_dict(), "scaler": scaler, "processes": processes},
+                {"run": identity, "best": now.best, "progress": progress, "arguments": arguments},
+                args.checkpoints_total_limit or None,
+            )
 
     accelerator.wait_for_everyone()  # every process has read the checkpoint before a newer one can push it out
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / METRICS_FILE, report())  # from now on the directory is this run's
-    began, progress, pause = time.perf_counter() - now.seconds, share(), 0.0
+    began, passed, pause = time.perf_counter() - now.seconds, fraction(), 0.0
     bar = tqdm(
         initial=now.seconds if args.max_train_seconds else now.step,
         total=args.max_train_seconds or max_steps,
@@ -295,10 +300,10 @@ def train(
         mininterval=0.5,
     )
     net.train()
-    while progress < 1 and now.patience != 0:
+    while passed < 1 and now.patience != 0:
         # One update.
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate = rate(now.step, progress)
+            group["lr"] = learning_rate = rate(now.step, passed)
         for _ in range(args.gradient_accumulation_steps):
             batch = _prepare(next(batches), accelerator.device)
             with accelerator.accumulate(net):  # divides the loss, and syncs processes in the last pass only
@@ -312,11 +317,16 @@ def train(
             now.tokens += _num_tokens(batch) * world_size
         now.step += 1
 
-        # How far are we?
+        # How far are we, and what is due?
         now.seconds, now.pauses = _common_seconds(began, args, accelerator), now.pauses + pause
         now.epoch = None if streamed else round(now.step * examples_per_step / num_examples, 4)
-        progress = share()
-        done = progress >= 1
+        passed = fraction()
+        done, tenths = passed >= 1, math.floor(10 * passed)
+        evaluation_due = done or (now.step % args.eval_steps == 0 if args.eval_steps else tenths > now.tenths)
+        checkpoint_due = checkpoint_every is not None and (done or now.step % checkpoint_every == 0)
+        if (evaluation_due or checkpoint_due) and accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()  # what is still queued counts as training, not as the pause
+            now.seconds = _common_seconds(began, args, accelerator)
         position = {"step": now.step, "epoch": now.epoch, "seconds": round(now.seconds, 2)}
 
         # Log the training loss, the mean since the last point.
@@ -329,85 +339,22 @@ def train(
                 )
             now.history.append({**position, "loss": mean_loss, "learning_rate": learning_rate})
             accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=now.step)
-            speed = now.tokens / (now.seconds - now.pauses)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {speed:,.0f} {per_second}", refresh=False)
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {report()[speed]:,.0f} {per_second}", refresh=False)
             loss_sum, now.logged_step = torch.zeros_like(loss_sum), now.step
         bar.update(min(now.seconds, bar.total) - bar.n if args.max_train_seconds else 1)
 
-        # Evaluate, and keep the best.
         paused = time.perf_counter()
-        due = now.step % args.eval_steps == 0 if args.eval_steps else math.floor(10 * progress) > now.evaluations
-        if due or done:
-            now.evaluations = math.floor(10 * progress)
-            scores = evaluate(
-                model,
-                interim,
-                args,
-                accelerator,
-                collate_fn,
-                metrics,
-                characters_per_token=characters_per_token,
-            )
-            if not math.isfinite(scores["eval_loss"]):
-                raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}")
-            now.history.append({**position, **scores})
-            accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=now.step)
-            improved = now.best is None or scores["eval_loss"] < now.best["eval_loss"]
-            if improved:
-                now.best, now.patience = now.history[-1], args.early_stopping_patience
-            elif now.patience is not None:
-                now.patience -= 1
-            sample = None
-            if is_main and args.sample_tokens and isinstance(processing_class, PreTrainedTokenizerBase):
-                sample = now.history[-1]["sample"] = sample_text(
-                    model, processing_class, args.sample_tokens, args.seed
-                )
-            net.train()
-            if is_main:
-                bar.write(
-                    f"step {now.step}, {'' if streamed else f'epoch {now.epoch:.2f}, '}{now.seconds:.0f} s, "
-                    f"{report()['tokens_per_second']:,.0f} {per_second}: {summary(scores, unit)}{' (best)' * improved}"
-                )
-                if sample is not None:
-                    bar.write(textwrap.indent(sample, "    "))
-                    accelerator.log({"sample": sample}, step=now.step)
-                if improved:
-                    save_pretrained(output_dir, model, processing_class)
-                write_json(output_dir / METRICS_FILE, report())
-                plot_loss(now.history, output_dir / "loss.png", f"nats a {unit}")
-                if now.patience == 0:
-                    bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
-
-        # Save what it takes to go on from here.
-        if args.checkpointing_steps is not None:
-            by_epoch = args.checkpointing_steps == "epoch"
-            every = math.ceil(num_examples / examples_per_step) if by_epoch else int(args.checkpointing_steps)
-            if now.step % every == 0 or done or now.patience == 0:
-                processes = gather_object([{"loss_sum": loss_sum.cpu(), **_random_state()}])
-                if is_main:
-                    write_checkpoint(
-                        output_dir,
-                        now.step,
-                        (model, processing_class),
-                        {
-                            "optimizer": optimizer.state_dict(),
-                            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-                            "processes": processes,
-                        },
-                        {
-                            "run": identity,
-                            "best": now.best,
-                            "progress": dataclasses.asdict(now),
-                            "arguments": arguments,
-                        },
-                        args.checkpoints_total_limit or None,
-                    )
+        if evaluation_due:
+            now.tenths = tenths
+            evaluate_and_keep_the_best(position)
+        if checkpoint_due or (checkpoint_every is not None and now.patience == 0):
+            save_checkpoint()
         pause = time.perf_counter() - paused  # counted with the next step, whose seconds hold it
     bar.close()
     if is_main and now.best is None:  # nothing was left to do, and nothing has been evaluated
         save_pretrained(output_dir, model, processing_class)
 
-    # Evaluate what lies on the disk, over the whole validation set.
+    # Evaluate what is on the disk, over the whole validation set.
     accelerator.wait_for_everyone()
     model.load_state_dict(load_pretrained(type(model), output_dir).state_dict())
     result = report()
@@ -447,14 +394,15 @@ def evaluate(
     *,
     characters_per_token: float | None = None,
 ) -> dict[str, float]:
-    """Evaluate a model on a dataset, every example once, shared among the processes; leaves it in eval mode.
+    """Evaluate a model on a dataset, every example once, divided among the processes; leave it in eval mode.
 
     Args:
         model, dataset, args, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
 
     Returns:
-        `eval_loss` (nats a target), `eval_perplexity`, `eval_loss_per_character` (nats) and
-        `eval_bits_per_character` if characters are known, and `eval_NAME` for every metric; means over all targets.
+        `eval_loss` (nats per target), `eval_perplexity`, `eval_loss_per_character` (nats) and
+        `eval_bits_per_character` if `characters_per_token` is given, and `eval_NAME` for every metric; means over all
+        targets.
 
     Raises:
         ValueError: if the dataset has no target.
@@ -478,7 +426,7 @@ def evaluate(
         values = [outputs.loss, *(metric(outputs.logits, labels) for metric in metrics.values())]
         totals[0] += targets
         totals[1:] += targets * torch.tensor([float(value) for value in values], dtype=torch.float64)
-    # float32 holds the counts to 1e-7 where the device has no float64 (mps)
+    # mps has no float64; float32 holds the counts to 1e-7
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     targets, loss, *others = accelerator.reduce(totals.to(accelerator.device, dtype), "sum").tolist()
     if targets == 0:
@@ -492,17 +440,16 @@ def evaluate(
 
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int = 0) -> str:
-    """Have the model write a text from nothing, at temperature 0.8; training's random numbers stay untouched.
+    """Sample a text without a prompt, at temperature 0.8; training's random state is not changed.
 
     Args:
         model: in eval mode.
         tokenizer: of the model.
-        num_tokens: to write at most; no more than the model has positions for.
-        seed: of the draws.
+        num_tokens: at most; never more than the model has positions for.
+        seed: of the sampling.
     """
     prompt = prompt_ids(tokenizer, "").to(model.device)
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -513,25 +460,25 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_
             do_sample=True,
             temperature=0.8,
             top_k=0,
-            pad_token_id=pad,
+            pad_token_id=pad_token_id(tokenizer),
         )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
 class BatchStream:
-    """This process's batches of indices, without end: the random orders of the epochs one after another.
+    """This process's endless batches of indices: the random orders of the epochs one after another.
 
-    Epoch e has the order that `seed` and e give. Batches run on over the end of an epoch: none is short.
+    The order of epoch e depends on `seed` and e. Batches continue over the end of an epoch: none is short.
 
     Args:
-        num_examples: in the dataset.
+        num_examples: size of the dataset.
         seed: of the orders.
-        batch_size: examples a batch of one process.
+        batch_size: examples per batch of one process.
         process_index: the process among `num_processes`; each takes its slice of every global batch.
-        num_processes: processes in all.
+        num_processes: total number of processes.
         first_batch: the batch to begin with, counted over all processes.
-        draws_anew: count on over the epochs: example i of epoch e is index i + e num_examples, so that a dataset
-            that asks for it (by an attribute of this name) draws it anew.
+        draws_anew: keep counting over the epochs: example i of epoch e has the index i + e num_examples, so that a
+            dataset which asks for it (by an attribute of this name) can redraw it.
     """
 
     def __init__(
@@ -558,18 +505,18 @@ class BatchStream:
                 yield batch
 
     def order(self, epoch: int) -> list[int]:
-        """Give the order of all examples in one epoch, counted from 0."""
+        """Return the order of all examples in one epoch, counted from 0."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.num_examples, generator=generator)
         return (order + epoch * self.num_examples if self.draws_anew else order).tolist()
 
 
 def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
-    """Turn `auto` into bf16 where the device that will train computes it natively, else into no.
+    """Turn `auto` into bf16 where the training device computes it natively, else into no.
 
     Args:
-        choice: auto, no, bf16 or fp16; all but auto are returned as they are.
-        use_cpu: the CPU trains even if there is a GPU.
+        choice: auto, no, bf16 or fp16; all but auto are returned unchanged.
+        use_cpu: train on the CPU even if there is a GPU.
     """
     if choice != "auto":
         return choice
@@ -582,11 +529,11 @@ def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
 
 
 def summary(scores: dict[str, float], unit: str = "token") -> str:
-    """Write the scores of `evaluate` in one line, the loss in nats."""
+    """Format the scores of `evaluate` as one line, the loss in nats."""
     loss, per_character = scores["eval_loss"], scores.get("eval_loss_per_character")
-    words = [f"validation loss {loss:.4f} nats a {'character' if loss == per_character else unit}"]
+    words = [f"validation loss {loss:.4f} nats per {'character' if loss == per_character else unit}"]
     if per_character not in (None, loss):
-        words.append(f"{per_character:.4f} nats a character")
+        words.append(f"{per_character:.4f} nats per character")
     if unit == "token":
         words.append(f"perplexity {scores['eval_perplexity']:.3f}")
     known = ("eval_loss", "eval_loss_per_character", "eval_bits_per_character", "eval_perplexity")
@@ -594,43 +541,137 @@ def summary(scores: dict[str, float], unit: str = "token") -> str:
     return ", ".join(words)
 
 
+def _check_data(args: TrainArguments, train_dataset: Dataset, eval_dataset: Dataset) -> None:
+    """Refuse empty datasets, and arguments that a stream cannot follow.
+
+    Raises:
+        SetupError: if there is one of these.
+    """
+    for name, dataset in (("training", train_dataset), ("validation", eval_dataset)):
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+            raise SetupError(f"the {name} set has no examples")
+    if isinstance(train_dataset, IterableDataset):
+        if (args.max_train_steps or args.max_train_seconds) is None or args.checkpointing_steps == "epoch":
+            raise SetupError(
+                "a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps"
+            )
+        if args.dataloader_num_workers:
+            raise SetupError("a stream is read by each process itself: leave dataloader_num_workers out")
+
+
+def _spread(dataset: Dataset, count: int | None) -> Dataset:
+    """Take `count` examples spread evenly over a dataset; None: all."""
+    if count is None or count >= len(dataset):
+        return dataset
+    return Subset(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
+
+
+def _make_batches(
+    dataset: Dataset, args: TrainArguments, accelerator: Accelerator, collate_fn: Callable | None, first_batch: int
+) -> Iterator[dict]:
+    """Make this process's endless batches of the training set, from `first_batch` on, counted over all processes."""
+    collate_fn = collate_fn or default_collate
+    numbers = (args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes, first_batch)
+    if isinstance(dataset, IterableDataset):
+        return map(collate_fn, _batches_of_stream(dataset, *numbers))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=BatchStream(len(dataset), args.seed, *numbers, getattr(dataset, "draws_anew", False)),
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
+    )
+    return iter(loader)
+
+
+def _load_checkpoint(
+    checkpoint: Path,
+    model: PreTrainedModel,
+    processing_class: object | None,
+    args: TrainArguments,
+    accelerator: Accelerator,
+    arguments: dict,
+    identity: dict,
+) -> tuple[Progress, dict]:
+    """Load a checkpoint's weights into the model and its best weights into the output directory.
+
+    Returns:
+        Where its run stood, and the saved tensors, for `_restore_training_state`.
+
+    Raises:
+        SetupError: if it belongs to another run, or has another vocabulary, other labels or another model.
+    """
+    state, saved = read_checkpoint(checkpoint)
+    _check_identity(state["run"], identity, checkpoint)
+    now = Progress(**state["progress"])
+    _load_weights(model, processing_class, checkpoint)
+    if accelerator.is_main_process and now.best is not None:
+        restore_best(checkpoint, args.output_dir)
+    changed = {
+        name: f"{name} {state['arguments'][name]} -> {value}"
+        for name, value in arguments.items()
+        if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
+    }
+    if "early_stopping_patience" in changed:
+        now.patience = args.early_stopping_patience
+    accelerator.print(f"resuming from {checkpoint}{'; changed: ' * bool(changed)}{', '.join(changed.values())}")
+    return now, saved
+
+
+def _restore_training_state(saved: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> torch.Tensor:
+    """Restore the optimizer, the gradient scaler and this process's random numbers, and return the sum of losses."""
+    asked = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved["optimizer"])
+    for group, values in zip(optimizer.param_groups, asked, strict=True):
+        group.update(values)  # those of the arguments, which may have changed
+    if accelerator.scaler is not None and saved["scaler"] is not None:
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    processes = saved["processes"]
+    if len(processes) != accelerator.num_processes:  # their number has changed: dropout starts from the seed again
+        return torch.stack([process["loss_sum"] for process in processes]).mean()
+    _set_random_state(processes[accelerator.process_index])
+    return processes[accelerator.process_index]["loss_sum"]
+
+
 def _batches_of_stream(
     stream: IterableDataset, batch_size: int, process_index: int, num_processes: int, first_batch: int
 ) -> Iterator[list]:
-    """Give this process's batches of a stream, as `BatchStream` does those of a dataset."""
+    """Yield this process's batches of a stream, as `BatchStream` does those of a dataset."""
     examples = iter(stream)
     for number in itertools.count():
         batch = list(itertools.islice(examples, batch_size))
         if len(batch) < batch_size:
-            raise ValueError("the stream of training examples has ended, expected one without end")
+            raise ValueError("the stream of training examples has ended, expected an endless one")
         if number >= first_batch and number % num_processes == process_index:
             yield batch
 
 
 def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:
-    """Refuse to go on with other data, in another order, than a checkpoint's run saw.
+    """Refuse to resume with other data, or in another order, than the checkpoint's run saw.
 
     Raises:
-        SetupError: if seed, examples a step, the size of the training set or a fixed setting differ.
+        SetupError: if seed, examples per step, the size of the training set or a fixed setting differ.
     """
     for name, value in present.items():
         if saved.get(name, value) != value:
             raise SetupError(
-                f"{checkpoint} belongs to a run with {name.replace('_', ' ')} {saved[name]}, not {value}: go on with "
+                f"{checkpoint} belongs to a run with {name.replace('_', ' ')} {saved[name]}, not {value}: resume with "
                 "the same data, seed and per_device_train_batch_size x gradient_accumulation_steps x processes"
             )
 
 
 def _load_weights(model: PreTrainedModel, processing_class: object | None, checkpoint: Path) -> None:
-    """Give a model the weights of a checkpoint, after a look whether they mean the same in both.
+    """Load a checkpoint's weights into a model, after checking that they mean the same in both.
 
     Raises:
         SetupError: if a label, a token of the vocabulary or the shape of a weight differs.
     """
-    data = "go on with the data and the tokenizer that the run began with, or train anew in another output_dir"
-    config = "go on with its config_name and config_overrides"
+    data = "resume with the data and the tokenizer that the run began with, or start again in another output_dir"
+    config = "resume with its config_name and config_overrides"
     types = ({"model_type": t} for t in (read_config_file(checkpoint).get("model_type"), model.config.model_type))
-    _check_same(checkpoint, "another model", *types, config)  # else its weights would be made anew, with a warning
+    # Else its weights would be drawn at random, with only a warning.
+    _check_same(checkpoint, "another model", *types, config)
     saved = load_pretrained(type(model), checkpoint)
     _check_same(checkpoint, "other labels", saved.config.id2label, model.config.id2label, data)
     if isinstance(processing_class, PreTrainedTokenizerBase):
@@ -671,12 +712,12 @@ def _set_random_state(states: dict) -> None:
 
 
 def _as_tensors(dataset: Dataset) -> Dataset:
-    """Have a `datasets.Dataset` give tensors; another one already does."""
+    """Make a `datasets.Dataset` return tensors; any other dataset already does."""
     return dataset.with_format("torch") if hasattr(dataset, "with_format") else dataset
 
 
 def _prepare(batch: dict, device: torch.device) -> dict:
-    """Bring a batch to the device; without labels it is a language model's, whose labels are its inputs."""
+    """Move a batch to the device; without labels it is a language model's, whose labels are its inputs."""
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
 
@@ -688,13 +729,13 @@ def _num_tokens(batch: dict) -> int:
 
 
 def _loss_alone(model: PreTrainedModel, skip_logits: bool = True) -> dict:
-    """Give the arguments that spare a model the cache and the logits, which nobody reads here, if it has them."""
+    """Return the arguments that leave out the cache and the logits, which nobody reads here, if the model has them."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in (("use_cache", False), ("skip_logits", skip_logits)) if name in known}
 
 
 def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator) -> float:
-    """Measure the seconds since `began`; all processes agree on it where a decision hangs on it."""
+    """Measure the seconds since `began`; the processes agree on them if a decision depends on them."""
     seconds = time.perf_counter() - began
     if args.max_train_seconds is None or accelerator.num_processes == 1:
         return seconds
@@ -702,5 +743,5 @@ def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator
 
 
 def _tracker_config(arguments: dict) -> dict:
-    """Give the arguments as trackers take them: numbers and strings alone."""
+    """Return the arguments as trackers accept them: only numbers and strings."""
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}

@@ -1,4 +1,4 @@
-"""The README.md beside the weights: what the model is, what it reached, how to load it."""
+"""The README.md next to the weights: what the model is, its results, how to load it."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from .checkpoints import write_whole
 from .hub import GENERATED
 
 METRIC_NAMES = {
-    "eval_loss": ("loss", "Validation loss (nats a token)"),
+    "eval_loss": ("loss", "Validation loss (nats per token)"),
     "eval_perplexity": ("perplexity", "Perplexity"),
-    "eval_loss_per_character": ("loss_per_character", "Validation loss (nats a character)"),
-    "eval_bits_per_character": ("bits_per_character", "Validation loss (bits a character)"),
+    "eval_loss_per_character": ("loss_per_character", "Validation loss (nats per character)"),
+    "eval_bits_per_character": ("bits_per_character", "Validation loss (bits per character)"),
     "eval_accuracy": ("accuracy", "Accuracy"),
 }
 LOADING = {
@@ -75,12 +75,12 @@ def write_model_card(
         args: how it was trained.
         results: what `train` returns.
         dataset_name: what it was trained on, for the reader.
-        task: the Hub's pipeline tag (`text-generation`), None if it fits none.
+        task: the Hub's pipeline tag (`text-generation`), None if none fits.
         auto_class: the Auto class that loads the model, for the example.
-        unit: what has one target: a token, or a clip.
+        unit: what one target belongs to: token, or clip.
     """
     name = args.hub_name
-    place = name if args.push_to_hub else args.output_dir  # from where the example loads
+    source = name if args.push_to_hub else args.output_dir  # from which the example loads
     metrics = [
         (kind, title.replace("token", unit), results["final"][key])
         for key, (kind, title) in METRIC_NAMES.items()
@@ -123,7 +123,7 @@ def write_model_card(
         "",
         "## Results",
         "",
-        "The saved weights on the validation set; `metrics.json` has the curve, `loss.png` shows it.",
+        "Of the saved weights on the validation set; the curve is in `metrics.json` and drawn in `loss.png`.",
         "",
         "| Metric | Value |",
         "|---|---|",
@@ -134,11 +134,11 @@ def write_model_card(
         "## Use",
         "",
         "```python",
-        LOADING.get(task, LOADING[None]).format(name=place, auto_class=auto_class),
+        LOADING.get(task, LOADING[None]).format(name=source, auto_class=auto_class),
         "```",
         "",
         "Where mingru-hf is not installed, leave its import out and pass `trust_remote_code=True` to every call that "
-        "loads: the model's code lies beside its weights.",
+        "loads: the model's code is stored next to its weights.",
         "",
         "## Training",
         "",

@@ -1,4 +1,4 @@
-"""Which model a script's options name: a config file and its overrides, or a checkpoint."""
+"""The model that a script's options name: a config file and its overrides, or a checkpoint; and its tokenizer."""
 
 import json
 import re
@@ -11,19 +11,36 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from .checkpoints import no_progress_bars
 
 
+def check_one_source(args: object) -> None:
+    """Refuse options that describe a new model together with a checkpoint to start from.
+
+    Args:
+        args: `model_name_or_path` and those of `config_name`, `config_overrides` and `backbone_name_or_path` that the
+            script has, each None where it is not given.
+
+    Raises:
+        ValueError: if there are both.
+    """
+    names = ("config_name", "config_overrides", "backbone_name_or_path")
+    given = [name for name in names if getattr(args, name, None) is not None]
+    if args.model_name_or_path is not None and given:
+        raise ValueError(f"model_name_or_path starts from that model as it is: leave out {' and '.join(given)}")
+
+
 def make_config(config_name: str | None, overrides: str | None = None, **values: object) -> PreTrainedConfig:
     """Make the config of a new model from a JSON file and changes to it.
 
-    The changes go into the file's fields before the config is made, so that it derives what depends on them.
+    The changes are applied to the file's fields before the config is made, so that fields derived from them follow.
 
     Args:
-        config_name: a JSON file, or the directory of a model; None: MinGRU's defaults.
-        overrides: `"name=value,name=value"` in JSON, brackets may hold commas: `"hidden_sizes=[64,128]"`.
-        values: fields that win over the file; overrides win over both.
+        config_name: a JSON file, or a model's directory; None: MinGRU's defaults.
+        overrides: `"name=value,name=value"`, values in JSON; commas inside brackets are kept:
+            `"hidden_sizes=[64,128]"`.
+        values: fields that take precedence over the file; overrides take precedence over both.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no JSON object, an override is malformed or no field of the config, or the
+        ValueError: if the file is not a JSON object, an override is malformed or not a field of the config, or the
             config refuses the values.
     """
     fields = {} if config_name is None else read_config_file(config_name)
@@ -44,7 +61,7 @@ def read_config_file(config_name: str) -> dict:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON object.
+        ValueError: if it is not a JSON object.
     """
     path = Path(config_name)
     if path.is_dir():
@@ -81,14 +98,14 @@ def parse_overrides(text: str | None) -> dict:
 
 
 def load_pretrained(cls: type, name: str | Path):
-    """Load what `cls.from_pretrained(name)` does, without its progress bar and with a clear error.
+    """Call `cls.from_pretrained(name)` without a progress bar and with a clear error.
 
     Args:
         cls: an Auto class, or a class of models or tokenizers.
         name: a directory, or a name on the Hub (`name` or `owner/name`).
 
     Raises:
-        OSError: if it is neither; a name that can only be a path is not asked for on the Hub.
+        OSError: if it is neither; a name that can only be a path is not looked up on the Hub.
     """
     path = Path(name)
     if path.is_dir():
@@ -108,10 +125,10 @@ def load_pretrained(cls: type, name: str | Path):
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Turn a prompt into token ids (1, T); an empty one into the beginning-of-text token, or else a newline.
+    """Turn a prompt into token ids (1, T); an empty one becomes the beginning-of-text token, or else a newline.
 
     Raises:
-        ValueError: if the tokenizer has no token for it.
+        ValueError: if that gives no token.
     """
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long() if prompt else torch.empty(1, 0)
     if ids.shape[1] == 0 and tokenizer.bos_token_id is not None:
@@ -121,3 +138,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     if ids.shape[1] == 0:
         raise ValueError("the prompt gives no token: give another --prompt")
     return ids
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that fills up texts which end early: padding, or else end-of-text, or else token 0."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(number for number in ids if number is not None)

@@ -1,4 +1,4 @@
-"""AdamW with decay on weight matrices alone, and the learning rate as a pure function of step and time."""
+"""AdamW with weight decay on matrices only, and the learning rate as a pure function of step and time."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from .arguments import SetupError, TrainArguments
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split trainable parameters into those that decay (two or more axes, no norm) and those that do not.
+    """Split trainable parameters into those that decay (two or more axes) and those that do not (norms, biases).
 
     Args:
         model: its parameters, each once even if tied.
@@ -20,15 +20,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         Two groups for `torch.optim`, the second with `weight_decay` 0; an empty one is left out.
     """
     decay, keep = [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            (decay if parameter.ndim >= 2 and "norm" not in name.lower() else keep).append(parameter)
+            (decay if parameter.ndim >= 2 else keep).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
-    """Make AdamW over `parameter_groups`, the fused kernel where torch has one for the model's device.
+    """Make AdamW over `parameter_groups`, with the fused kernel where torch has one for the model's device.
 
     Raises:
         ValueError: if no parameter is trainable.
@@ -44,11 +44,11 @@ def make_schedule(args: TrainArguments, max_steps: int | None) -> Callable[[int,
     """Make `rate(step, progress)`, the learning rate for the update after `step` updates.
 
     A run of known length follows transformers' schedule step by step. A run of known duration
-    (`max_train_seconds`) follows it along `progress`, the share of the run that has passed; its warm-up is
+    (`max_train_seconds`) follows it along `progress`, the fraction of the run that has passed; its warm-up is
     still counted in steps. There is no state: a run that resumes at a step needs nothing else.
 
     Args:
-        args: peak rate, schedule and warm-up.
+        args: for peak rate, schedule and warm-up.
         max_steps: updates in all; unused with `max_train_seconds`.
 
     Raises:

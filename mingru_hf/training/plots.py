@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from .checkpoints import write_whole
 
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise ImportError("training draws loss curves with matplotlib: pip install matplotlib") from None
 
-def plot_loss(history: list[dict], path: str | Path, unit: str = "nats a token") -> None:
+
+def plot_loss(history: list[dict], path: str | Path, unit: str = "nats per token") -> None:
     """Draw training and validation loss over the optimizer steps and save it as PNG.
 
     Args:
@@ -33,7 +36,7 @@ def plot_loss(history: list[dict], path: str | Path, unit: str = "nats a token")
 
 
 def plot_confusion(matrix, names: list[str], path: str | Path) -> None:
-    """Draw a confusion matrix, each row in shares of its class, and save it as PNG.
+    """Draw a confusion matrix, each row as fractions of its class, and save it as PNG.
 
     Args:
         matrix: (classes, classes) counts, the true class along the rows.
@@ -50,7 +53,7 @@ def plot_confusion(matrix, names: list[str], path: str | Path) -> None:
     fontsize = None if few else 4
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=fontsize)
     axes.set_yticks(range(len(names)), names, fontsize=fontsize)
-    axes.set(xlabel="taken for", ylabel="class")
+    axes.set(xlabel="predicted class", ylabel="class")
     if few:
         for row, column in zip(*matrix.nonzero(), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"

@@ -1,4 +1,4 @@
-"""What the video scripts share: their options, the datasets these name, and the test protocol for whole videos."""
+"""What the video scripts share: the options and datasets, and the test protocol for whole videos."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,26 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.video import FRAME_ORDERS, VIEWS, FitAndCrop, VideoClips, clip_positions, load_video_datasets
+from ..data.video import FRAME_ORDERS, FitAndCrop, VideoClips, clip_positions, load_video_datasets
 from ..video_processing_minconvgru import VideoReadError
 from .arguments import option
 
 
 @dataclass(kw_only=True)
 class VideoDataArguments:
-    """Say where the videos are."""
+    """Options for the dataset of videos."""
 
     dataset_name: str = option(
         "ucf101",
-        "ucf101; or a directory with CLASS/*.mp4, or train/CLASS/*.mp4 beside validation/ and test/; or a dataset on "
-        "the Hub",
+        "ucf101; or a directory with CLASS/*.mp4, or with train/CLASS/*.mp4 and likewise validation/ and test/; or a "
+        "dataset on the Hub",
         group="data",
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")
     video_column_name: str | None = option(None, "the column with the videos; default: found by its type")
     label_column_name: str | None = option(None, "the column with the classes; default: label, or found by its type")
     validation_split_percentage: int = option(
-        10, "percent of the training videos to validate on where no validation data is given"
+        10, "percent of the training videos to validate on if there is no validation split"
     )
     fold: int = option(1, "UCF101's split: 1, 2 or 3")
     ucf101_path: str | None = option(None, "directory of UCF101's videos; default: the environment's UCF101_PATH")
@@ -38,13 +38,13 @@ class VideoDataArguments:
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
     frame_order: str = option(
         "forward",
-        "order of a clip's frames; shuffled is a control without the order of time",
+        "order of a clip's frames; shuffled is a control without temporal order",
         FRAME_ORDERS,
         fixed=True,
     )
 
     def load(self, seed: int) -> DatasetDict:
-        """Load the datasets, `seed` for the split: see `load_video_datasets`."""
+        """Load the datasets (`load_video_datasets`); `seed` is for the validation split."""
         return load_video_datasets(
             self.dataset_name,
             self.dataset_config_name,
@@ -69,22 +69,22 @@ def evaluate_videos(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> dict:
-    """Classify whole videos by several clips of each and several crops of each clip, as UCF101 is tested.
+    """Classify whole videos by several clips of each and several crops of each clip, as is usual for UCF101.
 
-    The processes share the videos. The mean is that of the views' probabilities; the vote takes the class that
-    most views choose, the higher mean deciding a tie.
+    The processes share the videos. The mean is that of the views' probabilities; the vote takes the class that most
+    views choose, and the higher mean in case of a tie.
 
     Args:
         model: a video classifier; left in eval mode.
-        clips: of the videos to classify; its `clips_per_video` and `frame_order` count, its augmentation does not.
-        accelerator: device and processes.
-        views: center, five_crops, or ten_crops: five and their mirrors.
-        batch_size: views that the model sees at once.
+        clips: of the videos to classify; its `clips_per_video` and `frame_order` are used, its augmentation is not.
+        accelerator: for device and processes.
+        views: center, five_crops, or ten_crops (the five and their mirror images).
+        batch_size: views per batch.
         num_workers: processes that decode.
 
     Returns:
         `label`, `mean` and `vote`, each (videos,) classes, -1 for a video that cannot be read; `view_accuracy`,
-        the share of single views that are right; `unreadable`, the number of videos left out.
+        the fraction of single views that are right; `unreadable`, the number of videos left out.
 
     Raises:
         ValueError: if no video can be read, or there is no such kind of views.
@@ -96,7 +96,7 @@ def evaluate_videos(
     loader = DataLoader(
         _WholeVideos(clips, share), batch_size=None, num_workers=num_workers, generator=torch.Generator()
     )
-    # One row a video: label, mean, vote (+ 1, so that 0 is a video not seen), right views, views.
+    # One row per video: label, mean, vote (+ 1, so that 0 is a video not seen), right views, views.
     rows = torch.zeros(len(clips.videos), 5, dtype=torch.long)
     labels = clips.videos["label"]
     for video, frames in tqdm(loader, total=len(share), disable=None if accelerator.is_main_process else True):
@@ -132,14 +132,14 @@ def evaluate_videos(
 
 
 def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Count the videos of each class (row) by the class they are taken for (column); labels of -1 are left out."""
+    """Count the videos of each class (row) by predicted class (column); labels of -1 are left out."""
     seen = labels >= 0
     pairs = labels[seen] * num_classes + predictions[seen]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 class _WholeVideos(Dataset):
-    """(row, (clips, N, C, H, W) uint8) of videos; no clips where a video cannot be read."""
+    """(row, (clips, N, C, H, W) uint8) of each video; no clips if it cannot be read."""
 
     def __init__(self, clips: VideoClips, share: range):
         self.clips, self.share = clips, share
@@ -158,6 +158,3 @@ class _WholeVideos(Dataset):
             generator = torch.Generator().manual_seed(clips.seed * 1_000_003 + video)
             frames = torch.stack([clip[torch.randperm(len(clip), generator=generator)] for clip in frames])
         return video, frames.permute(0, 1, 4, 2, 3)
-
-
-__all__ = ["VIEWS", "VideoDataArguments", "confusion_matrix", "evaluate_videos"]

@@ -1,0 +1,130 @@
+"""What the benchmarks share: their clock, the memory they see, and how they report.
+
+Times are seconds and MB are 1e6 bytes. A device is "cpu", "cuda", or a card by its number, as in "cuda:1".
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands; the text of an option ends with its default, where that is worth reading."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if default in (None, argparse.SUPPRESS) or default is False or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+
+
+def is_cuda(device: str | torch.device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def machine(device: str | torch.device = "cpu") -> str:
+    """Name torch's version and what it runs on, for the first line of a report."""
+    if is_cuda(device):
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"torch {torch.__version__}, {platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait until a card has done all that was asked of it; a CPU always has."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> float:
+    """Time one step, from an idle device until it is idle again."""
+    synchronize(device)
+    began = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def interleave(
+    steps: dict[Hashable, Any],
+    rounds: int,
+    device: str | torch.device = "cpu",
+    *,
+    timed: Callable[[Any, str], float] = seconds_of,
+    max_seconds: float = math.inf,
+) -> dict[Hashable, float]:
+    """Time steps that take turns, so that a busy machine slows all of them alike.
+
+    Args:
+        steps: by name; functions without arguments, or what `timed` takes.
+        rounds: turns of each step; one more, before the others, is not counted.
+        device: where the steps run.
+        timed: gives the seconds of a step on a device.
+        max_seconds: no further round begins after these, once there are three.
+
+    Returns:
+        The median seconds of each step, by name.
+    """
+    seconds = {name: [] for name in steps}
+    for step in steps.values():
+        timed(step, device)
+    began = time.perf_counter()
+    for done in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, device))
+        if done >= 2 and time.perf_counter() - began > max_seconds:
+            break
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def process_megabytes(field: str = "VmRSS") -> float:
+    """MB in memory now (VmRSS) or at the peak (VmHWM), as Linux counts them; NaN on other systems."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return math.nan
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
+
+
+def peak_megabytes(step: Callable[[], Any], device: str | torch.device = "cpu") -> float:
+    """MB by which `step` raises the memory of the card or of this process at its peak; NaN where nobody counts."""
+    if is_cuda(device):
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps have freed must be fetched anew
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    except (OSError, AttributeError):
+        return math.nan
+    before = process_megabytes("VmRSS")
+    step()
+    return max(0.0, process_megabytes("VmHWM") - before)
+
+
+def write_json(path: str | Path, report: dict) -> None:
+    """Write a report. NaN and infinity, which JSON does not have, become strings."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(_finite(report), indent=2) + "\n")
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
