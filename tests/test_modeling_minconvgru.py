@@ -721,7 +721,7 @@ def test_other_refusals():
         make_model()(CLIPS, pixel_value=CLIPS)
     bidirectional = make_model(bidirectional=True)
     for options in ({"cache": MinConvGRUCache()}, {"use_cache": True}):
-        with pytest.raises(ValueError, match="cannot go on from a cache"):
+        with pytest.raises(ValueError, match="cannot continue from a cache"):
             bidirectional(CLIPS, **options)
     with pytest.raises(ValueError, match="Frames of 4 x 4 pixels leave a feature map of 1 x 1"):
         make_model("convnext", feature_pooling=True)(CLIPS[..., :4, :4])
