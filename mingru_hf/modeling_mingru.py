@@ -572,8 +572,8 @@ class _EndedRows(StoppingCriteriaList):
         """(B, 1) False where the last token is padding; None if there is none, unless `always` asks for a mask."""
         if self.padded is None:
             return torch.ones_like(self.ended).unsqueeze(1) if always else None
-        # One look saves the masked path, but on a GPU it would wait.
-        if not always and self.padded.device.type == "cpu" and not self.padded.any():
+        # One look saves the masked path. generate() itself has just waited for this token, except on Apple's GPUs.
+        if not always and self.padded.device.type != "mps" and not self.padded.any():
             return None
         return ~self.padded.unsqueeze(1)
 
