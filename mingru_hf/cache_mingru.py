@@ -205,39 +205,47 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
             super().append(states, windows, num_steps)
             return
         states, windows = states[:, -1:], None if windows is None else windows[:, -1:]
-        if self.states is None:
-            self.states = states.clone()
-            self.windows = None if windows is None else windows.clone()
-            self.seq_length = torch.zeros((), dtype=torch.long, device=states.device)
-            self.is_initialized = True
-            if not torch.compiler.is_compiling():  # else inductor leaves CUDA graphs out, since these are written to
-                for tensor in (self.states, self.windows, self.seq_length):
-                    if tensor is not None:
-                        torch._dynamo.mark_static_address(tensor)
+        if not torch.is_tensor(self.seq_length):  # the first call, or the first after the past was recorded
+            self._settle(states.clone(), None if windows is None else windows.clone())
         else:
             self.states.copy_(states)
             if windows is not None:
                 self.windows.copy_(windows)
         self.seq_length += num_steps
 
+    def _settle(self, states: Tensor, windows: Tensor | None) -> None:
+        """Take tensors which stay where they are from now on, and count in one."""
+        self.states, self.windows, self.is_initialized = states, windows, True
+        self.seq_length = torch.tensor(int(self.seq_length), dtype=torch.long, device=states.device)
+        if not torch.compiler.is_compiling():  # else inductor leaves CUDA graphs out, since these are written to
+            for tensor in (self.states, self.windows, self.seq_length):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    def forget_past(self) -> None:
+        """Keep the newest state alone from now on, where it lies then."""
+        super().forget_past()
+        if self.states is not None:
+            self._settle(self.states, self.windows)
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in that order; as many rows stay where they are."""
-        if self.record_past or self.states is None or len(indices) != self.batch_size:
-            super().batch_select_indices(indices)
-            return
-        for tensor in (self.states, self.windows):
-            if tensor is not None:
-                tensor.copy_(tensor[indices.to(tensor.device)])
+
+        def select(tensor: Tensor) -> Tensor:
+            selected = tensor[indices.to(tensor.device)]
+            return selected if self.record_past or selected.shape != tensor.shape else tensor.copy_(selected)
+
+        self._map(select)
 
     def reset(self) -> None:
         """Forget all steps, keeping the tensors: the next step starts from g(0) = 0.5."""
-        if self.states is not None and not self.record_past:
-            self.states.copy_(initial_state(self.states, self.states.shape))
-            if self.windows is not None:
-                self.windows.zero_()
-            self.seq_length.zero_()
-        else:
+        if self.record_past or not torch.is_tensor(self.seq_length):
             super().reset()
+            return
+        self.states.copy_(initial_state(self.states, self.states.shape))
+        if self.windows is not None:
+            self.windows.zero_()
+        self.seq_length.zero_()
 
 
 def own_layers(layers: list[CacheLayerMixin]) -> None:

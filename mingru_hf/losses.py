@@ -116,8 +116,8 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def classification_loss(
-    logits: Tensor,
     labels: Tensor,
+    pooled_logits: Tensor,
     config: PreTrainedConfig,
     num_items_in_batch: Tensor | int | None = None,
     **kwargs,
@@ -128,9 +128,9 @@ def classification_loss(
     of accumulated batches come out as many times too large.
 
     Args:
-        logits: (B, L).
         labels: (B,) class ids, -100 to leave a row out; (B, L) floats for several labels a row; (B,) or (B, L) floats
             for regression.
+        pooled_logits: (B, L).
         config: of the model; its `problem_type` is filled in if it is None.
         num_items_in_batch: what a trainer counts in all the micro-batches of an update: the sum is divided by it, so
             that their losses add up to the mean. None: the mean of this batch.
@@ -143,13 +143,13 @@ def classification_loss(
         ValueError: if there is no problem type of that name.
     """
     if config.problem_type is None:
-        if logits.shape[-1] == 1:
+        if pooled_logits.shape[-1] == 1:
             config.problem_type = "regression"
         elif labels.dtype in (torch.long, torch.int):
             config.problem_type = "single_label_classification"
         else:
             config.problem_type = "multi_label_classification"
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = pooled_logits.to(torch.promote_types(pooled_logits.dtype, torch.float32))
     labels = labels.to(logits.device)
     if config.problem_type == "regression":
         loss, arguments = F.mse_loss, (logits.squeeze(), labels.to(logits.dtype).squeeze())

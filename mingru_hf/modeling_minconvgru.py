@@ -568,6 +568,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         self.model = MinConvGRUModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifiers = nn.ModuleList(nn.Linear(size, config.num_labels) for size in self.model.feature_sizes)
+        self.loss_function = classification_loss
         self.post_init()
 
     @can_return_tuple
@@ -616,7 +617,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         logits = self._classify(outputs.pooler_output)
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return MinConvGRUVideoClassifierOutput(
             loss=loss,
             logits=logits,

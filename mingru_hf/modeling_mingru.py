@@ -24,6 +24,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
@@ -377,8 +378,9 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 side or in between. The state passes over padding unchanged.
             position_ids: (B, T) or (1, T). A 0 starts a new document, unless it is that of padding: the state goes
                 back to g(0). Other positions change nothing. None: every row continues.
-            cache: the state to continue from; it is updated in place. In training, gradients flow through it: a text
-                is learned piece by piece with `layer.detach_()` for each of cache.layers after every backward pass.
+            cache: the state to continue from; it is updated in place. In training, gradients flow through a
+                DynamicCache: a text is learned piece by piece with `layer.detach_()` for each of cache.layers after
+                every backward pass.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
             use_cache: return the state after the last token. None: config.use_cache, but not in training. A cache
                 that is passed in comes back in any case.
@@ -772,6 +774,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         self.model = MinGRUModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.output_size, config.num_labels, bias=False)
+        self.loss_function = classification_loss
         self.post_init()
 
     @can_return_tuple
@@ -816,7 +819,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state[rows, last]))  # (B, num_labels)
         loss = None
         if labels is not None:
-            loss = classification_loss(logits, labels, self.config, **kwargs)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
@@ -846,6 +849,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
         self.model = MinGRUModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.output_size, config.num_labels)
+        self.loss_type = "ForTokenClassification"  # of a subclass by another name, too
         self.post_init()
 
     @can_return_tuple
@@ -889,6 +893,9 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
             loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+
+# By this table `Trainer` knows whose labels its label smoothing must shift.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MinGRUConfig.model_type] = MinGRUForCausalLM.__name__
 
 # Saving one of these copies this file and those it imports beside the weights.
 MinGRUModel.register_for_auto_class("AutoModel")

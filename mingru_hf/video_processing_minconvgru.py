@@ -114,7 +114,7 @@ def _count_frames(video: str | bytes) -> int:
 
 def _check_sampling(num_frames: int, frame_stride: float, fps: float | None) -> None:
     for name, value in (("num_frames", num_frames), ("frame_stride", frame_stride)):
-        if not value >= 1:
+        if value is None or not value >= 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if fps is not None and not fps > 0:
         raise ValueError(f"fps must be above 0, got {fps}.")

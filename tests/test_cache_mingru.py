@@ -152,6 +152,32 @@ def test_a_static_cache_stays_in_its_place(model, input_ids):
     assert set(written) <= set(static)
 
 
+@pytest.mark.parametrize("rows", [[False, True, False], [True, False, True], [True, True, True]])
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=1)])
+def test_rows_can_be_chosen_by_a_mask(model, input_ids, make, rows):
+    rows = torch.tensor(rows)
+    cache = make(config=model.config)
+    model(input_ids[:, :8], cache=cache)
+    cache.batch_select_indices(rows)
+    logits = model(input_ids[rows, 8:9], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, input_ids[rows, :9]), **CLOSE)
+
+
+def test_a_static_cache_is_static_again_after_drafts(model, input_ids):
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    ids = input_ids[:1]
+    first = model.generate(ids, max_new_tokens=8, cache=cache, prompt_lookup_num_tokens=3, do_sample=False)
+    assert cache.is_compileable
+    places = [layer.states.data_ptr() for layer in cache.layers]
+    assert all(torch.is_tensor(layer.seq_length) for layer in cache.layers)
+    ids = torch.cat([first, input_ids[1:2, :4]], dim=1)
+    settings = {"max_new_tokens": 5, "do_sample": False, "disable_compile": True}
+    assert torch.equal(model.generate(ids, cache=cache, **settings), model.generate(ids, use_cache=False, **settings))
+    cache.reset()
+    torch.testing.assert_close(model(input_ids[:1], cache=cache).logits, model(input_ids[:1]).logits, **CLOSE)
+    assert [layer.states.data_ptr() for layer in cache.layers] == places
+
+
 def test_a_copy_goes_its_own_way(model, input_ids):
     cache = model(input_ids[:, :8], use_cache=True).cache
     fork = copy.deepcopy(cache)

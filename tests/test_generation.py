@@ -356,6 +356,15 @@ def test_flattened_documents_equal_separate_rows(model, input_ids):
         torch.testing.assert_close(actual, parameter.grad, rtol=1e-3, atol=1e-4 * float(parameter.grad.abs().max()))
 
 
+def test_label_smoothing_of_the_trainer_shifts_the_labels(model, input_ids, tmp_path):
+    """Trainer asks a table of transformers' own models whether a model predicts the next token."""
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
+    logits = model(input_ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, input_ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_trainer_evaluates_without_tripping_over_the_cache(model, input_ids, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(1, 40, (8, 12))]
     seen = []

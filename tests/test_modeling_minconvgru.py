@@ -645,6 +645,8 @@ def test_loss_for_each_kind_of_problem(frames):
     labels = torch.tensor([0.5, -2.0, 7.0])
     outputs = model(frames, labels=labels)
     assert_close(outputs.loss, F.mse_loss(outputs.logits[:, 0], labels))
+    model.loss_function = lambda labels, pooled_logits, config, **kwargs: 2 * F.l1_loss(pooled_logits[:, 0], labels)
+    assert_close(model(frames, labels=labels).loss, 2 * F.l1_loss(outputs.logits[:, 0], labels))
 
 
 @pytest.mark.parametrize(

@@ -488,6 +488,24 @@ def test_losses_of_a_16_bit_model_are_float32(input_ids, model_class, labels):
     torch.testing.assert_close(output.loss, expected)
 
 
+class Tagger(MinGRUForTokenClassification):
+    """By whose name transformers would take the loss of a language model."""
+
+
+class Judge(MinGRUForSequenceClassification):
+    """The same for whole rows."""
+
+
+@pytest.mark.parametrize("model_class", [Tagger, Judge])
+def test_subclasses_keep_the_loss_unless_they_bring_one(input_ids, model_class):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_labels=3, pad_token_id=0)
+    model, labels = model_class(config), input_ids % 3 if model_class is Tagger else torch.tensor([0, 2, 1])
+    output = model(input_ids, labels=labels)
+    assert_close(output.loss, F.cross_entropy(output.logits.reshape(-1, 3), labels.flatten()))
+    model.loss_function = lambda **kwargs: kwargs["labels"].sum()
+    assert model(input_ids, labels=labels).loss == labels.sum()
+
+
 def test_an_unknown_problem_type_is_named(input_ids):
     config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, pad_token_id=0, problem_type="ranking")
     with pytest.raises(ValueError, match="ranking"):

@@ -163,8 +163,9 @@ def write_moving_shapes(
     import_av()
     make_moving_shape(0, num_frames, size)  # refuses bad sizes before anything is written
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=output_dir.parent))
+    place = output_dir.resolve()  # a link stays one
+    place.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=place.parent))
     try:
         jobs = []
         for split_number, (split, count) in enumerate(counts.items()):
@@ -181,13 +182,18 @@ def write_moving_shapes(
             for _ in mapped(_write_one, *columns, repeat(num_frames), repeat(size), repeat(fps), **chunks):
                 pass
         staging.chmod(0o755)  # mkdtemp's is private
-        if output_dir.exists():
-            old = Path(tempfile.mkdtemp(prefix=".old-", dir=output_dir.parent))
-            os.rename(output_dir, old / output_dir.name)
-            os.rename(staging, output_dir)
-            shutil.rmtree(old)
+        if place.exists():
+            old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
+            os.rename(place, old / place.name)
+            try:
+                os.rename(staging, place)
+            except OSError:
+                os.rename(old / place.name, place)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
-            os.rename(staging, output_dir)
+            os.rename(staging, place)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -195,12 +201,15 @@ def write_moving_shapes(
 
 
 def _foreign_file(directory: Path) -> str | None:
-    """Return the name of a file that `write_moving_shapes` did not write, None if there is none."""
+    """Return the name of something that `write_moving_shapes` did not write, None if there is nothing."""
     if not directory.is_dir():
         return directory.name
-    ours = re.compile(rf"({'|'.join(SPLITS)})/({'|'.join(CLASSES)})/\d{{6}}\.mp4")
-    files = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-    return next((name for name in files if not ours.fullmatch(name)), None)
+    ours = re.compile(rf"({'|'.join(SPLITS)})(/({'|'.join(CLASSES)})(/\d{{6}}\.mp4)?)?")
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory).as_posix()
+        if path.is_symlink() or path.is_dir() == name.endswith(".mp4") or not ours.fullmatch(name):
+            return name
+    return None
 
 
 def _write_one(path: Path, label: int, seed: tuple[int, ...], num_frames: int, size: int, fps: int) -> None:

@@ -99,10 +99,10 @@ def check_output_dir(
 
 
 def check_new_files(output_dir: str | Path, names: Sequence[str], overwrite: bool = False) -> None:
-    """Refuse to replace files that are already there, unless the user allows it.
+    """Refuse to replace files that are already there, unless the user allows it, and a directory that none can enter.
 
     Raises:
-        ValueError: if `output_dir` holds one of the files and `overwrite` is False.
+        ValueError: if `output_dir` holds one of the files and `overwrite` is False, or cannot be written to.
     """
     existing = [name for name in names if (Path(output_dir) / name).exists()]
     if existing and not overwrite:
@@ -110,6 +110,7 @@ def check_new_files(output_dir: str | Path, names: Sequence[str], overwrite: boo
             f"output_dir {output_dir} already holds {', '.join(existing)}: choose another directory, or add "
             "--overwrite_output_dir to replace them"
         )
+    check_writable(output_dir)
 
 
 def check_writable(output_dir: str | Path) -> None:

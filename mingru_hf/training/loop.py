@@ -604,7 +604,10 @@ def _load_checkpoint(
     """
     state, saved = read_checkpoint(checkpoint)
     _check_identity(state["run"], identity, checkpoint)
-    now = Progress(**state["progress"])
+    progress = state["progress"]
+    if "evaluations" in progress:  # its name until November 2026
+        progress["tenths"] = progress.pop("evaluations")
+    now = Progress(**progress)
     _load_weights(model, processing_class, checkpoint)
     if accelerator.is_main_process and now.best is not None:
         restore_best(checkpoint, args.output_dir)
