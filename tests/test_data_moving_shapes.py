@@ -112,6 +112,15 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds other files, such as test/notes\.txt"):
         write_moving_shapes(first, 8, 8, 8, **sizes, overwrite=True)
     assert (first / "test" / "notes.txt").read_text() == "mine"
+    (first / "test" / "notes.txt").unlink()
+    (first / "mine").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="holds other files, such as mine"):
+        write_moving_shapes(first, 8, 8, 8, **sizes, overwrite=True)
+    (first / "mine").unlink()
+    (tmp_path / "link").symlink_to(first)
+    write_moving_shapes(tmp_path / "link", 8, 8, 8, **sizes, overwrite=True)
+    assert (tmp_path / "link").resolve() == first.resolve()
+    (tmp_path / "link").unlink()
     monkeypatch.setattr("mingru_hf.data.moving_shapes.write_video", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_moving_shapes(tmp_path / "broken", 16, 8, 8, num_frames=5, size=32)

@@ -472,6 +472,7 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
         assert row["videos"] == (1 if name == "up" else 2)
         assert row["accuracy"] == matrix[number, number].item() / row["videos"]
     assert (video_model / "evaluation-test" / "confusion_matrix.png").stat().st_size > 1000
+    assert "cannot be" in error_of(capsys, *test, *machine, "--output_dir", video_model / "config.json")
     call(*test, *machine, "--clips_per_video", 3, "--overwrite_output_dir")
     assert json.loads((video_model / "evaluation-test" / "metrics.json").read_text())["classes"] == metrics["classes"]
     out = capsys.readouterr().out

@@ -338,6 +338,16 @@ def test_a_finished_run_goes_on_for_longer_and_elsewhere(run, whole, tmp_path):
     assert AutoTokenizer.from_pretrained(elsewhere).decode([2, 3]) == "ab"
 
 
+def test_a_checkpoint_of_before_the_counter_was_renamed_resumes(run, whole, tmp_path):
+    state_file = run / "checkpoint-18" / "trainer_state.json"
+    text = state_file.read_text()
+    assert '"tenths"' in text
+    state_file.write_text(text.replace('"tenths"', '"evaluations"'))
+    resumed = train_counting(tmp_path / "on", resume_from_checkpoint=str(run / "checkpoint-18"))
+    assert resumed["step"] == 20
+    assert curve(tmp_path / "on") == curve(whole)
+
+
 def test_the_best_weights_come_along(run, whole, tmp_path):
     """Going on with a rate that spoils the model: what is kept at the end was the best before."""
     before = (
