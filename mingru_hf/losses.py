@@ -59,6 +59,11 @@ def head_loss(
     loss = _HeadLoss.apply(rows, head.weight, head.bias, target, ignore_index, dtype, torch.is_grad_enabled())
     if num_items_in_batch is None:
         return loss / (target != ignore_index).sum()
+    return _share(loss, num_items_in_batch)
+
+
+def _share(loss: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """This batch's share of the mean over `num_items_in_batch`: its sum of losses () over their number."""
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 
@@ -159,14 +164,12 @@ def classification_loss(
         loss, arguments = F.binary_cross_entropy_with_logits, (logits, labels.to(logits.dtype))
     else:
         raise ValueError(
-            f"config.problem_type must be 'regression', 'single_label_classification', 'multi_label_classification' "
+            "config.problem_type must be 'regression', 'single_label_classification', 'multi_label_classification' "
             f"or None, got {config.problem_type!r}."
         )
     if num_items_in_batch is None:
         return loss(*arguments)
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(logits.device)
-    return loss(*arguments, reduction="sum") / num_items_in_batch
+    return _share(loss(*arguments, reduction="sum"), num_items_in_batch)
 
 
 __all__ = ["classification_loss", "head_loss"]

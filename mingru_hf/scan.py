@@ -239,6 +239,19 @@ def _reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: 
     return states
 
 
+def carry_and_drive(gate_and_candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence as h_t = carry_t h_{t-1} + drive_t: 1 - z and z g, for scans that compute no gates.
+
+    Args:
+        gate_and_candidate: (B, T, 2D, *) pre-activations.
+
+    Returns:
+        (B, T, D, *) each.
+    """
+    gate, candidate = gate_and_candidate.chunk(2, dim=2)
+    return torch.sigmoid(-gate), torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
+
+
 def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
     """The recurrence in torch's own operators for any T, so that an exported program runs without this package.
 
@@ -249,9 +262,7 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
     if isinstance(x.shape[1], int) and x.shape[1] == 1:
         return scan_reference(x, h0, mask, reset)
     x = x.to(accumulation_dtype(x))
-    gate, candidate = x.chunk(2, dim=2)
-    carry = torch.sigmoid(-gate)
-    drive = torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
+    carry, drive = carry_and_drive(x)
     shape = [*x.shape[:2]] + [1] * (x.dim() - 2)
     if mask is not None:
         keep = mask.reshape(shape)
@@ -395,8 +406,8 @@ def _trial(device: torch.device) -> str | None:
         except Exception as error:  # the failures of Triton, the driver and the C compiler have no class in common
             problem = f"its kernels fail on {device} ({type(error).__name__}: {str(error).strip()[:200]})"
         else:
-            worst = max(errors, key=lambda error: error if error == error else math.inf)
-            if not worst < 1:  # NaN is not
+            worst = torch.tensor(errors).max().item()  # NaN if one is
+            if not worst < 1:
                 problem = (
                     f"its kernels give wrong numbers on {device} (off by {worst:.0f} times what rounding explains)"
                 )
@@ -413,7 +424,8 @@ def _trial_error(device: torch.device, steps: int, channels: int, dtype: torch.d
     h0 = mask = reset = None
     if options:
         h0 = x[:, :1, :channels].float().abs()
-        mask, reset = (numbers[: 2 * steps].reshape(2, steps) % every > 0 for every in (3, 5))
+        place = numbers[: 2 * steps].reshape(2, steps)
+        mask, reset = place % 3 > 0, place % 5 == 1
     states = _torch_forward(x, h0, mask, reset, dtype)
     expected = states, *_torch_backward(grad, x, h0, states, mask, reset)
     x, grad, h0, mask, reset = (t if t is None else t.to(device) for t in (x, grad, h0, mask, reset))
@@ -857,4 +869,12 @@ _LIBRARY = _register() or globals().get("_LIBRARY")  # importlib.reload leaves w
 _scan_op = getattr(torch.ops, _NAMESPACE).scan
 
 
-__all__ = ["BACKENDS", "INITIAL_STATE", "draw_memory_", "initial_state", "mingru_scan", "scan_reference"]
+__all__ = [
+    "BACKENDS",
+    "INITIAL_STATE",
+    "carry_and_drive",
+    "draw_memory_",
+    "initial_state",
+    "mingru_scan",
+    "scan_reference",
+]

@@ -742,11 +742,8 @@ class _Call:
 
     def summaries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Memory for the maps of the chunks, (B, C, N) three times, and for what crosses boundaries, (B, C + 1, N)."""
-        batch, channels, dtype = (
-            self.x.shape[0],
-            self.x.shape[2] // 2,
-            torch.promote_types(self.x.dtype, torch.float32),
-        )
+        batch, channels = self.x.shape[0], self.x.shape[2] // 2
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
         maps = self.x.new_empty((3, batch, self.num_chunks, channels), dtype=dtype)
         return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=dtype)
 

@@ -25,12 +25,20 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from benchmarking import HelpFormatter, interleave, is_cuda, peak_megabytes, seconds_of, synchronize, write_json
+from benchmarking import (
+    HelpFormatter,
+    device_name,
+    interleave,
+    is_cuda,
+    peak_megabytes,
+    seconds_of,
+    synchronize,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mingru_hf.scan import BACKENDS, mingru_scan, scan_reference
+from mingru_hf.scan import BACKENDS, carry_and_drive, mingru_scan, scan_reference
 from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward
 
 SHAPES = [(8, 1024, 512), (16, 256, 384), (1, 65536, 64), (16, 64, 3136)]
@@ -92,18 +100,11 @@ def torch_gru(channels: int) -> Callable:
     return forward
 
 
-def log_carry_and_drive(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T, 2D) -> log(1 - z) and z g(candidate), (B, T, D) each: what peers take that scan but compute no gates."""
-    gate, candidate = x.chunk(2, dim=-1)
-    return F.logsigmoid(-gate), torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
-
-
 def accelerated_scan(channels: int) -> Callable:
     from accelerated_scan.scalar import scan
 
     def forward(x: Tensor, h0: Tensor) -> Tensor:
-        log_carry, drive = log_carry_and_drive(x)
-        carry = log_carry.exp()
+        carry, drive = carry_and_drive(x)
         drive = torch.cat([drive[:, :1] + carry[:, :1] * h0, drive[:, 1:]], dim=1)
         return scan(carry.transpose(1, 2).contiguous(), drive.transpose(1, 2).contiguous()).transpose(1, 2)
 
@@ -114,8 +115,8 @@ def fla_hgrn(channels: int) -> Callable:
     from fla.ops.hgrn import chunk_hgrn
 
     def forward(x: Tensor, h0: Tensor) -> Tensor:
-        log_carry, drive = log_carry_and_drive(x)
-        return chunk_hgrn(drive, log_carry, initial_state=h0[:, 0])[0]
+        carry, drive = carry_and_drive(x)
+        return chunk_hgrn(drive, carry.log(), initial_state=h0[:, 0])[0]
 
     return forward
 
@@ -132,7 +133,7 @@ OTHER_RECURRENCE = ("torch.nn.GRU",)
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--device", default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     dtypes = ["float32", "bfloat16"]
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=dtypes, help="dtypes of the inputs")
     parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads to measure with")

@@ -30,6 +30,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
 
 
+def device_name(name: str) -> str:
+    """Check the value of --device: for argparse's `type`."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is not there: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def is_cuda(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
 

@@ -743,6 +743,13 @@ def test_benchmarks_take_turns_and_see_memory(benchmarking, tmp_path):
     assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": [{"b": "nan"}, 1.5, [2, 3]]}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the card is there")
+@pytest.mark.parametrize("name", ["benchmark_generate", "benchmark_head", "benchmark_lm", "benchmark_scan"])
+def test_a_device_that_is_not_there_is_named(benchmarking, name, capsys):
+    for device in ("cuda", "gpu"):
+        assert f"'{device}' is not there" in error_of(capsys, name, "--device", device)
+
+
 def test_head_benchmark_compares_pieces_with_all_logits(benchmarking, capsys):
     words = ["--vocab_size", 50, "--hidden_size", 8, "--num_layers", 1, "--sequence_length", 9, "--threads", 1]
     call("benchmark_head", *words, "--rounds", 1, "--dtype", "bfloat16")
