@@ -53,6 +53,9 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
 # of BERT's kind return token_type_ids, which mean nothing here.)
 _KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index", "token_type_ids"}
 
+# What transformers' collators tell of the documents in packed rows, besides position_ids.
+_PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
 
 @calls_directly
 class _Taps(nn.Conv1d):
@@ -337,6 +340,24 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
     return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
+def _packed_starts(
+    batch: int, steps: int, mask: Tensor | None, seq_idx: Tensor | None, cu_seq_lens_q: Tensor | None
+) -> Tensor | None:
+    """(B, T) boolean, True at the first token of each document but the first of a row; None if none are told."""
+    starts = None
+    if seq_idx is not None:
+        if seq_idx.dim() != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != steps:
+            raise ValueError(
+                f"seq_idx must have shape ({batch}, {steps}) or (1, {steps}), got {tuple(seq_idx.shape)}."
+            )
+        starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
+    if cu_seq_lens_q is not None:
+        columns = torch.arange(steps, device=cu_seq_lens_q.device)
+        listed = torch.isin(columns, cu_seq_lens_q[1:-1]).expand(batch, steps)
+        starts = listed if starts is None else starts | listed
+    return None if starts is None else _at_real_tokens(starts, mask)
+
+
 @calls_directly
 class MinGRUModel(MinGRUPreTrainedModel):
     """The bare MinGRU text model: embedding, blocks, final norm.
@@ -534,14 +555,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
             reset = (position_ids == 0).expand(batch, steps)
         if mask is not None and reset is not None:
             reset = reset & mask  # generate() gives padding the position 0
-        if seq_idx is not None:
-            starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
-            starts = _at_real_tokens(starts, mask)
-            reset = starts if reset is None else reset | starts
-        if cu_seq_lens_q is not None:
-            columns = torch.arange(steps, device=cu_seq_lens_q.device)
-            starts = torch.isin(columns, cu_seq_lens_q[:-1]).expand(batch, steps)
-            starts = _at_real_tokens(starts, mask)
+        starts = _packed_starts(batch, steps, mask, seq_idx, cu_seq_lens_q)
+        if starts is not None:
             reset = starts if reset is None else reset | starts
         if reset is None:
             return None
@@ -646,6 +661,22 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             **kwargs,
         )
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """As in GenerationMixin; packed documents go by position_ids, which it cuts to what a step reads."""
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        packing = {key: model_kwargs.pop(key, None) for key in _PACKING}
+        (batch, steps), mask = inputs.shape[:2], model_kwargs.get("attention_mask")
+        mask = None if mask is None else mask[:, -steps:].bool()
+        starts = _packed_starts(batch, steps, mask, packing["seq_idx"], packing["cu_seq_lens_q"])
+        if starts is not None:
+            position_ids = model_kwargs.get("position_ids")
+            if position_ids is None:
+                position_ids = self._prepare_position_ids_for_generation(inputs, model_kwargs)
+            position_ids = position_ids.expand(batch, -1).clone()
+            position_ids[:, -steps:].masked_fill_(starts, 0)
+            model_kwargs["position_ids"] = position_ids
+        return inputs, name, model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         """As in GenerationMixin; where the cache lives on, padding does not move the state of rows that have ended."""

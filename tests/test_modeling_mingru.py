@@ -88,16 +88,23 @@ def test_masked_tokens_inside_a_row_are_skipped(model, input_ids):
     assert_close(model(input_ids[:, :3], cache=output.cache).logits, whole[:, 12:])
 
 
+def packing(marks, lengths):
+    """How transformers' collators tell of documents of these lengths in one row."""
+    return {
+        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)},
+        "seq_idx": {
+            "seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).unsqueeze(0)
+        },
+        "cu_seq_lens_q": {"cu_seq_lens_q": F.pad(torch.tensor(lengths).cumsum(0), (1, 0))},
+    }[marks]
+
+
 @pytest.mark.parametrize("marks", ["position_ids", "seq_idx", "cu_seq_lens_q"])
 def test_packed_documents_equal_separate_ones(model, input_ids, marks):
     lengths = [5, 1, 1, 3, 12]
     documents = list(input_ids.flatten()[: sum(lengths)].split(lengths))
     packed = torch.cat(documents).unsqueeze(0)
-    kwargs = {
-        "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)},
-        "seq_idx": {"seq_idx": torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).unsqueeze(0)},
-        "cu_seq_lens_q": {"cu_seq_lens_q": F.pad(torch.tensor(lengths).cumsum(0), (1, 0))},
-    }[marks]
+    kwargs = packing(marks, lengths)
     separate = [model(document.unsqueeze(0)).logits[0] for document in documents]
     assert_close(model(packed, **kwargs).logits[0], torch.cat(separate))
 
@@ -122,6 +129,55 @@ def test_a_packed_document_may_begin_with_padding(model, input_ids, marks):
     logits = model(ids, attention_mask=mask, **kwargs).logits
     for document in (slice(0, 3), slice(5, 7), slice(10, 12)):
         assert_close(logits[:, document], model(ids[:, document]).logits)
+
+
+@pytest.mark.parametrize("marks", ["seq_idx", "cu_seq_lens_q"])
+def test_the_first_packed_document_continues_from_the_cache(model, input_ids, marks):
+    ids = input_ids[:1]
+    cache = model(ids[:, :4], use_cache=True).cache
+    logits = model(ids[:, 4:], cache=cache, **packing(marks, [3, 5])).logits
+    assert_close(logits[:, :3], model(ids[:, :7]).logits[:, 4:])
+    assert_close(logits[:, 3:], model(ids[:, 7:]).logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 5}],
+    ids=lambda options: "-".join(map(str, options.values())) or "greedy",
+)
+@pytest.mark.parametrize("marks", ["position_ids", "seq_idx", "cu_seq_lens_q"])
+def test_generate_continues_the_last_packed_document(model, input_ids, marks, options):
+    options = {"max_new_tokens": 10, "pad_token_id": 0, "disable_compile": True, **options}
+    ids = input_ids[:1]
+    expected = model.generate(ids[:, 7:], **options)[:, 5:]
+    generated = model.generate(ids, **packing(marks, [4, 3, 5]), **options)[:, 12:]
+    assert torch.equal(generated, expected)
+    if marks != "cu_seq_lens_q":  # which knows one row only
+        mask = F.pad(torch.ones(1, 12), (2, 0))
+        padded = {name: F.pad(tensor, (2, 0)) for name, tensor in packing(marks, [4, 3, 5]).items()}
+        generated = model.generate(F.pad(ids, (2, 0)), attention_mask=mask, **padded, **options)[:, 14:]
+        assert torch.equal(generated, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("marks", ["seq_idx", "cu_seq_lens_q"])
+def test_generate_goes_on_from_a_cache_with_packed_documents(model, input_ids, marks):
+    options = {"max_new_tokens": 6, "pad_token_id": 0}
+    ids = input_ids[:1]
+    expected = model.generate(ids[:, 7:], **options)[:, 5:]
+    cache = model(ids[:, :4], use_cache=True).cache
+    generated = model.generate(ids, cache=copy.deepcopy(cache), **packing(marks, [2, 5, 5]), **options)
+    assert torch.equal(generated[:, 12:], expected)
+    new = model.generate(
+        ids[:, 4:], cache=cache, attention_mask=torch.ones(1, 12), **packing(marks, [3, 5]), **options
+    )
+    assert torch.equal(new[:, 8:], expected)
+
+
+@pytest.mark.parametrize("seq_idx", [torch.zeros(12), torch.zeros(1, 11), torch.zeros(2, 12)])
+def test_seq_idx_of_another_shape_is_refused(model, input_ids, seq_idx):
+    with pytest.raises(ValueError, match=r"seq_idx must have shape \(3, 12\) or \(1, 12\), got"):
+        model(input_ids, seq_idx=seq_idx)
 
 
 def test_packed_documents_in_chunks_of_any_border(model, input_ids):
