@@ -57,9 +57,11 @@ def head_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     loss = _HeadLoss.apply(rows, head.weight, head.bias, target, ignore_index, dtype, torch.is_grad_enabled())
-    if num_items_in_batch is None:
-        return loss / (target != ignore_index).sum()
-    return _share(loss, num_items_in_batch)
+    if num_items_in_batch is not None:
+        return _share(loss, num_items_in_batch)
+    count = (target != ignore_index).sum()
+    # The mean of nothing is NaN, its gradients are 0, as in torch: an infinite factor would make them NaN.
+    return torch.where(count > 0, loss / count.clamp(min=1), torch.nan)
 
 
 def _share(loss: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
