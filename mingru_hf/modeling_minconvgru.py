@@ -508,7 +508,15 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
     def _run_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a depth."""
         depths = []
-        for maps, pooling in zip(self.backbone(images).feature_maps, self.feature_pooling, strict=True):
+        outputs = self.backbone(images).feature_maps
+        for maps, channels, pooling in zip(outputs, self.backbone.channels, self.feature_pooling, strict=True):
+            if maps.dim() == 4 and maps.shape[1] != channels and maps.shape[3] == channels:
+                maps = maps.movedim(3, 1)  # some of timm's keep the channels last
+            if maps.dim() != 4 or maps.shape[1] != channels:
+                raise ValueError(
+                    f"The backbone was to give feature maps (N, {channels}, H, W), and gave {tuple(maps.shape)}: look "
+                    "at its options (a transformer's reshape_hidden_states), or take other depths."
+                )
             if pooling and min(maps.shape[-2:]) < 2:
                 raise ValueError(
                     f"Frames of {images.shape[-2]} x {images.shape[-1]} pixels leave a feature map of "

@@ -202,7 +202,16 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         return clip_indices(metadata.total_num_frames, num_frames, frame_stride, position)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
-        """Decode files or URLs: by torchcodec where it works, as the base class does, else by PyAV."""
+        """Decode files or URLs: by torchcodec where it works, as the base class does, else by PyAV.
+
+        Raises:
+            ValueError: if they are neither: the base class takes frames without a channel axis for that.
+        """
+        if hasattr(video_url_or_urls, "shape"):
+            raise ValueError(
+                f"a video of shape {tuple(video_url_or_urls.shape)} has no channel axis: give (T, H, W, C) or "
+                "(T, C, H, W), and images of PIL as image.convert('RGB')"
+            )
         if is_torchcodec_usable(decode="video"):
             return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)
         if isinstance(video_url_or_urls, list):

@@ -17,6 +17,7 @@ from transformers import (
     BertConfig,
     BitConfig,
     ConvNextConfig,
+    Dinov2Config,
     DynamicCache,
     ResNetConfig,
     ResNetForImageClassification,
@@ -501,6 +502,29 @@ def test_what_is_no_backbone_is_not_taken_over(tmp_path):
         MinConvGRUModel.from_backbone_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="chosen by out_indices"):
         MinConvGRUModel.from_backbone_pretrained("timm/vgg16.tv_in1k", out_features=["features.3"])
+
+
+def test_feature_maps_with_the_channels_last_are_turned():
+    pytest.importorskip("timm", reason="the backbone comes from it")
+    from transformers import TimmBackboneConfig
+
+    backbone = TimmBackboneConfig(backbone="swin_tiny_patch4_window7_224", out_indices=[0, 1])
+    model, frames = make_model(backbone_config=backbone), torch.randn(1, 2, 3, 224, 224)
+    with torch.no_grad():
+        hidden_states = model(frames, output_hidden_states=True).hidden_states
+        maps = model.model.backbone(frames[0]).feature_maps  # (N, H, W, C)
+    assert maps[0].shape == (2, 56, 56, 96)
+    assert_close(hidden_states[0][0], maps[0].permute(0, 3, 1, 2))
+
+
+def test_a_backbone_that_gives_no_maps_is_named():
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, out_indices=[1, 2]
+    )
+    make_model(backbone_config=config)(torch.randn(1, 2, 3, 28, 28))
+    config.reshape_hidden_states = False
+    with pytest.raises(ValueError, match=r"feature maps \(N, 16, H, W\), and gave \(2, 5, 16\)"):
+        make_model(backbone_config=config)(torch.randn(1, 2, 3, 28, 28))
 
 
 # --- Saving and loading

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from transformers import AutoVideoProcessor, ResNetConfig, pipeline
@@ -216,6 +217,12 @@ def test_impossible_numbers_are_named_in_a_call_too(frames, options, message):
         MinConvGRUVideoProcessor(num_frames=4)(frames, return_tensors="pt", **options)
     with pytest.raises(ValueError, match=message):
         MinConvGRUVideoProcessor(**options)
+
+
+def test_frames_without_channels_are_named():
+    images = [PIL.Image.fromarray(np.zeros((40, 50), dtype=np.uint8))] * 4
+    with pytest.raises(ValueError, match=r"shape \(4, 40, 50\) has no channel axis.*convert\('RGB'\)"):
+        MinConvGRUVideoProcessor(num_frames=4)(images, return_tensors="pt")
 
 
 def test_it_loads_where_the_package_is_not_installed(model_dir, frames, tmp_path):
