@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from transformers import PreTrainedConfig, PreTrainedModel, TimmBackboneConfig
 
 from .configuration_minconvgru import MinConvGRUConfig
@@ -26,10 +28,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a state dict or of a TorchScript archive, without running code from the file.
 
     Args:
-        path: a file that `torch.save(model.state_dict(), ...)` or `torch.jit.save` wrote.
+        path: a file that `torch.save(model.state_dict(), ...)`, `torch.jit.save` or safetensors wrote.
 
     Returns:
-        Parameters and buffers under their names in the model, on the CPU.
+        Parameters and buffers under their names in the model, on the CPU; those of a model inside
+        DistributedDataParallel or torch.compile under its own names, too.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -43,7 +46,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return _read_torchscript(archive, path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint, or holds more than tensors, and reading it could run code: save "
@@ -56,6 +62,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no state dict (names and tensors) but {kinds}: save `model.state_dict()` alone."
         )
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile's inside or outside of the other
+        consume_prefix_in_state_dict_if_present(state, wrapper)
     return dict(state)
 
 
@@ -111,7 +119,13 @@ def _read_torchscript(archive: zipfile.ZipFile, path: Path) -> dict[str, Tensor]
         module = _Unpickler(archive, root).load()
     except (pickle.UnpicklingError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is a damaged TorchScript archive, or holds more than a model: {error}") from None
-    return dict(_named_tensors(module, ""))
+    state = dict(_named_tensors(module, ""))
+    if not state:
+        raise ValueError(
+            f"{path} is a TorchScript archive without parameters: torch.jit.freeze makes constants of them. Save the "
+            "model as it was before."
+        )
+    return state
 
 
 def _named_tensors(module: _Scripted, prefix: str) -> Iterator[tuple[str, Tensor]]:

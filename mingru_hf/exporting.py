@@ -95,8 +95,13 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
     Returns:
         The prefill, `logits, state = prefill.module()(input_ids)`, and the step, `logits, state =
         decode.module()(input_ids, state)`, with input_ids (B, T) and (B, 1).
+
+    Raises:
+        TypeError: if the model has no language-model head.
     """
-    training = model.training
+    if not hasattr(model, "lm_head"):
+        raise TypeError(f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}.")
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     batch, steps = Dim("batch", min=1), Dim("steps", min=1)
     ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)  # sizes other than 1, which would be fixed
@@ -111,7 +116,8 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
                 dynamic_shapes={"input_ids": {0: batch}, "state": [{0: batch} for _ in state]},
             )
     finally:
-        model.train(training)
+        for module in in_training:
+            module.training = True
     return prefill, decode
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from test_modeling_minconvgru import ReferenceClassifier
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -229,7 +230,28 @@ def test_no_file_runs_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_models_wrappers_are_taken_off(wrapper, tmp_path):
+    state = TextExample().state_dict()
+    save_file({wrapper + name: tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    torch.save({wrapper + name: tensor for name, tensor in state.items()}, tmp_path / "model.pt")
+    for name in ("model.safetensors", "model.pt"):
+        torch.testing.assert_close(read_checkpoint(tmp_path / name), dict(state), rtol=0, atol=0)
+
+
+@scripted
+def test_an_archive_without_parameters_is_refused(tmp_path):
+    torch.jit.freeze(torch.jit.script(nn.Linear(2, 3).eval())).save(tmp_path / "frozen.pt")
+    with pytest.raises(
+        ValueError, match=r"frozen\.pt is a TorchScript archive without parameters: torch\.jit\.freeze"
+    ):
+        read_checkpoint(tmp_path / "frozen.pt")
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "text.safetensors").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text\.safetensors is damaged"):
+        read_checkpoint(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         read_checkpoint(tmp_path / "nothing.pt")
     torch.save({"model": TextExample().state_dict(), "step": 3}, tmp_path / "nested.pt")

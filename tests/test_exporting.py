@@ -1,5 +1,6 @@
 """Exported programs: the numbers of the model, in a process that has only torch."""
 
+import copy
 import subprocess
 import sys
 
@@ -97,6 +98,20 @@ def test_the_exported_scan_knows_masks_and_resets():
         mask, reset = torch.rand(2, length) < 0.7, torch.rand(2, length) < 0.3
         expected = mingru_scan(x, h0, mask, reset, backend="reference")
         torch.testing.assert_close(program.module()(x, h0, mask, reset), expected)
+
+
+def test_modules_kept_in_evaluation_stay_there(exported):
+    model = copy.deepcopy(exported[0]).train()
+    model.model.norm.eval()
+    export_programs(model)
+    assert model.training
+    assert model.lm_head.training
+    assert not model.model.norm.training
+
+
+def test_a_model_without_a_head_is_refused(exported):
+    with pytest.raises(TypeError, match=r"Only a MinGRUForCausalLM can be exported .* got a MinGRUModel"):
+        export_programs(exported[0].model)
 
 
 def test_a_state_of_another_model_is_refused(exported):
