@@ -69,7 +69,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling() and _suits_a_convolution(x, weight, bias):
         batch = 1 if torch.get_num_threads() > 1 else _BATCH
-        rows = x.reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (batch, E, rows, 1), channels last
+        rows = x.contiguous().reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (batch, E, rows, 1)
         out = F.conv2d(rows, weight[:, :, None, None], None if bias is None else bias.detach())
         # As F.linear's own output this is no view: it can be written to.
         out = torch.ops.aten._unsafe_view(out.permute(0, 2, 3, 1), (*x.shape[:-1], weight.shape[0]))

@@ -218,6 +218,15 @@ def test_a_model_trains_alike(checkpointing, convolutions, monkeypatch):
             assert (result[name] - value).abs().max() <= 1e-5 * value.abs().max().clamp(min=1e-3), name
 
 
+@pytest.mark.parametrize("shape", [(1, 200, 4096), (16, 200, 512)])
+def test_channels_that_do_not_lie_last_in_memory(shape, threads, convolutions):
+    x, weight = torch.randn(shape).transpose(1, 2), torch.randn(257, 200)
+    out = linear(x, weight)
+    assert convolutions
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, F.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_take_it_and_can_be_scripted(convolutions):
     x = torch.randn(4, 256, 64)
     for rnn, count in ((MinGRUCell(64, 128), 1), (MinGRU(64, [256, 160], residual=True), 4)):
