@@ -64,7 +64,7 @@ def mingru_scan(
             that applies; under torch.export always torch's own operators, so that the program runs without this
             package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch" (blocks
             of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
-            implementations use; both are kept for comparison.
+            implementations use, for states above 0; both are kept for comparison.
         dtype: of the returned states; the inputs' dtype if None. float32 keeps all of the state that bfloat16
             would round.
 
@@ -92,7 +92,7 @@ def mingru_scan(
         backend = "reference"  # transforms cannot see into a registered operator
     else:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
-    empty = 0 in gate_and_candidate.shape[:3]
+    empty = 0 in gate_and_candidate.shape
     if bias is not None and (empty or backend != "numba"):
         gate_and_candidate, bias = _add_bias(gate_and_candidate, bias), None
     if empty and backend != "exported":
@@ -101,7 +101,7 @@ def mingru_scan(
     reset = None if reset is None else reset.bool()
     if backend in _IN_OPERATORS_OF_TORCH:
         return _IN_OPERATORS_OF_TORCH[backend](gate_and_candidate, h0, mask, reset).to(out_dtype)
-    if not torch.is_grad_enabled() and type(gate_and_candidate) is Tensor and not is_observed():
+    if not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
         # The operator's dispatch would cost as much as a short scan.
         return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
     return _scan_op(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
@@ -110,6 +110,11 @@ def mingru_scan(
 def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
     """(B, T, 2D, *) + (2D,), in the dtype of x."""
     return x + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 3))
+
+
+def _holds_numbers(x: Tensor, h0: Tensor | None) -> bool:
+    """Whether these are tensors without a class of their own, on a device, with no sign yet to be turned."""
+    return type(x) is Tensor and not (x.is_meta or x.is_neg() or (h0 is not None and h0.is_neg()))
 
 
 def _wants_plain_operators(x: Tensor) -> bool:
@@ -209,10 +214,17 @@ def scan_reference(
     return torch.stack(_reference_states(gate_and_candidate, h0, mask, reset), dim=1)
 
 
+def _zero_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """x (B, T, *) with 0 where the mask (B, T) is False: NaN there would come back in gradients, as 0 times NaN."""
+    return torch.where(mask.reshape(list(mask.shape) + [1] * (x.dim() - 2)), x, torch.zeros_like(x))
+
+
 def _reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> list[Tensor]:
     """The states (B, D, *) of `scan_reference`, one a step."""
     if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
         x = x.float()
+    if mask is not None:
+        x = _zero_padding(x, mask)
     gate, candidate = x.chunk(2, dim=2)  # (B, T, D, *) each
     z = torch.sigmoid(gate)
     one_minus_z = torch.sigmoid(-gate)  # not a subtraction, which loses all digits of a small 1 - z
@@ -262,6 +274,8 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
     if isinstance(x.shape[1], int) and x.shape[1] == 1:
         return scan_reference(x, h0, mask, reset)
     x = x.to(accumulation_dtype(x))
+    if mask is not None:
+        x = _zero_padding(x, mask)
     carry, drive = carry_and_drive(x)
     shape = [*x.shape[:2]] + [1] * (x.dim() - 2)
     if mask is not None:
@@ -295,6 +309,8 @@ def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor |
         raise ValueError(
             f"The 'log' scan works in float32 and float64 only, got {x.dtype}; choose 'torch', 'reference' or 'auto'."
         )
+    if mask is not None:
+        x = _zero_padding(x, mask)
     gate, candidate = x.chunk(2, dim=2)
     h0 = initial_state(x, gate[:, :1].shape) if h0 is None else h0.to(x.dtype)
     log_one_minus_z = -F.softplus(gate)
@@ -811,8 +827,9 @@ def _autograd_backward(ctx, grad):
     grad_x, grad_h0 = backward(grad, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
     grad_bias = None
     if bias is not None and ctx.needs_input_grad[1]:
-        rows = grad_x.flatten(0, 1)  # torch sums a matrix by columns faster than the first two axes of three
-        grad_bias = (rows.sum(0) if rows.dim() == 2 else rows.flatten(2).sum((0, 2))).to(bias.dtype)
+        # torch sums a matrix by columns faster than the first two axes of three; and flatten has no batching rule.
+        rows = grad_x.reshape(-1, *grad_x.shape[2:])
+        grad_bias = rows.sum([axis for axis in range(rows.dim()) if axis != 1]).to(bias.dtype)
     return grad_x, grad_bias, None if h0 is None else grad_h0.to(h0.dtype), None, None, None, None
 
 

@@ -33,6 +33,8 @@ try:
 
     if numba.version_info[:2] < _MIN_VERSION:
         raise RuntimeError(f"version {numba.__version__} is older than {_MIN_VERSION[0]}.{_MIN_VERSION[1]}")
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set")
     _REASON = None
 except ImportError as error:
     numba, _REASON = None, f"numba cannot be imported ({error}); `pip install numba` adds it"
@@ -774,8 +776,13 @@ def _gomp_parallel():
     return None
 
 
-def _run(entry: _Entry, arguments: array, phase: int, num_tasks: int, threads: int) -> None:
-    """Let the kernel work off its tasks on as many threads, this one among them."""
+def _help(entry: _Entry, arguments: array, memory: tuple) -> None:
+    """What a thread of the pool runs; it keeps alive what it writes to, should the caller be interrupted."""
+    entry.call(arguments.buffer_info()[0])
+
+
+def _run(entry: _Entry, arguments: array, memory: tuple, phase: int, num_tasks: int, threads: int) -> None:
+    """Let the kernel work off its tasks on as many threads, this one among them; `memory` is what they work on."""
     global _pool
     arguments[_COUNTER], arguments[_PHASE], arguments[_NUM_TASKS] = 0, phase, num_tasks
     threads = min(threads, num_tasks)
@@ -789,7 +796,10 @@ def _run(entry: _Entry, arguments: array, phase: int, num_tasks: int, threads: i
         return
     if _pool is None:
         _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, threads), thread_name_prefix="mingru_scan")
-    helpers = [_pool.submit(entry.call, address) for _ in range(threads - 1)]
+    helpers = []
+    with contextlib.suppress(RuntimeError):  # at the interpreter's exit there are no threads any more
+        for _ in range(threads - 1):
+            helpers.append(_pool.submit(_help, entry, arguments, memory))
     entry.call(address)
     for helper in helpers:
         if not helper.cancel():  # one that never began has nothing left to do; the others still use the arguments
@@ -832,7 +842,7 @@ def _prepare(
     reset: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[array, Tensor, int, tuple]:
-    """Arguments that both kernels share, the carry, the number of threads, and what must stay alive meanwhile."""
+    """Arguments that both kernels share, the carry, the number of threads, and the memory that is worked on."""
     batch, steps, channels = states.shape
     threads = torch.get_num_threads() if states.numel() >= _SERIAL_ELEMENTS else 1
     blocks, block, pieces, piece = (1, channels, 1, steps) if threads == 1 else _plan(batch, steps, channels, threads)
@@ -849,7 +859,7 @@ def _prepare(
     inputs = (x.data_ptr(), x_strides[0], x_strides[1], states.data_ptr(), states_strides[0], states_strides[1])
     optional = (_data_ptr(h0), _data_ptr(mask), _data_ptr(reset))
     arguments = array("q", (*sizes, *inputs, *optional, carry.data_ptr(), rows * batch * channels, _data_ptr(bias)))
-    return arguments, carry, threads, (h0, mask, reset, bias)
+    return arguments, carry, threads, (x, h0, states, mask, reset, bias, carry)
 
 
 class _Scratch(threading.local):
@@ -959,17 +969,21 @@ def numba_forward(
     about 1e-6 after a million steps, also where the state hardly changes from one to the next.
     Cost: O(B T N), one pass over memory.
     """
+    if mask is None and reset is None and out is None:
+        states = numba_step(gate_and_candidate, h0, bias, dtype)
+        if states is not None:
+            return states
     forward, _ = _require_variant(gate_and_candidate, dtype, bias)
     x = _rows(gate_and_candidate)
     batch, steps, width = x.shape
     states = x.new_empty((batch, steps, width // 2), dtype=dtype) if out is None else out
     if states.numel() == 0:
         return states
-    arguments, _carry, threads, _alive = _prepare(x, h0, states, mask, reset, bias)
+    arguments, _, threads, memory = _prepare(x, h0, states, mask, reset, bias)
     entry, blocks, pieces = _compiled_entry(forward), arguments[_BLOCKS], arguments[_PIECES]
-    _run(entry, arguments, 0, batch * blocks * pieces, threads)
+    _run(entry, arguments, memory, 0, batch * blocks * pieces, threads)
     if pieces > 1:
-        _run(entry, arguments, 1, batch * blocks, threads)
+        _run(entry, arguments, memory, 1, batch * blocks, threads)
     return states
 
 
@@ -1004,15 +1018,15 @@ def numba_backward(
     grad_x = x.new_empty((batch, steps, 2 * channels)) if out is None else out
     if states.numel() == 0:
         return grad_x, grad.new_zeros((batch, 1, channels), dtype=accumulation_dtype(x))
-    arguments, carry, threads, _alive = _prepare(x, h0, states, mask, reset, bias)
+    arguments, carry, threads, memory = _prepare(x, h0, states, mask, reset, bias)
     half = carry.new_full((channels,), _INITIAL_STATE)
     arguments.extend((grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()))
+    memory = (*memory, grad, grad_x, half)
     entry, blocks, pieces = _compiled_entry(backward), arguments[_BLOCKS], arguments[_PIECES]
-    _run(entry, arguments, 0, batch * blocks * pieces, threads)
+    _run(entry, arguments, memory, 0, batch * blocks * pieces, threads)
     if pieces > 1:
-        _run(entry, arguments, 1, batch * blocks, threads)
-        carry = carry[:1].clone()
-    return grad_x, carry[0].unsqueeze(1)
+        _run(entry, arguments, memory, 1, batch * blocks, threads)
+    return grad_x, carry[0].unsqueeze(1).clone()  # without the rest of the carry
 
 
 __all__ = [

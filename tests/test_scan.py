@@ -318,6 +318,81 @@ def test_derivatives_by_torch_func_and_in_forward_mode(monkeypatch):
         torch.func.jvp(lambda x: loss(x, h0, "torch"), (x,), (tangent,))
 
 
+@pytest.mark.parametrize("backend", ["reference", "log", "auto", *FAST_BACKENDS])
+def test_nan_in_padding_reaches_no_gradient(backend):
+    x, h0, mask, _ = make_inputs(2, 6, 3, flags="mask")
+    mask[:, 3] = False
+    clean, spoiled = (torch.where(mask.unsqueeze(-1), x, number) for number in (0.0, torch.nan))
+    weight = torch.randn(2, 6, 3)
+    expected = run(clean, h0, mask, None, weight, mingru_scan, backend=backend)
+    for actual, reference in zip(
+        run(spoiled, h0, mask, None, weight, mingru_scan, backend=backend), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, reference)
+
+
+def test_nan_in_padding_reaches_no_derivative_through_the_loop(monkeypatch):
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    x, _, mask, _ = make_inputs(2, 6, 3, flags="mask")
+    mask[:, 3] = False
+    clean, spoiled = (torch.where(mask.unsqueeze(-1), x, number) for number in (0.0, torch.nan))
+
+    def loss(x):
+        return (mingru_scan(x, mask=mask) ** 2).sum()
+
+    def second(x):
+        x = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        return torch.autograd.grad((first**2).sum(), x)[0]
+
+    for derivative in (torch.func.grad(loss), second):
+        torch.testing.assert_close(derivative(spoiled), derivative(clean))
+
+
+@pytest.mark.parametrize("trailing", [(), (2, 2)])
+@pytest.mark.parametrize("backend", ["reference", "auto", *FAST_BACKENDS])
+def test_batched_gradients(backend, trailing):
+    x, h0, _, _ = make_inputs(2, 5, 3, *([trailing] if trailing else []))
+    inputs = [tensor.requires_grad_() for tensor in (x, h0, torch.randn(6))]
+    states = mingru_scan(x, h0, bias=inputs[2], backend=backend)
+    many = torch.randn(4, *states.shape)
+    batched = torch.autograd.grad(states, inputs, many, is_grads_batched=True, retain_graph=True)
+    for i, weight in enumerate(many):
+        for actual, expected in zip(
+            batched, torch.autograd.grad(states, inputs, weight, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(actual[i], expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", *FAST_BACKENDS])
+def test_frames_without_a_pixel(backend):
+    x = torch.randn(2, 5, 6, 0, 4, requires_grad=True)
+    states = mingru_scan(x, backend=backend)
+    assert states.shape == (2, 5, 3, 0, 4)
+    states.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", *FAST_BACKENDS])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_signs_that_are_yet_to_be_turned(backend, steps):
+    x, h0, _, _ = make_inputs(1, steps, 1)
+    expected = mingru_scan(-x, -h0, backend=backend)
+    torch.testing.assert_close(mingru_scan(torch._neg_view(x), -h0, backend=backend), expected)
+    later = torch.complex(torch.zeros(1, 1, 1), h0).conj().imag  # -h0 when somebody looks
+    torch.testing.assert_close(mingru_scan(-x, later, backend=backend), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_shapes_alone_on_the_meta_device(grad):
+    x, flags = torch.empty(2, 5, 6, device="meta"), torch.empty(2, 5, dtype=torch.bool, device="meta")
+    with torch.set_grad_enabled(grad):
+        states = mingru_scan(x, mask=flags, reset=flags)
+    assert states.is_meta
+    assert states.shape == (2, 5, 3)
+
+
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_saturated_gates_stay_finite_with_true_gradients(backend):
     levels = torch.tensor([-100.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 100.0])

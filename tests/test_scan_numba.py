@@ -1,5 +1,6 @@
 """The fused CPU scan: against the float64 loop, on threads, in forked processes, and where numba is missing."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -281,6 +282,54 @@ def test_any_number_of_threads_gives_the_same_bits(threads, monkeypatch, forked,
         threads(count)
         for actual, reference in zip(run(x, h0, mask, reset, weight, torch.float32), expected, strict=True):
             assert torch.equal(actual, reference)
+
+
+@needs_numba
+def test_a_helper_outlives_a_call_that_is_interrupted(threads, monkeypatch):
+    tasks = []
+
+    class Pool:
+        def submit(self, function, *args):
+            if tasks:
+                raise KeyboardInterrupt
+            tasks.append((function, args))
+
+    inputs = make_inputs(3, 100, 520, "h0 mask reset")
+    expected, out = scan_numba.numba_forward(*inputs, torch.float32), torch.zeros(3, 100, 520)
+    monkeypatch.setattr(scan_numba, "_SERIAL_ELEMENTS", 0)
+    monkeypatch.setattr(scan_numba, "_forked", True)  # no OpenMP
+    monkeypatch.setattr(scan_numba, "_pool", Pool())
+    threads(3)
+    with pytest.raises(KeyboardInterrupt):
+        scan_numba.numba_forward(*(tensor.clone() for tensor in inputs), torch.float32, out)
+    gc.collect()
+    (function, args), *_ = tasks
+    function(*args)  # a thread that comes late: all it reads and writes is still there
+    assert torch.equal(out, expected)
+
+
+@needs_numba
+def test_at_the_interpreters_exit_there_are_no_helpers(threads, monkeypatch):
+    class Pool:
+        def submit(self, *task):
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    inputs = make_inputs(3, 100, 520, "h0 mask reset")
+    expected = scan_numba.numba_forward(*inputs, torch.float32)
+    monkeypatch.setattr(scan_numba, "_SERIAL_ELEMENTS", 0)
+    monkeypatch.setattr(scan_numba, "_forked", True)
+    monkeypatch.setattr(scan_numba, "_pool", Pool())
+    threads(3)
+    assert torch.equal(scan_numba.numba_forward(*inputs, torch.float32), expected)
+
+
+@needs_numba
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_gradient_of_the_state_has_memory_of_its_own(threads, count):
+    threads(count)
+    x, h0 = torch.randn(1, 8192, 64), torch.rand(1, 1, 32)
+    _, _, grad = run(x, h0, None, None, torch.ones(1, 8192, 32), torch.float32)
+    assert grad.untyped_storage().nbytes() == 4 * 32
 
 
 @needs_numba
