@@ -12,6 +12,7 @@ Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing 
 """
 
 import copy
+from collections.abc import Iterable
 from numbers import Integral
 
 import torch
@@ -49,7 +50,9 @@ def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
 
 def _layer_sizes(input_size: int, hidden_sizes: int | list[int], dropout: float = 0.0) -> list[int]:
     """[input_size, *hidden_sizes], as plain integers: TorchScript knows no others."""
-    hidden_sizes = [hidden_sizes] if isinstance(hidden_sizes, Integral) else list(hidden_sizes)
+    hidden_sizes = list(hidden_sizes) if isinstance(hidden_sizes, Iterable) else [hidden_sizes]
+    if not all(isinstance(size, Integral) for size in (input_size, *hidden_sizes)):
+        raise ValueError(f"Sizes must be integers, got input_size={input_size} and hidden sizes {hidden_sizes}.")
     if len(hidden_sizes) == 0:
         raise ValueError("hidden_sizes is empty: give the width of at least one layer.")
     if min([input_size, *hidden_sizes]) < 1:
@@ -89,8 +92,9 @@ class MinGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.layer_sizes = _layer_sizes(input_size, hidden_size)
+        self.layer_sizes = _layer_sizes(input_size, [hidden_size])
         self.num_layers = 1
+        input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -314,10 +318,11 @@ class MinConv2dGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.layer_sizes = _layer_sizes(input_size, hidden_size)
+        self.layer_sizes = _layer_sizes(input_size, [hidden_size])
         self.kernel_size, self.stride, self.padding = _pair(kernel_size), _pair(stride), _pair(padding)
         _check_convolution(self.kernel_size, self.stride, self.padding)
         self.num_layers = 1
+        input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Conv2d(
             input_size,
             2 * hidden_size,
@@ -520,13 +525,17 @@ class MinConv2dGRU(nn.Module):
 
 def _newly_drawn(rnn: nn.Module) -> nn.Module:
     """A copy of a layer or stack with weights of its own, all of them to be trained."""
-    fresh = copy.deepcopy(rnn)
-    for child in fresh.modules():
-        if is_parametrized(child):
+    if isinstance(rnn, torch.jit.ScriptModule):
+        raise ValueError("A scripted layer cannot be drawn anew: script the Bidirectional, after it is made.")
+    for child in rnn.modules():
+        # Hooks that make the weight (the older weight_norm and spectral_norm, prune) leave it as an attribute.
+        if is_parametrized(child) or isinstance(vars(child).get("weight"), Tensor):
             raise ValueError(
                 "The layers to be wrapped hold parametrizations (weight_norm or the like), whose weights cannot be "
                 "drawn anew: register them on the Bidirectional, after it is made."
             )
+    fresh = copy.deepcopy(rnn)
+    for child in fresh.modules():
         if hasattr(child, "reset_parameters"):
             child.reset_parameters()
     return fresh.requires_grad_()
@@ -547,7 +556,7 @@ class Bidirectional(nn.Module):
             is what torch-mingru's outputs are and what a head trained on them expects.
 
     Raises:
-        ValueError: if rnn is no layer or stack of this package, or its weights are parametrized.
+        ValueError: if rnn is no layer or stack of this package, its weights are parametrized, or it is scripted.
 
     Example:
         >>> rnn = Bidirectional(MinGRU(3, [32, 64]))
@@ -622,18 +631,15 @@ def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
     """
     if not 1 <= num_steps < float("inf"):
         raise ValueError(f"num_steps must be finite and at least 1, got {num_steps}.")
-    found = False
-    for child in module.modules():
-        projection = getattr(child, "gate_hidden", getattr(child, "to_gate_hidden", None))
-        if projection is None:
-            continue
-        if projection.bias is None:
-            raise ValueError("Memory is set by the gates' biases: build the layers with bias=True.")
-        with torch.no_grad():
-            draw_memory_(projection.bias, num_steps)
-        found = True
-    if not found:
+    found = [getattr(child, "gate_hidden", getattr(child, "to_gate_hidden", None)) for child in module.modules()]
+    projections = [projection for projection in found if projection is not None]
+    if not projections:
         raise ValueError(f"{type(module).__name__} holds no MinGRU layer.")
+    if any(projection.bias is None for projection in projections):
+        raise ValueError("Memory is set by the gates' biases: build the layers with bias=True.")
+    with torch.no_grad():
+        for projection in projections:
+            draw_memory_(projection.bias, num_steps)
     return module
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 import mingru_hf as mingru
 
@@ -198,6 +199,8 @@ def test_sizes_may_be_numpy_integers():
     rnn = mingru.MinGRU(np.int64(3), [np.int64(4), 5])
     assert [type(size) for size in rnn.layer_sizes] == [int] * 3
     assert mingru.MinGRU(3, np.int64(4)).layer_sizes == [3, 4]
+    linear, conv = mingru.MinGRUCell(3, np.int64(4)), mingru.MinConv2dGRUCell(np.int64(3), np.int64(4), 3)
+    assert type(linear.to_gate_hidden.out_features) is type(conv.to_gate_hidden.in_channels) is int  # for TorchScript
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -277,6 +280,16 @@ def weight_normed(rnn):
     return rnn
 
 
+def spectral_normed(rnn):
+    torch.nn.utils.spectral_norm(rnn.layers[0].gate_hidden)  # the older one, by a hook
+    return rnn
+
+
+def pruned(rnn):
+    prune.random_unstructured(rnn.layers[0].gate_hidden, "weight", 0.5)
+    return rnn
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -291,7 +304,11 @@ def weight_normed(rnn):
         (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 5, 3), [torch.rand(1, 1, 4)]), r"h\[0\] must have shape"),
         (lambda: mingru.MinGRUCell(3, 4)(torch.randn(2, 5, 3), [torch.rand(2, 1, 5)]), r"h\[0\] must have shape"),
         (lambda: mingru.Bidirectional(torch.nn.Linear(3, 4)), "wraps a recurrent layer"),
+        (lambda: mingru.MinGRU(3, 4.0), r"integers, got input_size=3 and hidden sizes \[4.0\]"),
+        (lambda: mingru.MinGRUCell(3, [4]), r"integers, got input_size=3 and hidden sizes \[\[4\]\]"),
         (lambda: mingru.Bidirectional(weight_normed(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
+        (lambda: mingru.Bidirectional(spectral_normed(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
+        (lambda: mingru.Bidirectional(pruned(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
         (
             lambda: mingru.Bidirectional(mingru.MinGRU(3, 4))(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)]),
             "must hold 2 states",
@@ -329,6 +346,14 @@ def test_spread_memory(make):
     assert (memory < 8).float().mean().item() == pytest.approx(0.5, abs=0.1)  # log-uniform
     with pytest.raises(ValueError, match="bias=True"):
         mingru.spread_memory_(make(bias=False), 64)
+
+
+def test_spread_memory_changes_all_layers_or_none():
+    module = torch.nn.Sequential(mingru.MinGRU(3, 4), mingru.MinGRU(4, 4, bias=False))
+    before = module[0].layers[0].gate_hidden.bias.clone()
+    with pytest.raises(ValueError, match="bias=True"):
+        mingru.spread_memory_(module, 64)
+    assert torch.equal(module[0].layers[0].gate_hidden.bias, before)
 
 
 def test_spread_memory_needs_a_layer_and_a_step():
