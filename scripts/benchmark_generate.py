@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import torch
 from benchmark_lm import LogScanLM
-from benchmarking import HelpFormatter, device_name, interleave, machine, process_megabytes
+from benchmarking import HelpFormatter, at_least_one, device_name, interleave, machine, process_megabytes
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
@@ -53,13 +53,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts = ["features", "speed", "memory"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=["features"], help="what to measure, see above")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and tokens")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="features: only these models; default: all")
     parser.add_argument("--verbose", action="store_true", help="features: print the error behind each 'refused'")
     parser.add_argument(
         "--device", type=device_name, default="cpu", help="speed: where to measure: cpu, cuda, cuda:1, ..."
     )
-    parser.add_argument("--rounds", type=int, default=5, help="speed: times each is timed; the median is shown")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=5, help="speed: times each is timed; the median is shown"
+    )
     parser.add_argument("--decode_steps", type=int, default=100, help="speed: tokens decoded per round")
     parser.add_argument("--prompt_length", type=int, default=8192, help="speed: tokens of the prefill")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="memory: tokens to read, and to write")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmarking import HelpFormatter, device_name, interleave, is_cuda, machine, write_json
+from benchmarking import HelpFormatter, at_least_one, device_name, interleave, is_cuda, machine, write_json
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--decode_steps", type=int, default=64, help="tokens decoded per round")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="times each step is timed; the median is shown")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="times each step is timed; the median is shown")
     parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(argv)
     keep_freed_memory()

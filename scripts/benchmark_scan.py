@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from benchmarking import (
     HelpFormatter,
+    at_least_one,
     device_name,
     interleave,
     is_cuda,
@@ -131,24 +132,40 @@ PEERS = {
 OTHER_RECURRENCE = ("torch.nn.GRU",)
 
 
+def shape_of(text: str) -> tuple[int, int, int]:
+    """Check a value of --shapes: for argparse's `type`."""
+    numbers = tuple(int(number) for number in text.split(","))
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"must be three numbers of at least 1, B,T,D, got {text!r}")
+    return numbers
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     dtypes = ["float32", "bfloat16"]
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=dtypes, help="dtypes of the inputs")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1], help="numbers of threads to measure with")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all but reference that can run here")
+    parser.add_argument(
+        "--threads", nargs="+", type=at_least_one, default=[1], help="numbers of threads to measure with"
+    )
+    backends = [name for name in BACKENDS if name != "auto"]
+    parser.add_argument(
+        "--backends", nargs="+", choices=backends, metavar="NAME", help="default: all but reference that can run here"
+    )
     parser.add_argument(
         "--peers",
         nargs="*",
         default=list(PEERS),
+        choices=list(PEERS),
         metavar="NAME",
         help="what others offer; default: all that can run here",
     )
-    parser.add_argument("--shapes", nargs="*", metavar="B,T,D", help="default: the four of LOG.md")
+    parser.add_argument("--shapes", nargs="*", type=shape_of, metavar="B,T,D", help="default: the four of LOG.md")
     parser.add_argument("--gate_scale", type=float, default=1.0, help="standard deviation of the gates")
     parser.add_argument("--gate_bias", type=float, default=0.0, help="their mean: far below 0 states hardly change")
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds, of which the median is shown")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=11, help="interleaved rounds, of which the median is shown"
+    )
     parser.add_argument("--max_seconds", type=float, default=20.0, help="fewer rounds where a shape takes longer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw time against T to this file (log-log)")
@@ -377,7 +394,7 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     options = parse_arguments(argv)
     torch.manual_seed(0)
-    shapes = SHAPES if options.shapes is None else [tuple(map(int, text.split(","))) for text in options.shapes]
+    shapes = SHAPES if options.shapes is None else options.shapes
     scans = {dtype: usable(options, dtype) for dtype in (getattr(torch, name) for name in options.dtype)}
     before = torch.get_num_threads()
     results, curve = [], []

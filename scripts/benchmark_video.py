@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarking import HelpFormatter, interleave, machine, peak_megabytes, write_json
+from benchmarking import HelpFormatter, at_least_one, interleave, machine, peak_megabytes, write_json
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,8 +106,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num_frames", type=int, default=10, help="frames in a clip")
     parser.add_argument("--image_size", type=int, default=224, help="pixels along a side of a frame")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of the CPU")
-    parser.add_argument("--rounds", type=int, default=5, help="times each step is timed; the median is shown")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="times each step is timed; the median is shown")
     parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
     return parser
 

@@ -39,6 +39,14 @@ def device_name(name: str) -> str:
     return name
 
 
+def at_least_one(text: str) -> int:
+    """Check the value of --rounds or --threads: for argparse's `type`."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def is_cuda(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
 
