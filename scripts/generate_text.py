@@ -8,14 +8,13 @@ Without a prompt it writes a new text. The speed goes to the standard error stre
 
 import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.training.arguments import ArgumentParser
-from mingru_hf.training.models import load_pretrained, pad_token_id, prompt_ids
+from mingru_hf.training.models import load_pretrained, pad_token_id, prompt_ids, unknown_parts
 
 
 def parse_args(argv: list[str] | None):
@@ -26,7 +25,7 @@ def parse_args(argv: list[str] | None):
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", metavar="TEXT", default="", help="text to continue; default: none")
-    prompts.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue")
+    prompts.add_argument("--prompt_file", metavar="FILE", help="file with the text to continue, or /dev/stdin")
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=400, help="tokens to write")
     parser.add_argument(
         "--temperature",
@@ -59,10 +58,12 @@ def parse_args(argv: list[str] | None):
         if args.temperature == 0 and args.num_return_sequences > 1:
             raise ValueError("temperature 0 always gives the same text: ask for one sequence, or a temperature")
         if args.prompt_file is not None:
-            if not Path(args.prompt_file).is_file():
-                raise FileNotFoundError(f"no such prompt file: {args.prompt_file}")
             try:
-                args.prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+                # As training reads its text: newlines as they are, without a byte order mark.
+                with open(args.prompt_file, encoding="utf-8-sig", newline="") as stream:
+                    args.prompt = stream.read()
+            except FileNotFoundError:
+                raise FileNotFoundError(f"no such prompt file: {args.prompt_file}") from None
             except UnicodeDecodeError as error:
                 raise ValueError(f"prompt_file {args.prompt_file} is not UTF-8 text: {error}") from None
     return parser, args
@@ -76,6 +77,10 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).eval()
         prompt = prompt_ids(tokenizer, args.prompt)
+    unknown = unknown_parts(tokenizer, args.prompt)
+    if unknown:
+        named = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
+        print(f"warning: the tokenizer does not know {named}: the model reads {tokenizer.unk_token}", file=sys.stderr)
     if not args.use_cpu and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     prompt = prompt.to(model.device)

@@ -27,6 +27,7 @@ from mingru_hf.data.text import (
     group_texts,
     load_text_datasets,
     load_text_stream,
+    unknown_share,
 )
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
 from mingru_hf.training.loop import start, summary, train
@@ -201,12 +202,21 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.main_process_first():  # the others read what the first one has cached
             if data_args.streaming:
                 training, validation, tokenizer, characters = load_stream(model_args, data_args, args.seed)
+                counted = {"validation": validation}
             else:
                 training, validation, tokenizer, characters = load_data(model_args, data_args)
+                counted = {"training": training, "validation": validation}
                 if data_args.shift_blocks:
                     training = ShiftedBlocks(training, args.seed)
         model = load_model(model_args, tokenizer)
 
+    for name, blocks in counted.items():
+        share = unknown_share(blocks, tokenizer)
+        if share > 0.001:
+            accelerator.print(
+                f"warning: {100 * share:.1f} % of the tokens of the {name} text are {tokenizer.unk_token}, which the "
+                "loss counts like any other: the tokenizer does not know what stands there"
+            )
     dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary, "

@@ -12,6 +12,7 @@ loss.png and a model card; test them on whole videos with scripts/evaluate_video
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
@@ -134,6 +135,12 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
     return model, processor
 
 
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the share of clips, (B, classes) logits, that get their label; those with the label -100 are left out."""
+    seen = labels != -100
+    return (logits.argmax(-1) == labels)[seen].float().mean()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, model_args, data_args, clip_args, args = parse_args(argv)
     with parser.user_errors():
@@ -167,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             args,
             accelerator,
             processing_class=processor,
-            metrics={"accuracy": lambda logits, labels: (logits.argmax(-1) == labels).float().mean()},
+            metrics={"accuracy": accuracy},
             settings=settings,
             unit="clip",
             dataset_name=Path(data_args.dataset_name).name,

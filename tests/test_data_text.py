@@ -27,6 +27,7 @@ from mingru_hf.data.text import (
     load_text_datasets,
     load_text_stream,
     play_to_text,
+    unknown_share,
 )
 
 LINES = [f"Line {i} of the text, said he; isn't it so?\n" for i in range(200)]
@@ -189,6 +190,140 @@ def test_a_directory_of_text_files_has_a_document_a_file(tmp_path):
     (directory / "train" / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"b.txt' is not UTF-8 text"):
         load_text_datasets(str(directory), cache_dir=cache)
+
+
+def write_files(directory, contents):
+    """Write files of text, by their paths in the directory."""
+    for name, content in contents.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(content)
+
+
+def rows_of(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("names", "validation"),
+    [
+        (["night_train.txt", "a.txt", "b.txt"], None),
+        (
+            ["my test.txt", "val_a.txt", "dev/a.b/validation.TXT", "x/train/b.TXT", "c[1].txt"],
+            ["dev/a.b/validation.TXT"],
+        ),
+        (["train/a.txt", "train/x/test.txt", "valid.txt", "test/val.txt"], ["valid.txt"]),
+        (["val.txt", "a/train.txt", "b.txt"], ["val.txt"]),
+    ],
+)
+def test_no_word_in_a_name_takes_files_out_of_a_directory(tmp_path, names, validation):
+    write_files(tmp_path / "set", {name: f"{name} holds this line.\n" for name in names})
+    write_files(
+        tmp_path / "set", {".cache/a.txt": "hidden\n", "__MACOSX/a.txt": "hidden\n", "README.md": "# Not data\n"}
+    )
+    train, held_out = texts_of(load_text_datasets(str(tmp_path / "set")))
+    text = "".join(train + held_out)
+    assert sorted(line.split(" holds")[0] for line in text.splitlines()) == sorted(
+        name for name in names if not name.startswith("test/")
+    )
+    if validation is not None:
+        assert held_out == [f"{name} holds this line.\n" for name in validation]
+
+
+def test_what_a_directory_leaves_out_is_said(tmp_path, caplog):
+    write_files(tmp_path / "a", {"train/a.txt": TEXT, "notes/b.txt": TEXT, "c.txt": TEXT})
+    assert load_text_datasets(str(tmp_path / "a"))["train"].num_rows == 1
+    assert "2 files are left out, such as c.txt, because they lie outside of its splits train" in caplog.text
+    write_files(tmp_path / "b", {"a.txt": TEXT, "b.txt": TEXT, "c.csv": "n\n1\n"})
+    assert sum(split.num_rows for split in load_text_datasets(str(tmp_path / "b")).values()) == 3  # one is cut
+    assert "only its 2 files of the kind text are read; 1 others are left out, such as c.csv" in caplog.text
+    write_files(tmp_path / "c", {"Testing/a.txt": TEXT, "my-dev.txt": TEXT, "tested.txt": TEXT})
+    caplog.clear()
+    load_text_datasets(str(tmp_path / "c"))
+    assert "training data: Testing, my-dev.txt, since a split is a folder or file named exactly train" in caplog.text
+    write_files(tmp_path / "d", {"a.md": TEXT})
+    with pytest.raises(
+        ValueError, match=r"d holds no text: expected files of one of the kinds \.txt, \.json, .*\.arrow"
+    ):
+        load_text_datasets(str(tmp_path / "d"))
+    write_files(tmp_path / "e", {"test.txt": TEXT})
+    with pytest.raises(ValueError, match="e has the splits test, expected one named train"):
+        load_text_datasets(str(tmp_path / "e"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "csv", "jsonl.gz"])
+def test_a_directory_of_tables_is_divided_by_exact_names(tmp_path, suffix):
+    def table(name, *texts):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data = Dataset.from_dict({"text": list(texts)})
+        if "json" in suffix:
+            data.to_json(tmp_path / name, compression="gzip" if "gz" in suffix else None)
+        else:
+            getattr(data, f"to_{suffix}")(tmp_path / name)
+
+    for directory, names in {
+        "plain": ("latest_test.{}", "a[0].{}" if suffix != "jsonl.gz" else "a.{}", "dev.{}", "test.{}"),
+        "shards": (
+            "data/train-00000-of-00002.{}",
+            "data/train-00001-of-00002.{}",
+            "data/validation-00000-of-00001.{}",
+        ),
+        "top": ("train-00000-of-00002.{}", "train-00001-of-00002.{}", "val-00000-of-00001.{}", "test.{}"),
+    }.items():
+        paths = [f"{directory}/{name.format(suffix)}" for name in names]
+        (tmp_path / paths[0]).parent.mkdir(parents=True, exist_ok=True)
+        for number, path in enumerate(paths):
+            table(path, "abcd"[number], 2 * "abcd"[number])
+        train, validation = texts_of(load_text_datasets(str(tmp_path / directory)))
+        assert sorted(train) == ["a", "aa", "b", "bb"]
+        assert validation == ["c", "cc"]
+
+
+def test_a_clone_of_the_hub_is_divided_as_its_readme_says(tmp_path):
+    write_files(tmp_path / "set", {"one.csv": "text\nNA\nnull\n", "two.csv": "text\nb\n", "test.csv": "text\nc\n"})
+    files = "".join(f"  - split: {s}\n    path: {p}.csv\n" for s, p in (("train", "one"), ("validation", "two")))
+    readme = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n# A dataset\n"
+    write_files(tmp_path / "set", {"README.md": readme})
+    assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["NA", "null"], ["b"])
+
+
+def test_what_datasets_saved_is_a_directory_of_data(tmp_path):
+    texts = Dataset.from_dict({"text": LINES})
+    texts.save_to_disk(tmp_path / "one", num_shards=2)
+    assert texts_of(load_text_datasets(str(tmp_path / "one"))) == (LINES[:180], LINES[180:])
+    datasets.DatasetDict({"train": texts, "test": texts.select([0]), "dev": texts.select([1])}).save_to_disk(
+        tmp_path / "two"
+    )
+    assert texts_of(load_text_datasets(str(tmp_path / "two"))) == (LINES, LINES[1:2])
+    assert not any("cache" in path.name for path in tmp_path.rglob("*"))  # it is left as it was
+
+
+def test_words_for_nothing_are_text_in_csv(tmp_path, caplog):
+    words = ["NA", "None", "null", "nan", "hello", ""] * 20
+    table = tmp_path / "words.csv"
+    table.write_text("number,said\n" + "".join(f"{i},{word}\n" for i, word in enumerate(words)))
+    train, validation = texts_of(load_text_datasets(train_file=table, text_column_name="said"))
+    assert train + validation == [word for word in words if word]
+    assert "words.csv: 20 of 120 rows hold no text (null) and are left out" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_cause(tmp_path):
+    write_files(tmp_path, {"bad.jsonl": '{"text": "a"}\n{"text":\n', "lone.jsonl": '{"text": "\\ud83d"}\n'})
+    write_files(tmp_path, {"bad.csv": 'text,n\n"a,1\n', "bad.parquet": "not a table"})
+    for name, cause in (
+        ("bad.jsonl", "JSON parse error"),
+        ("lone.jsonl", "surrogate pair"),
+        ("bad.csv", "EOF inside string"),
+        ("bad.parquet", "Parquet magic bytes"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read: .*{cause}.*\. Repair it, or leave it out"):
+            load_text_datasets(train_file=tmp_path / name)
+    write_files(tmp_path / "set", {f"{i}.jsonl": rows_of("a", "b") for i in range(4)})
+    write_files(tmp_path / "set", {"2.jsonl": "{"})
+    with pytest.raises(ValueError, match=r"set/2.jsonl cannot be read: JSON parse error"):
+        load_text_datasets(str(tmp_path / "set"))
+    write_files(tmp_path / "set", {"2.jsonl": '{"other": 1}\n'})
+    with pytest.raises(ValueError, match=r"one of .*0.jsonl and 3 other files cannot be read: Couldn't cast"):
+        load_text_datasets(str(tmp_path / "set"))
 
 
 def test_few_rows_are_split_by_characters(trelis):
@@ -364,6 +499,19 @@ def test_characters_per_token(block_size):
     assert characters_per_token(texts, evaluation_blocks(texts, tokenizer, block_size)) == expected > 1.5
 
 
+def test_the_share_of_unknown_tokens():
+    tokenizer = build_tokenizer("char", ["ab"])
+    texts = one_text("abXbaY" * 5)
+    assert unknown_share(group_texts(texts, tokenizer, 6), tokenizer) == pytest.approx(1 / 3)
+    blocks = evaluation_blocks(texts, tokenizer, 8)
+    labels = [label for row in blocks["labels"] for label in row if label != -100]
+    assert unknown_share(blocks, tokenizer) == labels.count(1) / len(labels)
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's
+    assert unknown_share(blocks, tokenizer) == 0
+    tokenizer = build_tokenizer("bpe", [TEXT], vocab_size=300)
+    assert unknown_share(group_texts(texts, tokenizer, 6), tokenizer) == 0
+
+
 def test_blocks_go_through_collator_and_loader():
     import torch
     from transformers import default_data_collator
@@ -508,6 +656,47 @@ def test_a_directory_of_text_files_is_a_stream_of_them(tmp_path):
     stream, validation = load_text_stream(str(tmp_path / "texts"), cache_dir=tmp_path / "cache")
     assert [row["text"] for row in stream] == ["a\n\nb\n", "c\n"]
     assert validation["text"][:] == ["d\ne"]
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+@pytest.mark.parametrize("name", ["text", "story"])
+def test_a_stream_may_begin_with_rows_of_null(tmp_path, suffix, name):
+    """A csv file has no types but those of the values that have been read."""
+    texts = [None, None, *(f"document {i}" for i in range(200)), None]
+    rows = Dataset.from_dict({"n": list(range(len(texts))), name: texts})
+    file = tmp_path / f"null.{suffix}"
+    {"jsonl": rows.to_json, "csv": rows.to_csv}[suffix](file)
+    for given in (None, name):
+        stream, validation = load_text_stream(train_file=file, text_column_name=given, validation_documents=3)
+        assert [*validation["text"], *(row["text"] for row in stream)] == texts[2:-1]
+    with pytest.raises(ValueError, match=rf"columns of strings \['{name}'\] in its first rows"):
+        load_text_stream(train_file=file, text_column_name="n")
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_column_of_null_so_far_is_not_taken_for_no_text(tmp_path):
+    file = tmp_path / "late.csv"
+    file.write_text("title,text\n" + "t,\n" * 150 + "t,late\nt,later\n")
+    stream, validation = load_text_stream(train_file=file, validation_documents=1)
+    assert validation["text"][:] == ["late"]
+    assert [row["text"] for row in stream] == ["later"]
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_directory_is_the_same_as_a_stream(tmp_path):
+    write_files(tmp_path / "set", {"my_test.jsonl": rows_of("a"), "b.jsonl": rows_of("b"), "dev.jsonl": rows_of("c")})
+    stream, validation = load_text_stream(str(tmp_path / "set"))
+    assert [row["text"] for row in stream] == ["b", "a"]
+    assert validation["text"][:] == ["c"]
+    write_files(tmp_path / "set", {"b.jsonl": "{"})
+    with pytest.raises(ValueError, match="set cannot be read: JSON parse error"):
+        load_text_stream(str(tmp_path / "set"))
+    with pytest.raises(ValueError, match=r"b\.jsonl cannot be read: JSON parse error"):
+        load_text_stream(train_file=tmp_path / "set" / "b.jsonl")
 
 
 @LEFT_OPEN

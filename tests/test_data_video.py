@@ -1,11 +1,13 @@
 """Videos as clips: where they come from, how they are split, which frames a clip holds, what is left out."""
 
+import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Video
+from datasets import ClassLabel, Dataset, DatasetDict, Video
 
 pytest.importorskip("av", reason="videos are read and written by PyAV")
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
@@ -118,13 +120,15 @@ def test_shuffled_frames_are_the_same_frames(videos):
     assert list(range(12)) not in orders
 
 
-def test_unreadable_and_short_videos_are_named_counted_and_replaced(videos, processor, tmp_path, caplog):
+@pytest.mark.parametrize("training", [True, False])
+def test_unreadable_and_short_videos_are_named_counted_and_replaced(videos, processor, tmp_path, caplog, training):
+    """Except in training nothing is asked of what takes their place."""
     (tmp_path / "1.mp4").write_bytes(b"nothing")
     write(tmp_path / "2.mp4", num_frames=2)
-    clips = VideoClips(videos, processor, clips_per_video=2)
+    clips = VideoClips(videos, processor, clips_per_video=2, training=training)
     with caplog.at_level(logging.WARNING):
         labels = [clips[i]["labels"] for i in range(8)]
-    assert labels == [0, 0, 3, 3, 3, 3, 3, 3]
+    assert labels == ([0, 0, 3, 3, 3, 3, 3, 3] if training else [0, 0, -100, -100, -100, -100, 3, 3])
     assert clips.unreadable == [str(tmp_path / "1.mp4"), str(tmp_path / "2.mp4")]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -140,7 +144,7 @@ def test_what_workers_find_unreadable_is_counted(videos, processor, tmp_path):
         for b in torch.utils.data.DataLoader(clips, batch_size=2, num_workers=2)
         for label in b["labels"].tolist()
     ]
-    assert labels == [0, 1, 2, 0]
+    assert labels == [0, 1, 2, -100]
     assert clips.unreadable == [str(tmp_path / "3.mp4")]
 
 
@@ -251,6 +255,96 @@ def test_a_folder_of_splits_is_taken_as_it_is(tmp_path):
                 write(tmp_path / "set" / split / name / f"{i}.mp4", 3)
     splits = load_video_datasets(str(tmp_path / "set"), cache_dir=str(tmp_path / "c"))
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "validation": 4, "test": 2}
+
+
+def load_folder(directory, **kwargs):
+    """The relative paths and classes of each split of a folder."""
+    splits = load_video_datasets(str(directory), cache_dir=str(directory.parent / "cache"), **kwargs)
+    return {
+        name: sorted(
+            (str(Path(row["video"]["path"]).relative_to(directory)), split.features["label"].int2str(row["label"]))
+            for row in split
+        )
+        for name, split in splits.items()
+    }
+
+
+def test_no_word_in_a_name_takes_videos_out_of_a_folder(tmp_path, caplog):
+    """Not even a class of that name; whichever container PyAV reads; and folders elsewhere that are linked here."""
+    names = ["a/train_1.mp4", "a/val[1].MP4", "bus/clip_test_0.webm", "bus/x.m4v", "train/0.mp4", "train/1.mp4"]
+    for name in [*names, "c/.hidden.mp4", "c/notes.txt", "__MACOSX/a/x.mp4"]:
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.mp4").touch()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    found = load_folder(tmp_path / "set")
+    assert list(found) == ["train", "validation"]
+    assert sorted(found["train"] + found["validation"]) == sorted(
+        (name, name.split("/")[0]) for name in [*names, "linked/2.mp4"]
+    )
+    assert not caplog.records
+
+
+def test_what_a_folder_of_splits_leaves_out_is_said(tmp_path, caplog):
+    for name in ("train/a/0.mp4", "train/b/test_1.mp4", "dev/a/0.mp4", "dev/c/0.mp4", "more/a/1.mp4", "2.mp4"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    found = load_folder(tmp_path / "set")
+    assert found == {
+        "train": [("train/a/0.mp4", "a"), ("train/b/test_1.mp4", "b")],
+        "validation": [("dev/a/0.mp4", "a"), ("dev/c/0.mp4", "c")],
+    }
+    assert "2 files are left out, such as 2.mp4, because they lie outside of its splits train, dev" in caplog.text
+    caplog.clear()
+    (tmp_path / "set" / "2.mp4").unlink()
+    for old, new in (("train", "Train"), ("dev", "Test")):
+        (tmp_path / "set" / old).rename(tmp_path / "set" / new)
+    assert sum(map(len, load_folder(tmp_path / "set").values())) == 5
+    assert "training data: Test, since a split is a folder or file named exactly train" in caplog.text
+
+
+def test_a_video_in_no_folder_of_a_class_is_named(tmp_path):
+    for stray in ("0.mp4", "a/more/0.mp4"):
+        for name in ("a/1.mp4", "b/1.mp4", stray):
+            (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / name).touch()
+        with pytest.raises(ValueError, match=r"set: the class of .* is unclear, expected every video as CLASS/\*.mp4"):
+            load_folder(tmp_path / "set")
+        (tmp_path / "set" / stray).unlink()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_directory_of_tables_with_a_column_of_videos(tmp_path, kind):
+    for i in range(10):
+        write(tmp_path / f"{i}.mp4", 3)
+    videos = [{"bytes": (tmp_path / f"{i}.mp4").read_bytes(), "path": None} for i in range(10)]
+    table = Dataset.from_dict({"clip": videos, "action": ["run", "jump"] * 5}).cast_column("clip", Video(decode=False))
+    (tmp_path / "set").mkdir()
+    if kind == "parquet":
+        table.to_parquet(tmp_path / "set" / "train.parquet")
+        table.select(range(4)).to_parquet(tmp_path / "set" / "test.parquet")
+    else:
+        DatasetDict({"train": table, "test": table.select(range(4))}).save_to_disk(tmp_path / "set")
+    options = {"label_column_name": "action", "cache_dir": str(tmp_path / "cache")}
+    splits = load_video_datasets(str(tmp_path / "set"), validation_split_percentage=20, **options)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 8, "test": 4, "validation": 2}
+    assert splits["test"].features["label"].names == ["jump", "run"]
+    assert splits["test"][:]["video"][1]["bytes"] == videos[1]["bytes"]
+    assert splits["test"]["label"][:] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("in_splits", [False, True])
+def test_metadata_says_what_a_folder_of_videos_shows(tmp_path, in_splits):
+    for split in ("train", "test") if in_splits else ("",):
+        for i in range(4):
+            write(tmp_path / "set" / split / "clips" / f"val_{i}.mp4", 3)
+        lines = [json.dumps({"file_name": f"clips/val_{i}.mp4", "label": "ab"[i % 2]}) for i in range(4)]
+        (tmp_path / "set" / split / "metadata.jsonl").write_text("\n".join(lines))
+    splits = load_video_datasets(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    sizes = {"train": 3, "validation": 1} | ({"test": 4} if in_splits else {})
+    assert {name: len(split) for name, split in splits.items()} == sizes
+    assert splits["train"].features["label"].names == ["a", "b"]
 
 
 def test_other_columns_and_labels_as_words(tmp_path, monkeypatch):

