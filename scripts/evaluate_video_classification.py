@@ -5,6 +5,9 @@
 
 The defaults are UCF101's protocol: 25 clips per video, five crops of each and their mirror images, majority
 vote. Writes metrics.json and confusion_matrix.png, and prints a table of the classes.
+
+The seed, the validation_split_percentage and the fold are those of the model's training by default, read from
+metrics.json in its directory: with others, videos it was trained on would be among those held out.
 """
 
 import dataclasses
@@ -21,7 +24,7 @@ from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
 from mingru_hf.training.models import load_pretrained
 from mingru_hf.training.plots import plot_confusion
-from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos
+from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos, split_as_in_training
 
 FILES = METRICS, PICTURE = "metrics.json", "confusion_matrix.png"
 
@@ -43,7 +46,9 @@ class EvaluateArguments:
     dataloader_num_workers: int = option(2, "processes that decode; 0: the main process")
     mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
-    seed: int = option(0, "seed of the validation split, as in training, and of shuffled frames")
+    seed: int | None = option(
+        None, "seed of the validation split, as in training, and of shuffled frames; default: that of training, else 0"
+    )
 
     def __post_init__(self):
         for name in ("clips_per_video", "per_device_eval_batch_size"):
@@ -55,7 +60,7 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArgument
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     add_arguments(parser, EvaluateArguments)
-    add_arguments(parser, VideoDataArguments)
+    add_arguments(parser, VideoDataArguments, validation_split_percentage=None, fold=None)
     namespace = parser.parse_args(argv)
     with parser.user_errors():
         return parser, *(from_namespace(cls, namespace) for cls in (EvaluateArguments, VideoDataArguments))
@@ -72,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
         processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
+        data_args, args.seed = split_as_in_training(data_args, args.seed, args.split, args.model_name_or_path)
         videos = data_args.load(args.seed)
         if args.split not in videos:
             raise ValueError(

@@ -15,10 +15,14 @@ import transformers
 from transformers.cli.transformers import main
 
 import mingru_hf
+from mingru_hf.training.arguments import ArgumentParser
 
 # The server looks up a model's class in transformers' own namespace.
 transformers.MinGRUForCausalLM = mingru_hf.MinGRUForCausalLM
 
 if __name__ == "__main__":
     sys.argv.insert(1, "serve")
-    main()
+    try:
+        main()
+    except ImportError as error:  # it names the extra that is missing
+        ArgumentParser().error(str(error))

@@ -221,6 +221,15 @@ print(json.dumps({split: "".join(datasets[split]["text"]).count("fox") for split
     assert sum(reader(code).values()) == 3
 
 
+def test_of_a_checkpoint_the_model_alone_is_uploaded(directory):
+    whole = files_to_upload(directory)
+    (directory / "best").mkdir()
+    (directory / "best" / "model.safetensors").write_bytes(b"of another step")
+    (directory / "training_state.pt").write_bytes(b"optimizer")
+    (directory / "trainer_state.json").write_text("{}")
+    assert files_to_upload(directory) == whole
+
+
 def test_without_a_login_nothing_happens(hub, client, directory, monkeypatch, capsys):
     push("--model_dir", directory, "--dry_run")
     listed = capsys.readouterr().out

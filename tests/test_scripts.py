@@ -3,7 +3,9 @@
 import argparse
 import importlib.util
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,8 @@ from transformers import (
     AutoModelForVideoClassification,
     AutoTokenizer,
     AutoVideoProcessor,
+    GPT2Config,
+    GPT2LMHeadModel,
     ResNetConfig,
     ResNetModel,
 )
@@ -190,6 +194,44 @@ def test_documents_as_a_stream(tmp_path, capsys):
     assert "a stream" in (directory / "README.md").read_text()
 
 
+def test_a_checkpoint_keeps_its_own_tokenizer(trained, text_file, tmp_path, capsys):
+    train = ("train_causal_lm", "--model_name_or_path", trained, "--output_dir", tmp_path / "run", "--use_cpu")
+    for kind in ("char", "bpe"):
+        error = error_of(capsys, *train, "--train_file", text_file, "--tokenizer_name", kind)
+        assert f"tokenizer_name {kind} would number the tokens anew" in error
+        assert "leave it out" in error
+    MinGRUForCausalLM.from_pretrained(trained).save_pretrained(tmp_path / "bare")
+    bare = f"{tmp_path / 'bare'} holds a model but no tokenizer"
+    assert bare in error_of(capsys, *train[:2], tmp_path / "bare", *train[3:], "--train_file", text_file)
+    assert bare in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path / "bare")
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "bare"
+    )  # its tokenizer is made of nothing
+    assert bare in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path / "bare")
+
+
+def test_unknown_tokens_are_counted_in_a_warning(trained, text_file, tmp_path, capsys):
+    file = tmp_path / "other.txt"
+    file.write_text(TEXT.replace("the", "тхе"))
+    train = ("train_causal_lm", "--max_train_steps", 1, "--block_size", 32, "--use_cpu", *FAST)
+    call(*train, "--model_name_or_path", trained, "--train_file", file, "--output_dir", tmp_path / "run")
+    share = 100 * file.read_text().count("тхе") * 3 / len(TEXT)
+    said = re.findall(r"warning: (.*) % of the tokens of the (.*) text are <unk>", capsys.readouterr().out)
+    assert [name for _, name in said] == ["training", "validation"]
+    assert [float(number) for number, _ in said] == pytest.approx([share, share], abs=0.5)
+    call(*train, "--model_name_or_path", trained, "--train_file", text_file, "--output_dir", tmp_path / "same")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_documents_that_cannot_be_read_end_with_one_line(tmp_path, capsys):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"text": "a"}\n{"text":\n')
+    train = ("train_causal_lm", "--train_file", file, "--output_dir", tmp_path / "run", "--use_cpu")
+    streamed = ("--streaming", "--tokenizer_name", "bpe", "--max_train_steps", 1)
+    for more in ((), streamed):
+        assert f"{file} cannot be read: JSON parse error" in error_of(capsys, *train, *more)
+
+
 def test_any_other_causal_model_trains_too(text_file, tmp_path):
     config = tmp_path / "gpt2.json"
     config.write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}')
@@ -265,6 +307,30 @@ def test_generation_repeats_itself_with_a_seed_and_without_a_temperature(trained
     greedy = text("--prompt", "the dog", "--temperature", 0)
     assert greedy == text("--prompt", "the dog", "--seed", 7, "--top_k", 1)
     assert greedy == text("--prompt", "the dog", "--seed", 8, "--top_p", 0.0001)
+
+
+def test_a_prompt_file_is_read_as_training_reads_its_text(trained, tmp_path, monkeypatch, capsys):
+    """With its newlines, without a byte order mark; from a pipe as well."""
+    prompts, module = [], load("generate_text")
+    monkeypatch.setattr(module, "prompt_ids", lambda tokenizer, prompt: prompts.append(prompt) or torch.tensor([[2]]))
+    generate = ["--model_name_or_path", str(trained), "--max_new_tokens", "1", "--use_cpu", "--prompt_file"]
+    content, file = b"\xef\xbb\xbfLINE\r\n the dog", tmp_path / "prompt.txt"
+    file.write_bytes(content)
+    module.main([*generate, str(file)])
+    end, pipe = os.pipe()
+    os.write(pipe, content)
+    os.close(pipe)
+    module.main([*generate, f"/dev/fd/{end}"])
+    os.close(end)
+    assert prompts == ["LINE\r\n the dog"] * 2
+
+
+def test_generation_names_what_the_tokenizer_does_not_know(trained, capsys):
+    generate = ("generate_text", "--model_name_or_path", trained, "--max_new_tokens", 2, "--use_cpu", "--prompt")
+    call(*generate, "the é😀<unk>é dog")
+    assert "warning: the tokenizer does not know 'é', '😀': the model reads <unk>" in capsys.readouterr().err
+    call(*generate, "the dog")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_generation_of_several_texts_from_nothing(trained, capsys):
@@ -402,6 +468,33 @@ def test_a_video_classifier_is_trained_and_saved_with_its_processor(video_model)
     assert "Perplexity" not in card
 
 
+def test_training_leaves_unreadable_validation_videos_out(shapes, tmp_path, capsys):
+    """So that it says of the model what the evaluation says."""
+    shutil.copytree(shapes, tmp_path / "shapes")
+    (tmp_path / "shapes" / "validation" / "up" / "000002.mp4").write_bytes(b"broken")
+    data = ("--dataset_name", tmp_path / "shapes", "--cache_dir", tmp_path / "cache")
+    options = (*TINY_VIDEO, "--max_train_steps", 2, "--per_device_eval_batch_size", 1)  # one batch has no target
+    call("train_video_classification", *data, "--output_dir", tmp_path / "run", *options)
+    assert "1 of 8 videos could not be read" in capsys.readouterr().out
+    test = ("evaluate_video_classification", "--model_name_or_path", tmp_path / "run", *data, "--split", "validation")
+    test += ("--clips_per_video", 1, "--views", "center", "--use_cpu", "--mixed_precision", "no")
+    call(*test, "--dataloader_num_workers", 0)
+    evaluated = json.loads((tmp_path / "run" / "evaluation-validation" / "metrics.json").read_text())
+    assert evaluated["unreadable"] == 1
+    final = json.loads((tmp_path / "run" / "metrics.json").read_text())["final"]
+    assert final["eval_accuracy"] == pytest.approx(evaluated["accuracy"])
+    model = AutoModelForVideoClassification.from_pretrained(tmp_path / "run").eval()
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "run")
+    losses = []
+    for path in (tmp_path / "shapes" / "validation").rglob("*.mp4"):
+        if path.parent.name != "up":
+            with torch.no_grad():
+                labels = torch.tensor([model.config.label2id[path.parent.name]])
+                losses.append(model(**processor(str(path), return_tensors="pt"), labels=labels).loss.item())
+    assert len(losses) == 7
+    assert final["eval_loss"] == pytest.approx(sum(losses) / 7, abs=1e-5)
+
+
 def test_a_pretrained_backbone_stays_as_it_is_when_frozen(shapes, tmp_path):
     config = json.loads((SCRIPTS / "configs" / "moving_shapes.json").read_text())["backbone_config"]
     config.pop("model_type")
@@ -491,6 +584,58 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
                 logits = model(**processor(str(path), return_tensors="pt")).logits
             right += names[logits.argmax().item()] == path.parent.name
     assert one["accuracy"] == one["accuracy_mean"] == one["accuracy_view"] == pytest.approx(right / 15)
+
+
+@pytest.fixture
+def own_videos(shapes, tmp_path):
+    """A directory of videos without a validation split, and that of a model which was trained on them with seed 3."""
+    directory = tmp_path / "mine"
+    for split in ("train", "test"):
+        for path in (shapes / split).rglob("*.mp4"):
+            (directory / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, directory / path.parent.name / f"{split[:2]}{path.name}")
+    call(
+        "train_video_classification",
+        *("--dataset_name", directory, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run"),
+        *("--seed", 3, "--validation_split_percentage", 30, "--max_train_steps", 1, "--checkpointing_steps", 1),
+        *TINY_VIDEO,
+    )
+    return directory, tmp_path / "run"
+
+
+def test_the_videos_that_training_held_out_are_evaluated(own_videos, tmp_path, monkeypatch, capsys, recwarn):
+    directory, model = own_videos
+    video = importlib.import_module("mingru_hf.training.video")
+    data = importlib.import_module("mingru_hf.data.video")
+    evaluated, evaluate = [], video.evaluate_videos
+
+    def spy(model, clips, *args, **kwargs):
+        evaluated.append({Path(row["path"]).name for row in clips.videos["video"]})
+        return evaluate(model, clips, *args, **kwargs)
+
+    monkeypatch.setattr(video, "evaluate_videos", spy)
+    cache = ("--cache_dir", tmp_path / "cache")
+    test = ("evaluate_video_classification", "--dataset_name", directory, "--split", "validation", *cache, "--use_cpu")
+    test += ("--views", "center", "--clips_per_video", 1, "--mixed_precision", "no", "--dataloader_num_workers", 0)
+    given = {"validation_split_percentage": 30, "cache_dir": str(tmp_path / "cache")}
+    splits = data.load_video_datasets(str(directory), seed=3, **given)
+    held_out = {Path(row["path"]).name for row in splits["validation"]["video"]}
+    for place in (model, model / "checkpoint-1"):
+        call(*test, "--model_name_or_path", place)
+        assert evaluated.pop() == held_out
+    arguments = json.loads((model / "evaluation-validation" / "metrics.json").read_text())["arguments"]
+    assert (arguments["seed"], arguments["validation_split_percentage"], arguments["fold"]) == (3, 30, 1)
+    test += ("--model_name_or_path", model, "--output_dir", tmp_path / "again")
+    call(*test, "--seed", 3)
+    for option, value in (("--seed", 1), ("--validation_split_percentage", 50)):
+        error = error_of(capsys, *test, option, value, "--overwrite_output_dir")
+        assert "was trained on" in error
+        assert f"Leave {option} out" in error
+
+    (model / "metrics.json").unlink()
+    assert not [warning for warning in recwarn if "metrics.json" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"no metrics.json .* --validation_split_percentage must be as in training"):
+        call(*test, "--seed", 3, "--overwrite_output_dir")
 
 
 def test_a_stream_ends_where_the_whole_clip_does(video_model, shapes, tmp_path, capsys):
@@ -595,6 +740,20 @@ def test_the_export_says_what_to_install_and_replaces_no_file(capsys, monkeypatc
     error = error_of(capsys, *export)
     assert "already holds decode.onnx" in error
     assert "--overwrite_output_dir" in error
+
+
+def test_the_server_says_what_to_install(capsys, monkeypatch):
+    serve = importlib.import_module("transformers.cli.serve")
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    command_line = importlib.import_module("transformers.cli.transformers")
+    monkeypatch.setattr(command_line, "check_cli_update", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["serve.py", "model"])
+    with pytest.raises(SystemExit) as error:
+        runpy.run_path(str(SCRIPTS / "serve.py"), run_name="__main__")
+    assert error.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("serve.py: error: ")
+    assert "pip install transformers[serving]" in line
 
 
 # ---- all of them, in processes of their own ----

@@ -21,9 +21,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ResNetConfig
 
-from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification, MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import build_tokenizer
 from mingru_hf.training import loop
 from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace
@@ -211,6 +211,67 @@ def test_a_budget_of_seconds_sets_the_schedule_by_the_time_that_has_passed(args)
     assert [rate(step, 0) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1])
 
 
+def test_by_time_a_warm_up_ends_with_a_tenth_of_the_run_at_the_latest(args):
+    default = {"max_train_seconds": 60, "num_warmup_steps": None, "learning_rate": 1.0}
+    rate = make_schedule(args(**default, lr_scheduler_type="constant_with_warmup"), None)
+    assert [rate(step, 1e-4) for step in (0, 49, 100)] == pytest.approx([1 / 101, 50 / 101, 1])  # fast steps
+    assert [rate(step, step / 40) for step in (0, 2, 4, 5)] == pytest.approx([1 / 101, 0.5, 1, 1])  # slow ones
+    rate = make_schedule(args(**default | {"num_warmup_steps": 9}, lr_scheduler_type="constant_with_warmup"), None)
+    assert rate(4, 0.5) == pytest.approx(0.5)  # as it was asked for
+
+
+def test_a_limit_of_seconds_leaves_the_warm_up_of_a_run_of_known_length(args):
+    both = args(max_train_seconds=1000, num_warmup_steps=None, learning_rate=1.0, lr_scheduler_type="linear")
+    rate = make_schedule(both, 40)
+    assert [rate(step, step / 40) for step in (0, 3, 4, 20)] == pytest.approx([0.2, 0.8 * 37 / 40, 0.9, 0.5])
+    assert rate(4, 0.5) == pytest.approx(0.5)  # the seconds are what ends it
+
+
+@pytest.mark.parametrize("limit", [{"max_train_steps": 40}, {"max_train_steps": None, "max_train_seconds": 60.0}])
+@pytest.mark.parametrize("num_warmup_steps", [None, 9])
+def test_a_constant_rate_has_no_warm_up(args, limit, num_warmup_steps):
+    arguments = args(**limit, num_warmup_steps=num_warmup_steps, learning_rate=1.0, lr_scheduler_type="constant")
+    rate = make_schedule(arguments, arguments.max_train_steps)
+    assert [rate(step, step / 40) for step in (0, 1, 39)] == [1, 1, 1]
+    assert arguments.warmup_steps(arguments.max_train_steps) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 2),
+        ({"max_train_seconds": 20.0}, 2),
+        ({"max_train_steps": None, "max_train_seconds": 20.0}, 2),
+        ({"max_train_steps": None, "max_train_seconds": 2000.0}, 100),
+        ({"max_train_seconds": 20.0, "num_warmup_steps": 7}, 7),
+        ({"max_train_seconds": 20.0, "lr_scheduler_type": "constant"}, 0),
+        ({"lr_scheduler_type": "constant"}, 0),
+    ],
+)
+def test_the_warm_up_that_was_made_is_reported(args, tmp_path, monkeypatch, changes, expected):
+    """By a clock that moves a second in every step."""
+    clock = [0.0]
+
+    def slow(batch):
+        clock[0] += 1
+        return 48
+
+    monkeypatch.setattr(loop, "_num_tokens", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
+    values = {"max_train_steps": 20, "num_warmup_steps": None, "lr_scheduler_type": "constant_with_warmup"}
+    if changes.get("max_train_seconds") == 2000:
+        changes = changes | {"early_stopping_patience": 1, "eval_steps": 120, "learning_rate": 1e-9}
+        losses = iter([1.0, 2.0])
+        monkeypatch.setattr(
+            loop, "evaluate", lambda *args, **kwargs: {"eval_loss": next(losses, 1.0), "eval_perplexity": 1.0}
+        )
+    _, result = run(args(**values | changes))
+    rates = [record["learning_rate"] for record in result["history"] if "learning_rate" in record]
+    assert result["num_warmup_steps"] == sum(rate < max(rates) for rate in rates) == expected
+    assert f"- `num_warmup_steps`: {expected}\n" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_more_arguments_of_the_schedule(args):
     rate = make_schedule(
         args(learning_rate=1.0, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr_rate": 0.1}'),
@@ -299,7 +360,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
 # ---- several processes ----
 
 
-def train_as_one_of(rank, num_processes, port, batch_size, directory):
+def counting():
+    """A tiny model, what it is trained on, and what it is validated on."""
+    return make_model(), make_blocks(16), make_blocks(13, seed=1)
+
+
+def clips():
+    """The same with a backbone that normalises by the statistics of its batches."""
+    torch.manual_seed(1)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    config = MinConvGRUConfig(backbone_config=ResNetConfig(**sizes, out_features=["stage1"]), num_labels=2)
+    examples = [{"pixel_values_videos": torch.randn(2, 3, 32, 32), "labels": torch.tensor(i % 2)} for i in range(29)]
+    return MinConvGRUForVideoClassification(config), examples[:16], examples[16:]
+
+
+def train_as_one_of(rank, num_processes, port, batch_size, directory, task):
     """Train a tiny model for a few steps as one of several processes, which torchrun's variables make of it."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
@@ -321,17 +396,17 @@ def train_as_one_of(rank, num_processes, port, batch_size, directory):
     )
     accelerator = start(arguments)
     assert accelerator.num_processes == num_processes
-    train(make_model(), make_blocks(16), make_blocks(13, seed=1), arguments, accelerator)
+    train(*task(), arguments, accelerator)
 
 
-def train_in_processes(num_processes, directory):
+def train_in_processes(num_processes, directory, task=counting):
     """Train as `num_processes` on 8 examples per step, and return the curve without its times."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (num_processes, port, 8 // num_processes, directory)
+    arguments = (num_processes, port, 8 // num_processes, directory, task)
     children = [context.Process(target=train_as_one_of, args=(rank, *arguments)) for rank in range(num_processes)]
     for child in children:
         child.start()
@@ -355,6 +430,14 @@ def test_two_processes_equal_one_with_twice_the_batch_and_go_on_as_they_would_ha
     shutil.rmtree(tmp_path / "2" / "checkpoint-6")
     assert train_in_processes(2, tmp_path / "2") == two
     torch.testing.assert_close(load_file(tmp_path / "2" / "model.safetensors"), theirs, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_the_loss_that_selects_the_best_weights_is_that_of_the_saved_ones(tmp_path):
+    """Each process has seen other examples, and BatchNorm's running statistics are of those."""
+    train_in_processes(2, tmp_path, clips)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["final"]["eval_loss"] == pytest.approx(metrics["best"]["eval_loss"], rel=1e-6)
 
 
 def test_a_launcher_that_started_one_process_for_two_is_found_out(args, monkeypatch):
@@ -647,6 +730,10 @@ def test_weights_of_16_bits_are_trained_in_float32(args, tmp_path):
         ({"report_to": "trackio"}, "add --with_tracking"),
         ({"lr_scheduler_kwargs": "min=1"}, "not JSON"),
         ({"lr_scheduler_kwargs": "[1]"}, "JSON object"),
+        (
+            {"lr_scheduler_type": "inverse_sqrt", "max_train_seconds": 9.0},
+            "inverse_sqrt falls with the number of steps",
+        ),
     ],
 )
 def test_impossible_arguments_are_refused(args, change, message):

@@ -348,6 +348,18 @@ def test_a_checkpoint_of_before_the_counter_was_renamed_resumes(run, whole, tmp_
     assert curve(tmp_path / "on") == curve(whole)
 
 
+def test_a_checkpoint_of_before_the_warm_up_was_counted_resumes(run, tmp_path):
+    """By time, where all warm-ups took 100 steps."""
+    state_file = run / "checkpoint-18" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    del state["progress"]["warmup_steps"]
+    state_file.write_text(json.dumps(state))
+    by_time = {"max_train_steps": 20, "max_train_seconds": 3600.0, "num_warmup_steps": None}
+    resumed = train_counting(tmp_path / "on", resume_from_checkpoint=str(run / "checkpoint-18"), **by_time)
+    assert resumed["step"] == 20
+    assert resumed["num_warmup_steps"] == 18  # the run of 20 steps has none left
+
+
 def test_the_best_weights_come_along(run, whole, tmp_path):
     """Going on with a rate that spoils the model: what is kept at the end was the best before."""
     before = (

@@ -1,5 +1,6 @@
 """The test of whole videos: what counts as a view, how views decide, and what training's stream asks of clips."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from mingru_hf.data.av import write_video
 from mingru_hf.data.video import VideoClips
 from mingru_hf.training.loop import BatchStream, summary
 from mingru_hf.training.plots import plot_confusion
-from mingru_hf.training.video import confusion_matrix, evaluate_videos
+from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos, split_as_in_training
 from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor
 
 
@@ -98,6 +99,29 @@ def test_unreadable_videos_are_left_out(clips, accelerator, tmp_path, caplog):
         (tmp_path / f"{i}.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 3 videos can be read"):
         evaluate_videos(Reader({}), data, accelerator, views="center")
+
+
+def test_a_model_is_tested_on_the_fold_and_the_split_of_its_training(tmp_path):
+    trained = {"dataset_name": "ucf101", "seed": 3, "validation_split_percentage": 20, "fold": 2}
+    (tmp_path / "metrics.json").write_text(json.dumps({"arguments": trained}))
+
+    def split(name, percentage=None, fold=None, dataset="ucf101", seed=None, directory=tmp_path):
+        asked = VideoDataArguments(dataset_name=dataset, validation_split_percentage=percentage, fold=fold)
+        data_args, seed = split_as_in_training(asked, seed, name, directory)
+        return data_args.validation_split_percentage, data_args.fold, seed
+
+    assert split("test") == split("validation") == split("validation", 20, 2, seed=3) == (20, 2, 3)
+    assert split("test", 50, seed=1) == (50, 2, 1)  # neither moves a video into the test
+    assert split("validation", 50, 1, "others", seed=1) == (50, 1, 1)  # the model has seen none of them
+    with pytest.raises(
+        ValueError, match=r"with seed 3, not 0: the validation videos would be others.*Leave --seed out"
+    ):
+        split("validation", seed=0)
+    with pytest.raises(ValueError, match=r"with fold 2, not 1: the test videos would be others.*Leave --fold out"):
+        split("test", fold=1)
+    with pytest.warns(UserWarning, match=r"no metrics.json .*: --seed, --validation_split_percentage must be"):
+        assert split("validation", dataset="mine", directory=tmp_path / "missing") == (10, 1, 0)
+    assert split("test", dataset="mine", directory=tmp_path / "missing") == (10, 1, 0)
 
 
 def test_the_confusion_matrix_has_the_truth_along_its_rows(tmp_path):

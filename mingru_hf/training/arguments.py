@@ -92,12 +92,16 @@ class TrainArguments:
     per_device_train_batch_size: int = option(64, "examples per batch of one process", group="optimization")
     gradient_accumulation_steps: int = option(1, "batches whose gradients are accumulated for one optimizer step")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW")
-    lr_scheduler_type: str = option("cosine", "learning-rate schedule", SCHEDULES)
+    lr_scheduler_type: str = option(
+        "cosine", "learning-rate schedule (inverse_sqrt: not with max_train_seconds)", SCHEDULES
+    )
     lr_scheduler_kwargs: str | None = option(
         None, "more arguments of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr"
     )
     num_warmup_steps: int | None = option(
-        None, "steps over which the learning rate rises from 0; default: 100, or a tenth of a shorter run"
+        None,
+        "steps over which the learning rate rises from 0; default: 100, or a tenth of a shorter run (of its seconds "
+        "with max_train_seconds); constant has none",
     )
     weight_decay: float = option(0.1, "AdamW's weight decay of matrices; norms and biases have none")
     adam_beta1: float = option(0.9, "AdamW's beta1")
@@ -179,6 +183,11 @@ class TrainArguments:
             raise ValueError("hub_model_id has no effect without push_to_hub: add --push_to_hub")
         if self.report_to is not None and not self.with_tracking:
             raise ValueError("report_to has no effect without with_tracking: add --with_tracking")
+        if self.lr_scheduler_type == "inverse_sqrt" and self.max_train_seconds is not None:
+            raise ValueError(
+                "lr_scheduler_type inverse_sqrt falls with the number of steps, but with max_train_seconds a schedule "
+                "follows the time: choose another one, or give max_train_steps alone"
+            )
         steps = self.checkpointing_steps
         if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
             raise ValueError(f"checkpointing_steps must be a positive number of steps, or epoch, not {steps!r}")
@@ -190,7 +199,9 @@ class TrainArguments:
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
     def warmup_steps(self, max_steps: int | None) -> int:
-        """Return `num_warmup_steps`, or its default for a run of `max_steps` (None: unknown)."""
+        """Return `num_warmup_steps`, or its default for a run of `max_steps` (None: unknown); 0 for `constant`."""
+        if self.lr_scheduler_type == "constant":
+            return 0
         if self.num_warmup_steps is not None:
             return self.num_warmup_steps
         return 100 if max_steps is None else min(100, max_steps // 10)

@@ -9,13 +9,13 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
 
-from .checkpoints import write_whole
+from .checkpoints import BEST_DIRECTORY, STATE_FILE, TENSORS_FILE, write_whole
 
 # The tag of a model card that was written by training.
 GENERATED = "generated-by-mingru-hf"
 
-# Hidden files, and what is needed to resume a run but not to use the model.
-IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*")
+# Hidden files, and what is needed to resume a run but not to use the model, in its directory or in a checkpoint's.
+IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*", STATE_FILE, TENSORS_FILE, f"{BEST_DIRECTORY}/*")
 
 
 def files_to_upload(directory: str | Path) -> list[str]:

@@ -46,7 +46,7 @@ from .hub import make_repository, push_directory
 from .memory import keep_freed_memory
 from .model_card import write_model_card
 from .models import load_pretrained, pad_token_id, prompt_ids, read_config_file
-from .optim import make_optimizer, make_schedule
+from .optim import make_optimizer, make_schedule, make_warmup
 from .plots import plot_loss
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float | torch.Tensor]
@@ -62,6 +62,7 @@ class Progress:
     tokens: int = 0  # or frames
     seconds: float = 0.0  # since the start, interruptions not counted
     pauses: float = 0.0  # of these, seconds for evaluations and checkpoints; the others are training
+    warmup_steps: int = 0  # that the warm-up has taken
     tenths: int = 0  # of the run that had passed at the last evaluation
     logged_step: int = 0
     best: dict | None = None
@@ -144,7 +145,9 @@ def train(
         model: returns `.loss`, a mean over targets, and `.logits`.
         train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or an
             endless torch `IterableDataset` of such items, the same ones every time: every process reads all of it and
-            takes its share.
+            takes its share. A step follows the mean of the losses of its batches, accumulated ones and those of all
+            processes: where they differ in their number of targets (some labels are -100), this is not the mean over
+            all targets, since a target among few counts for more.
         eval_dataset: map-style, for validation.
         args: how to train.
         accelerator: from `start(args)`.
@@ -159,10 +162,10 @@ def train(
 
     Returns:
         What metrics.json holds: `arguments` (settings included), `data_settings` (the fixed ones of them),
-        `parameters`, `examples_per_step`, `num_warmup_steps`, `mixed_precision`, `history`
-        (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`, `epoch`, `train_seconds`,
-        `tokens_per_second` or for clips `frames_per_second` (evaluations not counted), `best` (record) and `final`
-        (`eval_*` of the saved weights over all of `eval_dataset`). Losses are in nats per target.
+        `parameters`, `examples_per_step`, `num_warmup_steps` (with `max_train_seconds` those made so far),
+        `mixed_precision`, `history` (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`, `epoch`,
+        `train_seconds`, `tokens_per_second` or for clips `frames_per_second` (evaluations not counted), `best`
+        (record) and `final` (`eval_*` of the saved weights over all of `eval_dataset`). Losses are in nats per target.
 
     Raises:
         SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, or the
@@ -200,7 +203,7 @@ def train(
     elif args.resume_from_checkpoint is not None:
         accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
-    rate = make_schedule(args, max_steps)
+    rate, warmup = make_schedule(args, max_steps), make_warmup(args, max_steps)
     speed, per_second = ("tokens_per_second", "tokens/s") if unit == "token" else ("frames_per_second", "frames/s")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -224,7 +227,7 @@ def train(
             "data_settings": data_settings,
             "parameters": sum(p.numel() for p in model.parameters()),
             "examples_per_step": examples_per_step,
-            "num_warmup_steps": args.warmup_steps(max_steps),
+            "num_warmup_steps": now.warmup_steps if args.max_train_seconds else args.warmup_steps(max_steps),
             "mixed_precision": accelerator.mixed_precision,
             "history": now.history,
             "step": now.step,
@@ -304,6 +307,7 @@ def train(
         # One update.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate = rate(now.step, passed)
+        now.warmup_steps += warmup(now.step, passed) < 1
         for _ in range(args.gradient_accumulation_steps):
             batch = _prepare(next(batches), accelerator.device)
             with accelerator.accumulate(net):  # divides the loss, and syncs processes in the last pass only
@@ -396,6 +400,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a model on a dataset, every example once, divided among the processes; leave it in eval mode.
 
+    All processes take the buffers of the first one, whose model is saved: since the last forward pass each has
+    BatchNorm's running statistics of its own examples.
+
     Args:
         model, dataset, args, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
 
@@ -408,6 +415,7 @@ def evaluate(
         ValueError: if the dataset has no target.
     """
     model.eval()
+    broadcast(list(model.buffers()))
     metrics = metrics or {}
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     loader = DataLoader(
@@ -420,9 +428,11 @@ def evaluate(
     totals = torch.zeros(2 + len(metrics), dtype=torch.float64)
     for batch in loader:
         batch = _prepare(batch, accelerator.device)
-        outputs = model(**batch, **_loss_alone(model, skip_logits=not metrics))
         labels = batch["labels"]
         targets = int(((labels[:, 1:] if labels.ndim == 2 else labels) != -100).sum())  # a language model shifts
+        if targets == 0:
+            continue  # a mean over nothing is NaN
+        outputs = model(**batch, **_loss_alone(model, skip_logits=not metrics))
         values = [outputs.loss, *(metric(outputs.logits, labels) for metric in metrics.values())]
         totals[0] += targets
         totals[1:] += targets * torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -607,6 +617,7 @@ def _load_checkpoint(
     progress = state["progress"]
     if "evaluations" in progress:  # its name until November 2026
         progress["tenths"] = progress.pop("evaluations")
+    progress.setdefault("warmup_steps", min(progress["step"], args.warmup_steps(None)))  # as it was then
     now = Progress(**progress)
     _load_weights(model, processing_class, checkpoint)
     if accelerator.is_main_process and now.best is not None:

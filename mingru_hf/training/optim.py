@@ -40,29 +40,49 @@ def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), fused=fused)
 
 
+def make_warmup(args: TrainArguments, max_steps: int | None) -> Callable[[int, float], float]:
+    """Make `warmup(step, progress)`, how far the warm-up has come in the update after `step` updates; 1: it is over.
+
+    It takes `args.warmup_steps(max_steps)` steps. How many a run by time (`max_train_seconds`) will make is not known
+    before: there a warm-up of default length ends with a tenth of the run at the latest.
+
+    Args:
+        args: for schedule, warm-up and duration.
+        max_steps: updates in all; None: only their duration is known.
+    """
+    num_steps = args.warmup_steps(max_steps)
+    may_end_early = args.max_train_seconds is not None and args.num_warmup_steps is None
+
+    def warmup(step: int, progress: float) -> float:
+        share = (step + 1) / (num_steps + 1)
+        return min(1.0, max(share, 10 * progress) if may_end_early else share)
+
+    return warmup
+
+
 def make_schedule(args: TrainArguments, max_steps: int | None) -> Callable[[int, float], float]:
     """Make `rate(step, progress)`, the learning rate for the update after `step` updates.
 
     A run of known length follows transformers' schedule step by step. A run of known duration
-    (`max_train_seconds`) follows it along `progress`, the fraction of the run that has passed; its warm-up is
-    still counted in steps. There is no state: a run that resumes at a step needs nothing else.
+    (`max_train_seconds`) follows it along `progress`, the fraction of the run that has passed, after the warm-up
+    of `make_warmup`. There is no state: a run that resumes at a step needs nothing else.
 
     Args:
         args: for peak rate, schedule and warm-up.
-        max_steps: updates in all; unused with `max_train_seconds`.
+        max_steps: updates in all; None: only their duration is known.
 
     Raises:
         SetupError: if the schedule refuses `lr_scheduler_kwargs`.
     """
     by_time = args.max_train_seconds is not None
     length = 1000 if by_time else max_steps  # by time: in thousandths of the run
-    num_warmup_steps = args.warmup_steps(None if by_time else max_steps)
+    warmup = make_warmup(args, max_steps)
     dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         schedule = get_scheduler(
             args.lr_scheduler_type,
             dummy,
-            num_warmup_steps=0 if by_time else num_warmup_steps,
+            num_warmup_steps=0 if by_time else args.warmup_steps(max_steps),
             num_training_steps=length,
             scheduler_specific_kwargs=args.scheduler_kwargs(),
         )
@@ -73,7 +93,6 @@ def make_schedule(args: TrainArguments, max_steps: int | None) -> Callable[[int,
     def rate(step: int, progress: float) -> float:
         if not by_time:
             return args.learning_rate * factor(step)
-        warmup = min(1.0, (step + 1) / (num_warmup_steps + 1))
-        return args.learning_rate * warmup * factor(length * progress)
+        return args.learning_rate * warmup(step, progress) * factor(length * progress)
 
     return rate

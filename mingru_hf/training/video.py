@@ -1,6 +1,11 @@
 """What the video scripts share: the options and datasets, and the test protocol for whole videos."""
 
+import dataclasses
+import json
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +17,7 @@ from transformers import PreTrainedModel
 from ..data.video import FRAME_ORDERS, FitAndCrop, VideoClips, clip_positions, load_video_datasets
 from ..video_processing_minconvgru import VideoReadError
 from .arguments import option
+from .checkpoints import METRICS_FILE, STATE_FILE
 
 
 @dataclass(kw_only=True)
@@ -57,6 +63,58 @@ class VideoDataArguments:
             seed=seed,
             cache_dir=self.cache_dir,
         )
+
+
+def split_as_in_training(
+    data_args: VideoDataArguments, seed: int | None, split: str, directory: str | Path
+) -> tuple[VideoDataArguments, int]:
+    """Fill in what divides a dataset, so that no video is held out that the model was trained on.
+
+    Args:
+        data_args: `validation_split_percentage` and `fold` are None where they shall be those of training.
+        seed: likewise.
+        split: train, validation or test.
+        directory: the model's, where metrics.json tells of its training, or a checkpoint.
+
+    Returns:
+        The arguments and the seed without None: as they were given, or else as in training, or else the defaults.
+
+    Raises:
+        ValueError: if a value that matters for the split differs from that of training on the same dataset.
+    """
+    trained = _training_arguments(directory)
+    same_data = Path(trained.get("dataset_name", "")).name == Path(data_args.dataset_name).name
+    matters = [] if split == "test" else ["seed", "validation_split_percentage"]
+    if data_args.dataset_name == "ucf101":
+        matters.append("fold")
+    values = {"seed": seed} | {n: getattr(data_args, n) for n in ("validation_split_percentage", "fold")}
+    for name in matters:
+        given, there = values[name], trained.get(name)
+        if same_data and None not in (given, there) and given != there:
+            raise ValueError(
+                f"{directory} was trained on {data_args.dataset_name} with {name} {there}, not {given}: the {split} "
+                f"videos would be others than in training. Leave --{name} out"
+            )
+    unknown = [f"--{name}" for name in matters if values[name] is None and name not in trained]
+    if unknown:
+        warnings.warn(
+            f"{directory} holds no metrics.json that tells how it was trained: {', '.join(unknown)} must be as in "
+            f"training, or the {split} videos are others than there.",
+            stacklevel=2,
+        )
+    defaults = {"seed": 0} | {f.name: f.default for f in dataclasses.fields(data_args)}
+    for name in [name for name in values if values[name] is None]:
+        values[name] = trained.get(name, defaults[name])
+    seed = values.pop("seed")
+    return dataclasses.replace(data_args, **values), seed
+
+
+def _training_arguments(directory: str | Path) -> dict:
+    """Read the arguments that the model in a directory was trained with; none if no file there tells them."""
+    for name in (METRICS_FILE, STATE_FILE):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads((Path(directory) / name).read_text(encoding="utf-8"))["arguments"]
+    return {}
 
 
 @torch.no_grad()
