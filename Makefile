@@ -39,12 +39,13 @@ demo: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
-# Triton's kernels run in its interpreter, which is slow: of the layers only the bidirectional one runs on them.
+# Triton's kernels run in its interpreter, which is slow: tests of short sequences alone.
 test-kernels: $(VENV)/.kernels
 	$(BIN)/python -m pytest tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py
 	for backend in reference torch numba; do \
 		MINGRU_SCAN=$$backend $(BIN)/python -m pytest -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
-	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_layers.py -k bidirectional
+	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_layers.py tests/test_layers_conv.py \
+		tests/test_cache_mingru.py -k "not pieces and not snippet"
 
 # The libraries around transformers, with a table of what ran.
 test-clients: $(VENV)/.clients

@@ -1,9 +1,15 @@
 import importlib.metadata
+import os
 
 import pytest
 import torch
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton_interpreter import combine_rows_at_once
+
+    combine_rows_at_once()
 
 # Two variants of the text model that between them use every part: the paper's block, and torch-mingru's stack.
 MODEL_KINDS = {
