@@ -103,6 +103,7 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
         raise TypeError(f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}.")
     in_training = [module for module in model.modules() if module.training]
     model.eval()
+    backend, model.config.scan_backend = model.config.scan_backend, "auto"
     batch, steps = Dim("batch", min=1), Dim("steps", min=1)
     ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)  # sizes other than 1, which would be fixed
     try:
@@ -116,6 +117,7 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
                 dynamic_shapes={"input_ids": {0: batch}, "state": [{0: batch} for _ in state]},
             )
     finally:
+        model.config.scan_backend = backend
         for module in in_training:
             module.training = True
     return prefill, decode

@@ -156,8 +156,13 @@ def mingru_step(
 
 
 def requested_backend(backend: str) -> str:
-    """The backend that was asked for: "auto" leaves it to the environment variable MINGRU_SCAN, where that is set."""
-    return os.environ.get("MINGRU_SCAN") or backend if backend == "auto" else backend
+    """The backend that was asked for: "auto" leaves it to the environment variable MINGRU_SCAN, where that is set.
+
+    Not under torch.export: the program is for where neither the variable nor the kernels are.
+    """
+    if backend != "auto" or torch.compiler.is_exporting():
+        return backend
+    return os.environ.get("MINGRU_SCAN") or backend
 
 
 def adds_bias(backend: str, x: Tensor) -> bool:

@@ -109,6 +109,18 @@ def test_modules_kept_in_evaluation_stay_there(exported):
     assert not model.model.norm.training
 
 
+@pytest.mark.parametrize("forced", ["config", "environment"])
+def test_a_forced_backend_does_not_reach_the_programs(exported, monkeypatch, forced):
+    model = copy.deepcopy(exported[0])
+    if forced == "config":
+        model.config.scan_backend = "torch"
+    else:
+        monkeypatch.setenv("MINGRU_SCAN", "torch")
+    for program in export_programs(model):
+        assert not any("mingru" in str(node.target) for node in program.graph.nodes)
+    assert model.config.scan_backend == ("torch" if forced == "config" else "auto")
+
+
 def test_a_model_without_a_head_is_refused(exported):
     with pytest.raises(TypeError, match=r"Only a MinGRUForCausalLM can be exported .* got a MinGRUModel"):
         export_programs(exported[0].model)
