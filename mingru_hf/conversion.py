@@ -63,7 +63,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds no state dict (names and tensors) but {kinds}: save `model.state_dict()` alone."
         )
     for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile's inside or outside of the other
-        consume_prefix_in_state_dict_if_present(state, wrapper)
+        if all(name.startswith(wrapper) for name in state):
+            consume_prefix_in_state_dict_if_present(state, wrapper)
     return dict(state)
 
 

@@ -97,10 +97,12 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
         decode.module()(input_ids, state)`, with input_ids (B, T) and (B, 1).
 
     Raises:
-        TypeError: if the model has no language-model head.
+        ValueError: if the model has no language-model head.
     """
     if not hasattr(model, "lm_head"):
-        raise TypeError(f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}.")
+        raise ValueError(
+            f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}."
+        )
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     backend, model.config.scan_backend = model.config.scan_backend, "auto"

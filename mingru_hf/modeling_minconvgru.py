@@ -509,9 +509,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a depth."""
         depths = []
         outputs = self.backbone(images).feature_maps
+        if getattr(getattr(self.backbone, "_backbone", None), "output_fmt", "NCHW") == "NHWC":  # some of timm's
+            outputs = [maps.movedim(3, 1) for maps in outputs]
         for maps, channels, pooling in zip(outputs, self.backbone.channels, self.feature_pooling, strict=True):
-            if maps.dim() == 4 and maps.shape[1] != channels and maps.shape[3] == channels:
-                maps = maps.movedim(3, 1)  # some of timm's keep the channels last
             if maps.dim() != 4 or maps.shape[1] != channels:
                 raise ValueError(
                     f"The backbone was to give feature maps (N, {channels}, H, W), and gave {tuple(maps.shape)}: look "

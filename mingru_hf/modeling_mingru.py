@@ -666,10 +666,10 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         """As in GenerationMixin; packed documents go by position_ids, which it cuts to what a step reads."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         packing = {key: model_kwargs.pop(key, None) for key in _PACKING}
-        (batch, steps), mask = inputs.shape[:2], model_kwargs.get("attention_mask")
-        mask = None if mask is None else mask[:, -steps:].bool()
-        starts = _packed_starts(batch, steps, mask, packing["seq_idx"], packing["cu_seq_lens_q"])
-        if starts is not None:
+        if packing["seq_idx"] is not None or packing["cu_seq_lens_q"] is not None:
+            (batch, steps), mask = inputs.shape[:2], model_kwargs.get("attention_mask")
+            mask = None if mask is None else mask[:, -steps:].bool()
+            starts = _packed_starts(batch, steps, mask, packing["seq_idx"], packing["cu_seq_lens_q"])
             position_ids = model_kwargs.get("position_ids")
             if position_ids is None:
                 position_ids = self._prepare_position_ids_for_generation(inputs, model_kwargs)

@@ -278,12 +278,42 @@ def test_a_directory_of_tables_is_divided_by_exact_names(tmp_path, suffix):
         assert validation == ["c", "cc"]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/train.jsonl", "data/validation.jsonl", "data/test.jsonl"),
+        ("a/b/train/x.jsonl", "a/b/dev/y.jsonl", "a/b/test/z.jsonl"),
+        ("wiki.train.jsonl", "wiki.valid.jsonl", "wiki.test.jsonl"),
+        ("training/x.jsonl", "val/y.jsonl", "testing/z.jsonl"),
+    ],
+)
+def test_splits_in_one_folder_and_by_words_in_all_names(names, tmp_path):
+    write_files(tmp_path / "set", dict(zip(names, (rows_of("a", "b"), rows_of("c"), rows_of("d")), strict=True)))
+    assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["a", "b"], ["c"])
+
+
+def test_links_that_lead_around_in_a_circle(tmp_path):
+    write_files(tmp_path / "set", {"a.jsonl": rows_of(*LINES), "more/b.jsonl": rows_of(*LINES)})
+    for name in ("loop", "more/again"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "set", target_is_directory=True)
+    (tmp_path / "set" / "lost.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    train, validation = texts_of(load_text_datasets(str(tmp_path / "set")))
+    assert train + validation == LINES * 2
+
+
+def test_the_kind_of_file_that_takes_up_most_is_read(tmp_path, caplog):
+    write_files(tmp_path / "set", {"corpus.jsonl": rows_of(*LINES), "LICENSE.txt": "Use it.", "AUTHORS.txt": "We."})
+    train, validation = texts_of(load_text_datasets(str(tmp_path / "set")))
+    assert train + validation == LINES
+    assert "2 others are left out" in caplog.text
+
+
 def test_a_clone_of_the_hub_is_divided_as_its_readme_says(tmp_path):
-    write_files(tmp_path / "set", {"one.csv": "text\nNA\nnull\n", "two.csv": "text\nb\n", "test.csv": "text\nc\n"})
+    write_files(tmp_path / "set", {"one.csv": "text\na\nA\n", "two.csv": "text\nb\n", "test.csv": "text\nc\n"})
     files = "".join(f"  - split: {s}\n    path: {p}.csv\n" for s, p in (("train", "one"), ("validation", "two")))
     readme = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n# A dataset\n"
     write_files(tmp_path / "set", {"README.md": readme})
-    assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["NA", "null"], ["b"])
+    assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["a", "A"], ["b"])
 
 
 def test_what_datasets_saved_is_a_directory_of_data(tmp_path):
@@ -297,13 +327,20 @@ def test_what_datasets_saved_is_a_directory_of_data(tmp_path):
     assert not any("cache" in path.name for path in tmp_path.rglob("*"))  # it is left as it was
 
 
-def test_words_for_nothing_are_text_in_csv(tmp_path, caplog):
+def test_words_for_nothing_in_csv_are_counted(tmp_path, caplog):
     words = ["NA", "None", "null", "nan", "hello", ""] * 20
     table = tmp_path / "words.csv"
     table.write_text("number,said\n" + "".join(f"{i},{word}\n" for i, word in enumerate(words)))
     train, validation = texts_of(load_text_datasets(train_file=table, text_column_name="said"))
-    assert train + validation == [word for word in words if word]
-    assert "words.csv: 20 of 120 rows hold no text (null) and are left out" in caplog.text
+    assert train + validation == ["hello"] * 20
+    assert "words.csv: 100 of 120 rows hold no text (null) and are left out" in caplog.text
+
+
+def test_numbers_beside_a_text_may_be_missing(tmp_path):
+    table = tmp_path / "a.csv"
+    table.write_text("story,score\n" + "".join(f"tale {i},{'NA' if i > 10000 else i}\n" for i in range(10020)))
+    train, validation = texts_of(load_text_datasets(train_file=table))
+    assert train + validation == [f"tale {i}" for i in range(10020)]
 
 
 def test_a_file_that_cannot_be_read_is_named_with_the_cause(tmp_path):

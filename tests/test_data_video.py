@@ -286,6 +286,17 @@ def test_no_word_in_a_name_takes_videos_out_of_a_folder(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(("train", "dev", "root"), [("train", "dev", "a/b/"), ("training", "validation", "")])
+def test_splits_in_one_folder_and_by_words(train, dev, root, tmp_path):
+    for name in (f"{root}{train}/a/0.mp4", f"{root}{train}/b/1.mp4", f"{root}{dev}/b/2.mp4"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    assert load_folder(tmp_path / "set") == {
+        "train": [(f"{root}{train}/a/0.mp4", "a"), (f"{root}{train}/b/1.mp4", "b")],
+        "validation": [(f"{root}{dev}/b/2.mp4", "b")],
+    }
+
+
 def test_what_a_folder_of_splits_leaves_out_is_said(tmp_path, caplog):
     for name in ("train/a/0.mp4", "train/b/test_1.mp4", "dev/a/0.mp4", "dev/c/0.mp4", "more/a/1.mp4", "2.mp4"):
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def test_a_forced_backend_does_not_reach_the_programs(exported, monkeypatch, for
 
 
 def test_a_model_without_a_head_is_refused(exported):
-    with pytest.raises(TypeError, match=r"Only a MinGRUForCausalLM can be exported .* got a MinGRUModel"):
+    with pytest.raises(ValueError, match=r"Only a MinGRUForCausalLM can be exported .* got a MinGRUModel"):
         export_programs(exported[0].model)
 
 

@@ -228,7 +228,7 @@ def test_a_limit_of_seconds_leaves_the_warm_up_of_a_run_of_known_length(args):
 
 
 @pytest.mark.parametrize("limit", [{"max_train_steps": 40}, {"max_train_steps": None, "max_train_seconds": 60.0}])
-@pytest.mark.parametrize("num_warmup_steps", [None, 9])
+@pytest.mark.parametrize("num_warmup_steps", [None, 0])
 def test_a_constant_rate_has_no_warm_up(args, limit, num_warmup_steps):
     arguments = args(**limit, num_warmup_steps=num_warmup_steps, learning_rate=1.0, lr_scheduler_type="constant")
     rate = make_schedule(arguments, arguments.max_train_steps)
@@ -730,6 +730,10 @@ def test_weights_of_16_bits_are_trained_in_float32(args, tmp_path):
         ({"report_to": "trackio"}, "add --with_tracking"),
         ({"lr_scheduler_kwargs": "min=1"}, "not JSON"),
         ({"lr_scheduler_kwargs": "[1]"}, "JSON object"),
+        (
+            {"lr_scheduler_type": "constant", "num_warmup_steps": 9},
+            "constant has no warm-up: choose constant_with_warmup",
+        ),
         (
             {"lr_scheduler_type": "inverse_sqrt", "max_train_seconds": 9.0},
             "inverse_sqrt falls with the number of steps",

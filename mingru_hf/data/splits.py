@@ -34,7 +34,10 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
 NOT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 # Shards as datasets of the Hub name them.
 SHARD = re.compile(rf"(?:data/([\w.]+)|({'|'.join(SPLIT_NAMES)}))-\d{{5}}-of-\d{{5}}\.[^/]+")
-HELD_OUT = re.compile(r"(?<![a-z])(valid(ation)?|val|dev|test(ing)?|eval(uation)?)(?![a-z])", re.IGNORECASE)
+# Words for splits within longer names, such as wiki.valid.txt, and the split that each means.
+WORDS = {name: name for name in SPLIT_NAMES}
+WORDS |= {"training": "train", "testing": "test", "eval": "test", "evaluation": "test"}
+WORD = re.compile(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
 
 
 def name_splits(splits: Mapping, source: str) -> dict:
@@ -68,20 +71,26 @@ def list_files(directory: Path, suffixes: Container[str]) -> list[str]:
         Paths relative to the directory, in the order of `datasets`; hidden files and folders are left out, and so are
         folders such as `__MACOSX`.
     """
-    found = []
+    found, entered = [], set()
     for folder, folders, files in os.walk(directory, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        real = os.path.realpath(folder)
+        if real in entered:  # by another link, which may lead around in a circle
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         inside = Path(folder).relative_to(directory)
         found += [
             (inside / name).as_posix()
             for name in files
             if name[0] != "." and name not in NOT_DATA and suffix_of(name) in suffixes
+            if os.path.isfile(os.path.join(folder, name))
         ]
     return sorted(found)
 
 
 def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) -> tuple[str, list[str]]:
-    """List a directory's files of the most frequent kind; the others are counted in a warning.
+    """List a directory's files of the kind that takes up most; the others are counted in a warning.
 
     Args:
         directory: where they lie.
@@ -97,7 +106,10 @@ def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) 
     files = list_files(directory, kinds)
     if not files:
         raise ValueError(f"{directory} holds {expected}")
-    kind = Counter(kinds[suffix_of(file)] for file in files).most_common(1)[0][0]
+    sizes = Counter()
+    for file in files:
+        sizes[kinds[suffix_of(file)]] += (directory / file).stat().st_size
+    kind = sizes.most_common(1)[0][0]
     chosen = [file for file in files if kinds[suffix_of(file)] == kind]
     others = [file for file in files if kinds[suffix_of(file)] != kind]
     if others:
@@ -109,11 +121,12 @@ def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) 
 
 
 def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict[str, list[str]]:
-    """Divide a directory's files among splits, by names alone that are exactly those of `SPLIT_NAMES`.
+    """Divide a directory's files among splits, by names that are exactly those of `SPLIT_NAMES`.
 
-    A split is a folder, a file or the files of the form NAME-00000-of-00009.parquet directly in the directory (or the
-    latter in a folder `data`, of any name). Any other file is for training, or, where there is a split "train", left
-    out with a warning.
+    A split is a folder, a file or the files of the form NAME-00000-of-00009.parquet directly in the directory, or in
+    the folder that holds all of its files (the latter in a folder `data`, of any name). Any other file is for
+    training, or, where there is a split "train", left out with a warning. Where no name is exactly "train", words in
+    longer names count if there is one in each of them: wiki.train.txt, wiki.valid.txt; training/, testing/.
 
     Args:
         directory: where the files lie.
@@ -124,8 +137,13 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
         Absolute paths by split, "train" first if there is one.
     """
     splits, rest = {"train": []}, []
-    for file in files:
-        name = _split_of(file, min_folders)
+    skipped = len(_folder_of_all(files, min_folders))
+    names = [_split_of(file, file[skipped:], min_folders) for file in files]
+    if "train" not in names:
+        words = [_word_for_split(file[skipped:], min_folders) for file in files]
+        if "train" in words and None not in words:
+            names = words
+    for file, name in zip(files, names, strict=True):
         (rest if name is None else splits.setdefault(name, [])).append(file)
     if rest and splits["train"]:
         logger.warning(
@@ -134,7 +152,8 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
         )
     elif rest:
         splits["train"] = rest
-        doubtful = sorted({top for top in (file.split("/")[0] for file in rest) if HELD_OUT.search(top)})
+        tops = {file[skipped:].split("/")[0] for file in rest}
+        doubtful = sorted(top for top in tops if any(WORDS[word.lower()] != "train" for word in WORD.findall(top)))
         if doubtful:
             logger.warning(
                 "%s: taken as training data: %s, since a split is a folder or file named exactly %s",
@@ -144,9 +163,26 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
     return {name: [str(root / file) for file in part] for name, part in splits.items() if part}
 
 
-def _split_of(file: str, min_folders: int) -> str | None:
-    """Return the name of the split that a file belongs to, if it belongs to one."""
-    top, *inside = file.split("/")
+def _folder_of_all(files: list[str], min_folders: int) -> str:
+    """Return the folders that all files lie in, "a/b/" or "", up to one that names a split or a class."""
+    folders = []
+    for parts in zip(*(file.split("/")[: -1 - min_folders] for file in files), strict=False):
+        if len(set(parts)) > 1 or parts[0] in SPLIT_NAMES:
+            break
+        folders.append(parts[0] + "/")
+    return "".join(folders)
+
+
+def _word_for_split(inside: str, min_folders: int) -> str | None:
+    """Return the split that the words in a file's or its top folder's name tell, if it is one."""
+    top, *more = inside.split("/")
+    told = {WORDS[word.lower()] for word in WORD.findall(top)} if len(more) > min_folders or min_folders == 0 else ()
+    return next(iter(told)) if len(told) == 1 else None
+
+
+def _split_of(file: str, inside: str, min_folders: int) -> str | None:
+    """Return the name of the split that a file belongs to, if it belongs to one; `inside` the folder of all files."""
+    top, *inside = inside.split("/")
     if inside and top in SPLIT_NAMES and len(inside) > min_folders:
         return top
     if min_folders == 0 and (shard := SHARD.fullmatch(file)):

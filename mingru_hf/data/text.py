@@ -164,7 +164,8 @@ def load_text_datasets(
     The source is `train_file` if given, else `dataset_name`. Without a validation split (`name_splits`) the last
     `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or, of a
     dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near that
-    position. Rows that are null, in .csv files also empty ones, are left out and counted in a warning.
+    position. Rows that are null, in .csv files also empty ones and NA,
+    None or null, are left out and counted in a warning.
 
     Args:
         dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as
@@ -389,10 +390,7 @@ def _load_documents(files: list[str]) -> Dataset:
 
 def _builder_options(builder: str) -> dict:
     """Return the options of a builder of `datasets` that leave a text as it is."""
-    if builder == "text":
-        return {"sample_by": "document", "encoding": "utf-8-sig"}
-    # Else pandas would take texts such as NA, None and null for missing ones.
-    return {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+    return {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
 
 
 def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:

@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 
 from ..video_processing_minconvgru import MinConvGRUVideoProcessor, VideoReadError, read_video
 from .splits import (
-    SPLIT_NAMES,
     TABLES,
+    WORDS,
     declares_configurations,
     files_of_one_kind,
     list_files,
@@ -373,7 +373,7 @@ def _load_directory(directory: Path, config_name: str | None, cache_dir: str | N
     examples: dict[int, Path] = {}  # one by the number of folders that it lies in
     for path in (path.relative_to(root) for part in paths.values() for path in part):
         folders = len(path.parts) - 1
-        examples.setdefault(folders - (folders > 1 and path.parts[0] in SPLIT_NAMES), path)
+        examples.setdefault(folders - (folders > 1 and path.parts[0] in WORDS), path)
     if len(examples) > 1 or 0 in examples:
         raise ValueError(
             f"{directory}: the class of {examples[min(examples)]} is unclear, expected every video as CLASS/*.mp4 or "

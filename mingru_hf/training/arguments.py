@@ -183,6 +183,8 @@ class TrainArguments:
             raise ValueError("hub_model_id has no effect without push_to_hub: add --push_to_hub")
         if self.report_to is not None and not self.with_tracking:
             raise ValueError("report_to has no effect without with_tracking: add --with_tracking")
+        if self.lr_scheduler_type == "constant" and self.num_warmup_steps:
+            raise ValueError("lr_scheduler_type constant has no warm-up: choose constant_with_warmup for one")
         if self.lr_scheduler_type == "inverse_sqrt" and self.max_train_seconds is not None:
             raise ValueError(
                 "lr_scheduler_type inverse_sqrt falls with the number of steps, but with max_train_seconds a schedule "

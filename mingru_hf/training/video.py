@@ -80,7 +80,7 @@ def split_as_in_training(
         The arguments and the seed without None: as they were given, or else as in training, or else the defaults.
 
     Raises:
-        ValueError: if a value that matters for the split differs from that of training on the same dataset.
+        ValueError: if the fold differs from that of training on the same dataset; other values that do are warned of.
     """
     trained = _training_arguments(directory)
     same_data = Path(trained.get("dataset_name", "")).name == Path(data_args.dataset_name).name
@@ -90,11 +90,18 @@ def split_as_in_training(
     values = {"seed": seed} | {n: getattr(data_args, n) for n in ("validation_split_percentage", "fold")}
     for name in matters:
         given, there = values[name], trained.get(name)
-        if same_data and None not in (given, there) and given != there:
+        if not same_data or None in (given, there) or given == there:
+            continue
+        if name == "fold":
             raise ValueError(
-                f"{directory} was trained on {data_args.dataset_name} with {name} {there}, not {given}: the {split} "
-                f"videos would be others than in training. Leave --{name} out"
+                f"{directory} was trained on {data_args.dataset_name} with fold {there}, not {given}: the {split} "
+                "videos would be others than in training. Leave --fold out"
             )
+        warnings.warn(
+            f"{directory} was trained on {data_args.dataset_name} with {name} {there}, not {given}: where the dataset "
+            f"brings no validation split, the {split} videos are others than in training. Leave --{name} out.",
+            stacklevel=2,
+        )
     unknown = [f"--{name}" for name in matters if values[name] is None and name not in trained]
     if unknown:
         warnings.warn(
@@ -113,7 +120,7 @@ def _training_arguments(directory: str | Path) -> dict:
     """Read the arguments that the model in a directory was trained with; none if no file there tells them."""
     for name in (METRICS_FILE, STATE_FILE):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads((Path(directory) / name).read_text(encoding="utf-8"))["arguments"]
+            return dict(json.loads((Path(directory) / name).read_text(encoding="utf-8"))["arguments"])
     return {}
 
 
