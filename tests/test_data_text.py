@@ -314,6 +314,10 @@ def test_a_clone_of_the_hub_is_divided_as_its_readme_says(tmp_path):
     readme = f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n# A dataset\n"
     write_files(tmp_path / "set", {"README.md": readme})
     assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["a", "A"], ["b"])
+    (tmp_path / "set" / "test.csv").unlink()
+    for other in ("# Notes\n", "---\na: [\n---\n", "---\nrules\n---\n"):  # no card of a dataset
+        write_files(tmp_path / "set", {"README.md": other})
+        assert sum(map(len, texts_of(load_text_datasets(str(tmp_path / "set"))))) == 3
 
 
 def test_what_datasets_saved_is_a_directory_of_data(tmp_path):

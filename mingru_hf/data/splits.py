@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import metadata_load
@@ -200,7 +201,10 @@ def _uncompressed(file: str) -> Path:
 def declares_configurations(directory: Path) -> bool:
     """Return whether a directory's README.md says which files make which splits, as in a clone from the Hub."""
     readme = directory / "README.md"
-    return readme.is_file() and "configs" in (metadata_load(readme) or {})
+    try:
+        return readme.is_file() and "configs" in (metadata_load(readme) or {})
+    except (ValueError, yaml.YAMLError):  # a README of another kind, or in another encoding
+        return False
 
 
 @contextmanager

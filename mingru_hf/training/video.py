@@ -83,7 +83,7 @@ def split_as_in_training(
         ValueError: if the fold differs from that of training on the same dataset; other values that do are warned of.
     """
     trained = _training_arguments(directory)
-    same_data = Path(trained.get("dataset_name", "")).name == Path(data_args.dataset_name).name
+    same_data = Path(trained.get("dataset_name") or "").name == Path(data_args.dataset_name).name
     matters = [] if split == "test" else ["seed", "validation_split_percentage"]
     if data_args.dataset_name == "ucf101":
         matters.append("fold")
