@@ -372,6 +372,7 @@ def test_the_best_weights_come_along(run, whole, tmp_path):
         max_train_steps=23,
         learning_rate=30.0,
         lr_scheduler_type="constant",
+        num_warmup_steps=0,
         resume_from_checkpoint=str(run / "checkpoint-20"),
     )
     assert result["best"]["step"] <= 20
