@@ -340,16 +340,19 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
     return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
+def _check_places(name: str, numbers: Tensor, batch: int, steps: int) -> None:
+    """Raise a ValueError unless there is a number for each place (B, T), or for those of one row (1, T)."""
+    if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != steps:
+        raise ValueError(f"{name} must have shape ({batch}, {steps}) or (1, {steps}), got {list(numbers.shape)}.")
+
+
 def _packed_starts(
     batch: int, steps: int, mask: Tensor | None, seq_idx: Tensor | None, cu_seq_lens_q: Tensor | None
 ) -> Tensor | None:
     """(B, T) boolean, True at the first token of each document but the first of a row; None if none are told."""
     starts = None
     if seq_idx is not None:
-        if seq_idx.dim() != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != steps:
-            raise ValueError(
-                f"seq_idx must have shape ({batch}, {steps}) or (1, {steps}), got {tuple(seq_idx.shape)}."
-            )
+        _check_places("seq_idx", seq_idx, batch, steps)
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
     if cu_seq_lens_q is not None:
         columns = torch.arange(steps, device=cu_seq_lens_q.device)
@@ -548,10 +551,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         """(B, T) boolean, True at the first token of each document of this call; None where no state changes."""
         reset = None
         if position_ids is not None:
-            if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != steps:
-                raise ValueError(
-                    f"position_ids must have shape ({batch}, {steps}) or (1, {steps}), got {list(position_ids.shape)}."
-                )
+            _check_places("position_ids", position_ids, batch, steps)
             reset = (position_ids == 0).expand(batch, steps)
         if mask is not None and reset is not None:
             reset = reset & mask  # generate() gives padding the position 0

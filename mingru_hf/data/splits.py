@@ -182,14 +182,14 @@ def _word_for_split(inside: str, min_folders: int) -> str | None:
 
 
 def _split_of(file: str, inside: str, min_folders: int) -> str | None:
-    """Return the name of the split that a file belongs to, if it belongs to one; `inside` the folder of all files."""
-    top, *inside = inside.split("/")
-    if inside and top in SPLIT_NAMES and len(inside) > min_folders:
+    """Return the split that a file belongs to, if it belongs to one; `inside` is its path in the folder of all."""
+    top, *more = inside.split("/")
+    if top in SPLIT_NAMES and len(more) > min_folders:
         return top
     if min_folders == 0 and (shard := SHARD.fullmatch(file)):
         return shard[1] or shard[2]
     stem = _uncompressed(top).stem
-    return stem if not inside and min_folders == 0 and stem in SPLIT_NAMES else None
+    return stem if not more and min_folders == 0 and stem in SPLIT_NAMES else None
 
 
 def _uncompressed(file: str) -> Path:

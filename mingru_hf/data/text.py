@@ -164,13 +164,13 @@ def load_text_datasets(
     The source is `train_file` if given, else `dataset_name`. Without a validation split (`name_splits`) the last
     `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or, of a
     dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near that
-    position. Rows that are null, in .csv files also empty ones and NA,
-    None or null, are left out and counted in a warning.
+    position. Rows that are null, in .csv files also empty ones and NA, None or null, are left out and counted in a
+    warning.
 
     Args:
         dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as
             `datasets.load_dataset` takes it, or a local directory. All its .txt files, each one document, or else all
-            its .json, .jsonl, .csv, .parquet or .arrow files are read, whichever are more; only folders and files
+            its .json, .jsonl, .csv, .parquet or .arrow files are read, whichever take up more; folders and files
             named train, validation, valid, val, dev or test make splits (`split_files`). It needs a split "train"; a
             split "test" is not read.
         dataset_config_name: the dataset's configuration, where it has several.
