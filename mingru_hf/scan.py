@@ -297,8 +297,9 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
         h = inputs[0] * h + inputs[1]
         return h, h.clone()  # a scan's results must not be one and the same tensor
 
-    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides.
-    return scan(step, h0[:, 0].contiguous(), (carry, drive), dim=1)[1]
+    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides. And over the first axis:
+    # for others torch 2.9 returns the results along the first one, later versions along the other.
+    return scan(step, h0[:, 0].contiguous(), (carry.movedim(1, 0), drive.movedim(1, 0)))[1].movedim(0, 1)
 
 
 def _scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -865,6 +866,36 @@ def _second_backward(ctx, *grads):
     return *(results.get(i) for i in range(4)), None, None, None, None
 
 
+def _fold(args, in_dims, size, bias_at):
+    """The arguments of the operator, or of its gradient, under vmap: the axis mapped over becomes rows of the batch.
+
+    Args:
+        args, in_dims: as vmap hands them on.
+        size: of the axis.
+        bias_at: where the bias is, behind the pre-activations.
+    """
+    args, in_dims = list(args), list(in_dims)
+    for i, (arg, axis) in enumerate(zip(args, in_dims, strict=True)):
+        if isinstance(arg, Tensor) and (axis is not None or i != bias_at):
+            args[i] = arg.expand(size, *arg.shape) if axis is None else arg.movedim(axis, 0)
+    if in_dims[bias_at] is not None:  # each sample has its own, which no kernel takes
+        x, bias = args[bias_at - 1], args[bias_at]
+        args[bias_at - 1] = x + bias.to(x.dtype).reshape(size, 1, 1, -1, *[1] * (x.dim() - 4))
+        args[bias_at] = None
+    return [a.flatten(0, 1) if isinstance(a, Tensor) and i != bias_at else a for i, a in enumerate(args)]
+
+
+def _forward_vmap(info, in_dims, *args):
+    states = _scan_op(*_fold(args, in_dims, info.batch_size, bias_at=1))
+    return states.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _backward_vmap(info, in_dims, *args):
+    backward = getattr(torch.ops, _NAMESPACE).scan_backward
+    grads = backward(*_fold(args, in_dims, info.batch_size, bias_at=2))
+    return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0)
+
+
 def _register() -> torch.library.Library | None:
     """Define the operator unless another copy of this file already has; the library must be kept alive."""
     if hasattr(getattr(torch.ops, _NAMESPACE), "scan"):
@@ -884,6 +915,8 @@ def _register() -> torch.library.Library | None:
     torch.library.register_autograd(
         f"{_NAMESPACE}::scan_backward", _second_backward, setup_context=_setup_second, lib=library
     )
+    torch.library.register_vmap(f"{_NAMESPACE}::scan", _forward_vmap, lib=library)
+    torch.library.register_vmap(f"{_NAMESPACE}::scan_backward", _backward_vmap, lib=library)
     return library
 
 

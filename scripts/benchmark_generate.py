@@ -364,7 +364,7 @@ def print_speed(args: argparse.Namespace) -> None:
     products = Products(size, depth).to(device)
     compiled, unguarded = (
         torch.compile(MinGRUForCausalLM(config).eval().to(device), fullgraph=True, dynamic=False, options=options)
-        for options in (None, {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe, "cpp_wrapper": True})
+        for options in (None, {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": True})
     )
     print(f"{machine(device)}; {depth} layers, {size} wide, float32")
 

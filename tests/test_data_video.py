@@ -130,7 +130,7 @@ def test_unreadable_and_short_videos_are_named_counted_and_replaced(videos, proc
         labels = [clips[i]["labels"] for i in range(8)]
     assert labels == ([0, 0, 3, 3, 3, 3, 3, 3] if training else [0, 0, -100, -100, -100, -100, 3, 3])
     assert clips.unreadable == [str(tmp_path / "1.mp4"), str(tmp_path / "2.mp4")]
-    messages = [record.getMessage() for record in caplog.records]
+    messages = [record.getMessage() for record in caplog.records if not record.name.startswith("libav")]
     assert len(messages) == 2
     assert messages[0].startswith(f"skipped {tmp_path / '1.mp4'}: it cannot be decoded")
     assert messages[1].startswith(f"skipped {tmp_path / '2.mp4'}: the video has 2 frames, too few")

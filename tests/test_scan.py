@@ -119,14 +119,45 @@ def test_a_single_step_is_a_scan_of_one_step(backend, shape, dtype):
         mingru_step(x, h0, bias=torch.ones(2 * channels + 1, dtype=state_dtype), backend=backend)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["h0", "bias"])
-def test_a_batch_of_one_input_alone(name):
-    x, inputs = torch.randn(2, 5, 6), {"h0": torch.rand(2, 1, 3), "bias": torch.randn(6)}
-    many = torch.stack([inputs[name], inputs[name] + 1])
-    states = torch.vmap(lambda one: mingru_scan(x, **{**inputs, name: one}))(many)
-    for result, one in zip(states, many, strict=True):
-        torch.testing.assert_close(result, mingru_scan(x, **{**inputs, name: one}))
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize(
+    "mapped",
+    ["x", "h0", "bias", "reset", "x h0", "x bias mask", "x h0 bias mask reset"],
+    ids=lambda m: m.replace(" ", "+"),
+)
+@pytest.mark.parametrize("trailing", [(), (2, 3)], ids=["rows", "frames"])
+def test_vmap_runs_the_samples_as_one_batch(mapped, trailing, backend):
+    """Over any of the inputs, along any axis of theirs, twice over; with gradients."""
+    shape = {"x": (2, 5, 6, *trailing), "h0": (2, 1, 3, *trailing), "bias": (6,), "mask": (2, 5), "reset": (2, 5)}
+    names, mapped = list(shape), mapped.split()
+    inputs, in_dims = [], []
+    for name, size in shape.items():
+        many = torch.randn(4, *size) if name in mapped else torch.randn(size)
+        many = many > 0 if name in ("mask", "reset") else many.abs().requires_grad_()
+        inputs.append(many)
+        in_dims.append(0 if name in mapped else None)
+
+    def scan(x, h0, bias, mask, reset):
+        return mingru_scan(x, h0, mask, reset, bias=bias, backend=backend)
+
+    def sample(i):
+        return [many if axis is None else many[i] for many, axis in zip(inputs, in_dims, strict=True)]
+
+    expected = torch.stack([scan(*sample(i)) for i in range(4)])
+    last = [None if axis is None else -1 for axis in in_dims]
+    elsewhere = [many if axis is None else many.movedim(0, -1) for many, axis in zip(inputs, in_dims, strict=True)]
+    twice = [many if axis is None else many.unflatten(0, (2, 2)) for many, axis in zip(inputs, in_dims, strict=True)]
+    results = [
+        torch.vmap(scan, tuple(in_dims))(*inputs),
+        torch.vmap(scan, tuple(last))(*elsewhere),
+        torch.vmap(torch.vmap(scan, tuple(in_dims)), tuple(in_dims))(*twice).flatten(0, 1),
+    ]
+    leaves = inputs[: names.index("mask")]
+    weight = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, leaves, weight)
+    for result in results:
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(torch.autograd.grad(result, leaves, weight), expected_grads)
 
 
 def test_without_rows_a_bias_has_a_gradient_of_zero():
@@ -608,6 +639,7 @@ def test_environment_variable_forces_a_backend(monkeypatch):
         mingru_scan(x)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 def test_operator_passes_opcheck():
     x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
     operator = torch.ops.mingru_hf_v2.scan.default
@@ -619,7 +651,7 @@ def test_operator_passes_opcheck():
         torch.library.opcheck(operator, (x, bias, h0, mask, reset, "numba", torch.float32))
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_tracers_and_transforms_see_the_operator(grad, backend):
