@@ -297,8 +297,8 @@ def _scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Ten
         h = inputs[0] * h + inputs[1]
         return h, h.clone()  # a scan's results must not be one and the same tensor
 
-    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides. And over the first axis:
-    # for others torch 2.9 returns the results along the first one, later versions along the other.
+    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides. Over the first axis:
+    # from any other, torch 2.9 returns the results along the first and later versions along that one.
     return scan(step, h0[:, 0].contiguous(), (carry.movedim(1, 0), drive.movedim(1, 0)))[1].movedim(0, 1)
 
 
