@@ -475,10 +475,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             # There, convolutions are faster in this order of memory, and poolings many times so. GroupNorm may crash
             # in it, see MinConv2dGRULayer.project.
             images = images.contiguous(memory_format=torch.channels_last)
-        run = self._run_backbone
         frozen = self.config.freeze_backbone
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and not frozen:
-            run = self._checkpoint_backbone
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        run = self._checkpoint_backbone if checkpointing and not frozen else self._run_backbone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             pieces = [run(piece) for piece in images.split(self.config.backbone_chunk_size or len(images))]
         depths = pieces[0] if len(pieces) == 1 else [torch.cat(maps) for maps in zip(*pieces, strict=True)]
@@ -487,13 +486,20 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
                 maps.new_zeros(frames.shape[0] * frames.shape[1], *maps.shape[1:]).index_copy(0, real, maps)
                 for maps in depths
             ]
-        return [maps.unflatten(0, frames.shape[:2]) for maps in depths]
+        depths = [maps.unflatten(0, frames.shape[:2]) for maps in depths]
+        if (
+            checkpointing
+            and frozen
+            and getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+        ):
+            depths = [maps.requires_grad_() for maps in depths]  # or the first layers get no gradient
+        return depths
 
     def _checkpoint_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
         """The same as `_run_backbone`, which runs once more in the backward pass; norms count the batch once."""
         first = True
 
-        def run(images: Tensor) -> tuple[Tensor, ...]:
+        def run(images: Tensor, _: Tensor) -> tuple[Tensor, ...]:
             nonlocal first
             statistics = [] if first else [(buffer, buffer.clone()) for buffer in self.backbone.buffers()]
             first = False
@@ -503,7 +509,8 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
                 for buffer, value in statistics:
                     buffer.data.copy_(value)  # unseen by autograd, which has saved the buffers
 
-        return self._gradient_checkpointing_func(run, images)
+        # Reentrant checkpoints give gradients only where an input has one.
+        return self._gradient_checkpointing_func(run, images, images.new_zeros((), requires_grad=True))
 
     def _run_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
         """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a depth."""
