@@ -5,12 +5,16 @@ Trainers stand in test_trainers.py, the pipeline of videos in test_video_process
 Not supported: GGUF (llama.cpp) and vLLM, which bring model code of their own and have none for MinGRU.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from pathlib import Path
@@ -361,3 +365,38 @@ def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
         operators[name] = {node.op_type for node in graph.graph.node}
     assert "Scan" in operators["prefill"]
     assert not {"Scan", "Loop", "If"} & operators["decode"]
+
+
+@pytest.mark.slow
+@pytest.mark.clients("transformers")
+def test_common_tests_of_transformers(tmp_path):
+    """Those that every model in transformers has to pass, from the sources of the version that is installed here."""
+    pytest.importorskip("parameterized", reason="the common tests of transformers need it")
+    version = importlib.metadata.version("transformers")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+    if subprocess.run([*command, f"transformers=={version}"], cwd=tmp_path).returncode:
+        pytest.skip(f"the source distribution of transformers {version} cannot be downloaded")
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = tmp_path / f"transformers-{version}"
+    stubs = {  # what the distribution lacks, and these tests import
+        "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
+        "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
+        "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",
+    }
+    for name, text in {"__init__.py": "", "conftest.py": "", **stubs}.items():
+        path = source / "tests" / name
+        path.parent.mkdir(exist_ok=True)
+        (path.parent / "__init__.py").touch()
+        path.write_text(text)
+    shutil.copy(ROOT / "tests" / "common_of_transformers.py", source / "tests")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider"]
+    process = subprocess.run(
+        [*command, "tests/common_of_transformers.py"],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{source}"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout
+    assert int(re.search(r"(\d+) passed", process.stdout)[1]) > 200
