@@ -71,7 +71,7 @@ def mingru_scan(
     Returns:
         (B, T, D, *) states h_1..h_T. Differentiable in `gate_and_candidate`, `h0` and `bias`; the kernels in reverse
         mode alone, so that "auto" takes the loop of "reference" where torch.func or forward mode differentiate.
-        Second and higher derivatives come from that loop, too.
+        Second and higher derivatives come from that loop, too. Under `torch.vmap` alone all samples run as one batch.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
