@@ -10,6 +10,7 @@ import torch
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+from tests.test_video_processing_common import VideoProcessingTestMixin, prepare_video_inputs
 from transformers import ResNetConfig
 from transformers.models.auto import modeling_auto
 
@@ -17,6 +18,7 @@ from mingru_hf import (
     MinConvGRUConfig,
     MinConvGRUForVideoClassification,
     MinConvGRUModel,
+    MinConvGRUVideoProcessor,
     MinGRUConfig,
     MinGRUForCausalLM,
     MinGRUForSequenceClassification,
@@ -128,4 +130,36 @@ class VideoTest(ModelTesterMixin, unittest.TestCase):
 
     @unittest.skip("Frames have shapes of their own; see tests/test_modeling_minconvgru.py.")
     def test_hidden_states_output(self):
+        pass
+
+
+class VideoProcessorTester:
+    batch_size, num_channels, num_frames = 5, 3, 8
+
+    def prepare_video_processor_dict(self):
+        sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 18, "width": 18}}
+        return {**sizes, "do_convert_rgb": True, "num_frames": 4}
+
+    def expected_output_video_shape(self, videos):
+        return [4, self.num_channels, 18, 18]
+
+    def prepare_video_inputs(self, equal_resolution=False, return_tensors="pil"):
+        sizes = {"min_resolution": 30, "max_resolution": 80, "equal_resolution": equal_resolution}
+        counts = self.batch_size, self.num_frames, self.num_channels
+        return prepare_video_inputs(*counts, **sizes, return_tensors=return_tensors)
+
+
+class VideoProcessorTest(VideoProcessingTestMixin, unittest.TestCase):
+    fast_video_processing_class = MinConvGRUVideoProcessor
+
+    def setUp(self):
+        super().setUp()
+        self.video_processor_tester = VideoProcessorTester()
+
+    @property
+    def video_processor_dict(self):
+        return self.video_processor_tester.prepare_video_processor_dict()
+
+    @unittest.skip("With `fps`, too, a clip has `num_frames` frames; see tests/test_video_processing_minconvgru.py.")
+    def test_call_sample_frames(self):
         pass
