@@ -47,6 +47,13 @@ def differentiates_in_transform() -> bool:
     )
 
 
+def differentiates_forward() -> bool:
+    """Whether forward mode is at work, torch's or torch.func's; no, as far as this torch lets that be known."""
+    if not differentiates_in_transform():
+        return False
+    return forward_ad._current_level >= 0 or any(level.key() == TransformType.Jvp for level in get_interpreter_stack())
+
+
 def is_observed() -> bool:
     """Whether a compiler, a tracer, a mode or a transform may have to see what happens; autograd is not asked."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform() or is_in_torch_dispatch_mode()
@@ -62,4 +69,11 @@ def without_modes() -> contextlib.AbstractContextManager:
     return _disable_current_modes() if _KNOWN else contextlib.nullcontext()
 
 
-__all__ = ["differentiates_in_transform", "has_global_hooks", "in_transform", "is_observed", "without_modes"]
+__all__ = [
+    "differentiates_forward",
+    "differentiates_in_transform",
+    "has_global_hooks",
+    "in_transform",
+    "is_observed",
+    "without_modes",
+]

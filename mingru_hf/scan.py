@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .observers import differentiates_in_transform, is_observed, without_modes
+from .observers import differentiates_forward, differentiates_in_transform, is_observed, without_modes
 from .scan_numba import (
     NUMBA_AVAILABLE,
     accumulation_dtype,
@@ -70,8 +70,8 @@ def mingru_scan(
 
     Returns:
         (B, T, D, *) states h_1..h_T. Differentiable in `gate_and_candidate`, `h0` and `bias`; the kernels in reverse
-        mode alone, so that "auto" takes the loop of "reference" where torch.func or forward mode differentiate.
-        Second and higher derivatives come from that loop, too. Under `torch.vmap` alone all samples run as one batch.
+        mode alone, so that "auto" takes the loop of "reference" in forward mode. Second and higher derivatives come
+        from that loop, too. Under `torch.vmap` all samples run as one batch.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
@@ -88,8 +88,8 @@ def mingru_scan(
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
     if backend == "auto" and _wants_plain_operators(gate_and_candidate):
         backend = "exported"
-    elif backend == "auto" and differentiates_in_transform():
-        backend = "reference"  # transforms cannot see into a registered operator
+    elif backend == "auto" and differentiates_forward():
+        backend = "reference"
     else:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     empty = 0 in gate_and_candidate.shape
@@ -104,7 +104,8 @@ def mingru_scan(
     if not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
         # The operator's dispatch would cost as much as a short scan.
         return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
-    return _scan_op(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+    scan = _Scan.apply if differentiates_in_transform() else _scan_op
+    return scan(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
 
 
 def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
@@ -390,8 +391,8 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
 
 def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
     """Why a backend cannot take these inputs; None where it can."""
-    if backend in _KERNELS and differentiates_in_transform():
-        return "torch.func and forward mode cannot see into it"
+    if backend in _KERNELS and differentiates_forward():
+        return "forward mode cannot see into it"
     if backend == "triton":
         return triton_unavailable_reason(x.device) or _fails_trial(x.device)
     if backend != "numba":
@@ -827,9 +828,9 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = backend
 
 
-def _autograd_backward(ctx, grad):
+def _autograd_backward(ctx, grad, backward=None):
     gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
-    backward = getattr(torch.ops, _NAMESPACE).scan_backward
+    backward = getattr(torch.ops, _NAMESPACE).scan_backward if backward is None else backward
     grad_x, grad_h0 = backward(grad, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
     grad_bias = None
     if bias is not None and ctx.needs_input_grad[1]:
@@ -845,25 +846,58 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_backward(ctx, *grads):
-    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop."""
+    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop.
+
+    In torch.func's terms, which hold inside its transforms, too.
+    """
     *inputs, mask, reset = ctx.saved_tensors
-    create_graph = torch.is_grad_enabled()  # for third derivatives
-    with torch.enable_grad():
-        # Names of their own for the inputs, since one may depend on another, which is not what is asked here.
-        inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        inputs = [t if t is None else t.view_as(t) for t in inputs]
-        grad, x, bias, h0 = inputs
+
+    def first(grad, x, bias, h0):
         wide = x.to(accumulation_dtype(x))
         wide = wide if bias is None else _add_bias(wide, bias)
-        start = initial_state(wide, grad[:, :1].shape).requires_grad_() if h0 is None else h0
-        states = _reference_states(wide, start, mask, reset)  # not stacked: see there about indices
-        first = torch.autograd.grad(states, (x, start), grad.to(wide.dtype).unbind(1), create_graph=True)
-        grads = [torch.zeros_like(f) if g is None else g.to(f.dtype) for f, g in zip(first, grads, strict=True)]
-        wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
-        targets = [inputs[i] for i in wanted]
-        second = torch.autograd.grad(first, targets, grads, create_graph=create_graph, allow_unused=True)
-    results = dict(zip(wanted, second, strict=True))
-    return *(results.get(i) for i in range(4)), None, None, None, None
+        start = initial_state(wide, grad[:, :1].shape) if h0 is None else h0
+        # A list of states, not a stack: see `_reference_states` about indices.
+        _, pull = torch.func.vjp(lambda x, h0: _reference_states(x, h0, mask, reset), wide, start)
+        grad_x, grad_h0 = pull(list(grad.to(wide.dtype).unbind(1)))
+        return grad_x.to(x.dtype), grad_h0.to(wide.dtype)
+
+    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+
+    def of_wanted(*values):
+        given = dict(zip(wanted, values, strict=True))
+        return first(*(given.get(i, t) for i, t in enumerate(inputs)))
+
+    results, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
+    grads = tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in zip(results, grads, strict=True))
+    second = dict(zip(wanted, pull(grads), strict=True))
+    return *(second.get(i) for i in range(4)), None, None, None, None
+
+
+class _ScanBackward(torch.autograd.Function):
+    """The operator `scan_backward` for torch.func's transforms, which do not see the formula registered with it."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_second)
+    backward = staticmethod(_second_backward)
+
+    @staticmethod
+    def forward(*args):
+        return getattr(torch.ops, _NAMESPACE).scan_backward(*args)
+
+
+class _Scan(torch.autograd.Function):
+    """The operator `scan` for torch.func's transforms."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def forward(*args):
+        return _scan_op(*args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _autograd_backward(ctx, grad, _ScanBackward.apply)
 
 
 def _fold(args, in_dims, size, bias_at):
