@@ -1,6 +1,7 @@
 """The recurrent state as a cache layer: what transformers does to caches, done to ours."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -8,9 +9,14 @@ from functorch.compile import make_boxed_func
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
+
+import mingru_hf.cache_mingru
+from mingru_hf.cache_mingru import MinGRUCacheLayer, MinGRUStaticCacheLayer
 
 # Logits of a few units in float32; matrix products of other row counts round differently.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+MAKERS = [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=1)]
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +75,9 @@ def test_crop_of_everything_forgets_everything(model, input_ids):
 
 def test_crop_says_what_it_cannot_do(model, input_ids):
     cache = model(input_ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="activate_past_recording"):
-        cache.crop(-2)
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match="activate_past_recording"):
+            cache.crop(-steps)
     with pytest.raises(ValueError, match="minus the number of tokens"):
         cache.crop(2)
 
@@ -195,11 +202,100 @@ def test_a_saved_cache_goes_on(model, input_ids, tmp_path):
 
 
 def test_foreign_caches_are_refused(model, input_ids):
-    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
-        model(input_ids, cache=DynamicCache())
+    for theirs in (DynamicCache(), DynamicCache(config=GPT2Config(n_layer=3))):
+        with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+            model(input_ids, cache=theirs)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=3, n_head=2, n_positions=32))
     with pytest.raises(ValueError, match="recurrent states, not keys and values"):
         gpt2(input_ids, cache=DynamicCache(config=model.config))
     cache = model(input_ids, use_cache=True).cache
     with pytest.raises(ValueError, match="cache holds 3 rows, but the inputs have 2"):
         model(input_ids[:2], cache=cache)
+
+
+def tensors_of(cache):
+    return [tensor for layer in cache.layers for tensor in (layer.states, layer.windows) if tensor is not None]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}], ids=["prompt", "drafts"])
+def test_a_cache_holds_its_newest_state_alone(model, input_ids, make, settings):
+    """Not a slice of all the prompt's states, whose memory it would keep, nor what was recorded for drafts."""
+    cache = make(config=model.config)
+    if settings:
+        model.generate(input_ids[:1], cache=cache, max_new_tokens=10, **settings)
+    else:
+        model(input_ids, cache=cache)
+    for tensor in tensors_of(cache):
+        assert tensor.shape[1] == 1
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_how_far_a_recording_goes_back(model, input_ids):
+    ids = input_ids[:1].repeat(1, 100)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :4], cache=cache)
+    model(ids[:, 4:504], cache=cache)
+    cache.crop(-499)  # all of a call, however long
+    logits = model(ids[:, 5:6], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, ids[:, :6]), **CLOSE)
+    model(ids[:, 6:706], cache=cache, logits_to_keep=400)
+    cache.crop(-399)  # or as much of it as was asked for
+    logits = model(ids[:, 307:308], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, ids[:, :308]), **CLOSE)
+    model(ids[:, 308:1008], cache=cache, logits_to_keep=1)  # what lies before the gap that this leaves is given up
+    for steps in (256, 300):
+        with pytest.raises(ValueError, match=f"Cannot take back {steps} of 1008 steps: the states after the last 256"):
+            cache.crop(-steps)
+    model(ids[:, 1008:1108], cache=cache)
+    assert {tensor.shape[1] for tensor in tensors_of(cache)} == {256}  # and no more is kept from call to call
+
+
+def test_what_transformers_asks_of_a_cache(model, input_ids):
+    for make in MAKERS:
+        cache = make(config=model.config)
+        model(input_ids, cache=cache)
+        assert cache.get_mask_sizes(3, 0) == (15, 0)
+        assert cache.get_max_length() == -1
+    assert cache.is_compileable
+    cache.activate_past_recording()
+    assert not cache.is_compileable
+
+
+def test_a_static_cache_counts_anew_after_a_reset(model, input_ids):
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    cache.reset()  # nothing to forget yet
+    model(input_ids, cache=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    cache.activate_past_recording()
+    model(input_ids, cache=cache)
+    assert cache.get_seq_length() == 12
+    cache.reset()
+    model(input_ids[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="Cannot take back 3 of 2 steps"):
+        cache.crop(-3)
+
+
+def test_a_static_cache_counts_on_after_drafts(model, input_ids):
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    first = model.generate(input_ids[:1], max_new_tokens=8, cache=cache, prompt_lookup_num_tokens=3, do_sample=False)
+    assert cache.get_seq_length() == first.shape[1] - 1
+
+
+def test_an_empty_cache_of_another_copy_is_replaced_in_kind(model, input_ids, monkeypatch):
+    for mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):  # importing the copy enters it there
+        monkeypatch.setitem(mapping, "mingru", mapping["mingru"])
+    spec = importlib.util.spec_from_file_location("mingru_hf.copied_cache", mingru_hf.cache_mingru.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    for make, kind in zip(MAKERS, (MinGRUCacheLayer, MinGRUStaticCacheLayer), strict=True):
+        cache = make(config=model.config)
+        assert not isinstance(cache.layers[0], MinGRUCacheLayer)
+        model(input_ids, cache=cache)
+        assert {type(layer) for layer in cache.layers} == {kind}
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(input_ids, cache=cache)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 9

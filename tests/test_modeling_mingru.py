@@ -246,10 +246,80 @@ def test_dropout_acts_in_training_and_where_its_module_is_switched_on(input_ids,
     assert varies()
 
 
+@torch.no_grad()
+def test_dropout_empties_the_branches_or_the_blocks(input_ids):
+    """At a probability of 1: of what a branch adds nothing is left, and of every block but the last."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "conv_kernel": 0, "initializer_range": 0.3}
+    model = MinGRUModel(MinGRUConfig(**sizes, residual_dropout=1.0)).train()
+    assert_close(model(input_ids).last_hidden_state, model.norm(model.embed_tokens(input_ids)))
+    model = MinGRUModel(MinGRUConfig(**sizes, block_dropout=1.0)).train()
+    embedded, *blocks, last = model(input_ids, output_hidden_states=True).hidden_states
+    assert embedded.any()
+    assert last.any()
+    assert not any(block.any() for block in blocks)
+
+
+def test_width_of_the_mlp():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1}
+    widths = [MinGRUModel(MinGRUConfig(**sizes, intermediate_size=size)) for size in (24, None)]
+    assert [model.layers[0].mlp.up_proj.out_features for model in widths] == [24, 64]
+
+
+@torch.no_grad()
+def test_autocast_keeps_a_float32_residual_and_16_bit_states(input_ids):
+    """The states that go straight into the residual sum are float32, those that a matrix product reads 16 bits."""
+    for use_out_proj, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, expand=1, use_out_proj=use_out_proj)
+        mixer = MinGRUModel(config).train().layers[0].mixer
+        seen = []
+        if use_out_proj:
+            mixer.out_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            out, _ = mixer(torch.randn(2, 5, 16), None, None, None, False, "auto")
+        assert (seen or [out.dtype]) == [expected]
+
+
+@torch.no_grad()
+def test_a_document_begins_in_a_single_step(model, input_ids):
+    cache = model(input_ids, use_cache=True).cache
+    logits = model(input_ids[:, :1], cache=cache, position_ids=torch.zeros(1, 1, dtype=torch.long)).logits
+    assert_close(logits, model(input_ids[:, :1]).logits)
+
+
+@torch.no_grad()
+def test_a_crop_between_packed_documents_goes_on_with_the_first(model, input_ids):
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(input_ids, cache=cache, position_ids=torch.arange(12).unsqueeze(0) % 6)
+    cache.crop(-6)
+    logits = model(input_ids[:, 6:7], cache=cache).logits
+    assert_close(logits, model(input_ids[:, :7]).logits[:, -1:])
+
+
+@torch.no_grad()
+def test_position_0_at_padding_starts_no_document(model, input_ids):
+    mask = (torch.arange(12) < 7).long().expand(3, -1)
+    cache = model(input_ids, attention_mask=mask, position_ids=torch.arange(12) * mask, use_cache=True).cache
+    mask = F.pad(mask, (0, 1), value=1)
+    logits = model(input_ids[:, 7:8], attention_mask=mask, cache=cache).logits
+    assert_close(logits, model(input_ids[:, :8]).logits[:, -1:])
+
+
+@torch.no_grad()
+def test_documents_told_in_two_ways_are_joined(model, input_ids):
+    both = {"seq_idx": torch.tensor([[0] * 4 + [1] * 8]), "cu_seq_lens_q": torch.tensor([0, 9, 12])}
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]])
+    assert_close(model(input_ids, **both).logits, model(input_ids, position_ids=position_ids).logits)
+
+
 def test_training_builds_no_cache_unless_asked(model, input_ids):
     assert model(input_ids).cache is not None
     model.train()
     assert model(input_ids).cache is None
+    assert model(input_ids, use_cache=True).cache is not None
+    model.activation_checkpointing_enable()  # runs forward twice, and would move the state on twice
+    assert model(input_ids, use_cache=True).cache is None
+    model.eval()
     assert model(input_ids, use_cache=True).cache is not None
 
 
