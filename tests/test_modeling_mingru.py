@@ -297,9 +297,11 @@ def test_a_crop_between_packed_documents_goes_on_with_the_first(model, input_ids
 
 
 @torch.no_grad()
-def test_position_0_at_padding_starts_no_document(model, input_ids):
+@pytest.mark.parametrize("marks", ["position_ids", "seq_idx"])
+def test_padding_starts_no_document(model, input_ids, marks):
     mask = (torch.arange(12) < 7).long().expand(3, -1)
-    cache = model(input_ids, attention_mask=mask, position_ids=torch.arange(12) * mask, use_cache=True).cache
+    places = {"position_ids": torch.arange(12) * mask, "seq_idx": 1 - mask}
+    cache = model(input_ids, attention_mask=mask, use_cache=True, **{marks: places[marks]}).cache
     mask = F.pad(mask, (0, 1), value=1)
     logits = model(input_ids[:, 7:8], attention_mask=mask, cache=cache).logits
     assert_close(logits, model(input_ids[:, :8]).logits[:, -1:])
