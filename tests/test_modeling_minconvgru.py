@@ -782,3 +782,29 @@ def test_frames_may_be_called_pixel_values(frames):
     model = make_model()
     with torch.no_grad():
         assert_close(model(pixel_values=frames).logits, model(frames).logits)
+
+
+@torch.no_grad()
+def test_dropout_acts_between_the_layers_alone(frames):
+    """At a probability of 1 the first layer sees the feature maps, and the second nothing."""
+    model = make_model(dropout=1.0, num_hidden_layers=2, norm=False, residual=False).model.train()
+    model.freeze_backbone()
+    _, first, second = model(frames, output_hidden_states=True).hidden_states[:3]
+    layers = model.stacks[0].layers
+    kept, _ = layers[0](model(frames, output_hidden_states=True).hidden_states[0], None, None, False)
+    assert_close(first, kept)
+    nothing, _ = layers[1](torch.zeros_like(first), None, None, False)
+    assert_close(second, nothing)
+
+
+def test_the_backend_that_is_configured_runs(frames):
+    with pytest.raises(ValueError, match="'log' scan works in float32"):
+        make_model(scan_backend="log").bfloat16()(frames.bfloat16())
+
+
+def test_a_backbone_unfrozen_in_evaluation_stays_in_evaluation(frames):
+    model = make_model().model.eval()
+    model.freeze_backbone()
+    model.unfreeze_backbone()
+    assert not model.backbone.training
+    assert all(parameter.requires_grad for parameter in model.backbone.parameters())
