@@ -36,6 +36,9 @@ CONFIGS = Path(__file__).parent.parent / "scripts" / "configs"
 # Logits of a few units in float32; matrix products of other row counts round differently.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
+CLASSIFIER = {**SIZES, "pad_token_id": 0, "num_labels": 3, "initializer_range": 0.3}
+
 
 def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, **CLOSE)
@@ -852,3 +855,79 @@ def test_a_new_state_remembers_as_long_as_asked(make, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path)  # loaded weights are not drawn again
     assert again.config.initial_memory == 256
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_single_token_is_no_exception(model, input_ids):
+    """It goes a shorter way, which must know the same settings and arguments."""
+    cache = model(input_ids, use_cache=True).cache
+    model.config.output_hidden_states = True
+    states = model(input_ids[:, :1], cache=cache).hidden_states
+    assert [tuple(state.shape[:2]) for state in states] == [(3, 1)] * 4
+    with pytest.raises(TypeError, match="no_such_argument"):
+        model(input_ids[:, :1], cache=cache, no_such_argument=1)
+
+
+@torch.no_grad()
+def test_logits_to_keep_may_be_places(model, input_ids):
+    places = torch.tensor([2, 7])
+    assert_close(model(input_ids, logits_to_keep=places).logits, model(input_ids).logits[:, places])
+
+
+@torch.no_grad()
+def test_caches_and_embeddings_that_do_not_fit_are_refused(model, input_ids):
+    one_row = model(input_ids[:1], use_cache=True).cache
+    with pytest.raises(ValueError, match="cache holds 1 rows, but the inputs have 3"):
+        model(input_ids, cache=one_row)
+    shallow = copy.deepcopy(one_row)
+    shallow.layers.pop()
+    with pytest.raises(ValueError, match="no state for each of this model's 3 blocks"):
+        model(input_ids[:1], cache=shallow)
+    with pytest.raises(ValueError, match="inputs_embeds must have shape"):
+        model(inputs_embeds=torch.randn(5, model.config.hidden_size))
+
+
+@torch.no_grad()
+def test_no_cache_where_the_configuration_says_so(model, input_ids):
+    model.config.use_cache = False
+    assert model(input_ids).cache is None
+    assert model(input_ids, use_cache=True).cache is not None
+
+
+@torch.no_grad()
+def test_sequence_classification_goes_on_from_its_cache(input_ids):
+    model = MinGRUForSequenceClassification(MinGRUConfig(**CLASSIFIER)).eval()
+    first = model(input_ids[:, :7], use_cache=True)
+    assert_close(model(input_ids[:, 7:], cache=first.cache).logits, model(input_ids).logits)
+    assert model(input_ids, use_cache=False).cache is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [MinGRUForSequenceClassification, MinGRUForTokenClassification])
+def test_dropout_in_front_of_the_classifier(input_ids, model_class):
+    model = model_class(MinGRUConfig(**CLASSIFIER, classifier_dropout=1.0)).train()
+    scores = model(input_ids).logits
+    assert_close(scores, model.score.bias.expand_as(scores) if model.score.bias is not None else 0 * scores)
+
+
+@torch.no_grad()
+def test_rows_of_embeddings_end_at_the_last_token(input_ids):
+    """Nothing tells padding there."""
+    model = MinGRUForSequenceClassification(MinGRUConfig(**{**CLASSIFIER, "pad_token_id": None})).eval()
+    embeddings = model.model.embed_tokens(input_ids)
+    expected = torch.cat([model(inputs_embeds=row.unsqueeze(0)).logits for row in embeddings])
+    assert_close(model(inputs_embeds=embeddings).logits, expected)
+
+
+@torch.no_grad()
+def test_padding_inside_packed_rows_of_generate(model, input_ids):
+    """The mask and the positions that are given count, and stay as they are."""
+    mask = torch.ones_like(input_ids)
+    mask[0, :3] = 0
+    seq_idx = torch.tensor([[0] * 5 + [1] * 7])
+    position_ids = torch.arange(12).unsqueeze(0) + 5
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, "seq_idx": seq_idx}
+    out = model.generate(input_ids, position_ids=position_ids, **settings)
+    assert torch.equal(position_ids, torch.arange(12).unsqueeze(0) + 5)
+    alone = model.generate(input_ids[1:2, 5:], max_new_tokens=6, do_sample=False)
+    assert torch.equal(out[1, 12:], alone[0, 7:])
