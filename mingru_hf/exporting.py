@@ -115,7 +115,7 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
             _, state = prefill_module(ids)
             decode = torch.export.export(
                 decode_module,
-                (ids[:, :1], state),
+                (ids[:, :1].contiguous(), state),  # as users' tokens: compilers read memory by these strides
                 dynamic_shapes={"input_ids": {0: batch}, "state": [{0: batch} for _ in state]},
             )
     finally:

@@ -133,7 +133,7 @@ def mingru_step(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`mingru_scan` over one token where nobody but the caller looks: no autograd, compiler, tracer or transform.
+    """`mingru_scan` over one token where nobody but the caller looks: no autograd, tracer or transform.
 
     Args:
         gate_and_candidate: (B, 1, 2D, *) pre-activations.
@@ -148,7 +148,8 @@ def mingru_step(
     Raises:
         ValueError: as `mingru_scan`.
     """
-    fused = backend == "auto" or backend == "numba"
+    # A caller who is not compiled may have compiled this part of it.
+    fused = (backend == "auto" or backend == "numba") and not torch.compiler.is_compiling()
     if fused and type(gate_and_candidate) is Tensor and gate_and_candidate.is_cpu:
         state = numba_step(gate_and_candidate, h0, bias, gate_and_candidate.dtype if dtype is None else dtype)
         if state is not None:

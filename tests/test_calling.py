@@ -245,3 +245,13 @@ def test_decoding_goes_the_short_way(model, input_ids):
     activation = [module for module in called if module is not model]
     assert all(not list(module.parameters()) for module in activation)
     assert called.count(model) == 12
+
+
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_decode_the_same(model, input_ids):
+    """The model around them is not compiled and chooses the short way; what they hold of it must be traced."""
+    expected = model.generate(input_ids, max_new_tokens=5, do_sample=False)
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    assert torch.equal(model.generate(input_ids, max_new_tokens=5, do_sample=False), expected)

@@ -129,3 +129,10 @@ def test_a_model_without_a_head_is_refused(exported):
 def test_a_state_of_another_model_is_refused(exported):
     with pytest.raises(ValueError, match=r"The state of this model has \d tensors, got 1"):
         cache_of(exported[0], [torch.rand(1, 1, 4)])
+
+
+def test_programs_are_made_for_contiguous_tokens(exported):
+    """Compilers read memory by the strides of the tokens that a program was exported with."""
+    for program in exported[1:]:
+        (tokens,) = (node.meta["val"] for node in program.graph.nodes if node.name == "input_ids")
+        assert tokens.is_contiguous()

@@ -309,6 +309,23 @@ def test_generation_repeats_itself_with_a_seed_and_without_a_temperature(trained
     assert greedy == text("--prompt", "the dog", "--seed", 8, "--top_p", 0.0001)
 
 
+def test_output_that_cannot_show_a_character_shows_its_code(tmp_path):
+    """As on Windows, where a file takes the characters of one language: no run ends by what it prints."""
+    (tmp_path / "text.txt").write_text("smörgåsbord\n" * 200, encoding="utf-8")
+    options = "--tokenizer_name char --block_size 8 --per_device_train_batch_size 2 --max_train_steps 2 --use_cpu"
+    sizes = "hidden_size=8,num_hidden_layers=1"
+    train = [SCRIPTS / "train_causal_lm.py", "--train_file", tmp_path / "text.txt", "--config_overrides", sizes]
+    sample = [SCRIPTS / "generate_text.py", "--model_name_or_path", tmp_path / "out", "--prompt", "å"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    for command in (
+        [*train, *options.split(), "--output_dir", tmp_path / "out"],
+        [*sample, "--max_new_tokens", 5, "--use_cpu"],
+    ):
+        process = run(sys.executable, *command, env=environment)
+        assert process.returncode == 0, process.stderr
+        assert "\\x" in process.stdout + process.stderr
+
+
 def test_a_prompt_file_is_read_as_training_reads_its_text(trained, tmp_path, monkeypatch, capsys):
     """With its newlines, without a byte order mark; from a pipe as well."""
     prompts, module = [], load("generate_text")

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -231,6 +232,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; from now on the process prints what its output cannot encode as escapes, and goes on."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")

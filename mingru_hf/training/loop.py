@@ -261,6 +261,9 @@ def train(
             sample = now.history[-1]["sample"] = sample_text(model, processing_class, args.sample_tokens, args.seed)
         net.train()
         if is_main:
+            if improved:
+                save_pretrained(output_dir, model, processing_class)
+            write_json(output_dir / METRICS_FILE, report())
             bar.write(
                 f"step {now.step}, {'' if streamed else f'epoch {now.epoch:.2f}, '}{now.seconds:.0f} s, "
                 f"{report()[speed]:,.0f} {per_second}: {summary(scores, unit)}{' (best)' * improved}"
@@ -268,9 +271,6 @@ def train(
             if sample is not None:
                 bar.write(textwrap.indent(sample, "    "))
                 accelerator.log({"sample": sample}, step=now.step)
-            if improved:
-                save_pretrained(output_dir, model, processing_class)
-            write_json(output_dir / METRICS_FILE, report())
             plot_loss(now.history, output_dir / "loss.png", f"nats per {unit}")
             if now.patience == 0:
                 bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
