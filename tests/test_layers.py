@@ -195,6 +195,12 @@ def test_pieces_in_16_bits_keep_a_slow_state(make, scripted, autocast, training)
     torch.testing.assert_close(torch.cat(outs, dim=1), expected, rtol=2.0**-7, atol=0)
 
 
+@pytest.mark.parametrize("make", [mingru.MinGRU, lambda *sizes, **options: mingru.MinConv2dGRU(*sizes, 3, **options)])
+def test_all_parameters_have_the_dtype_and_the_device(make):
+    rnn = make(3, [4, 5], norm=True, residual=True, dtype=torch.float64, device="meta")
+    assert {(p.dtype, p.device.type) for p in rnn.parameters()} == {(torch.float64, "meta")}
+
+
 def test_sizes_may_be_numpy_integers():
     rnn = mingru.MinGRU(np.int64(3), [np.int64(4), 5])
     assert [type(size) for size in rnn.layer_sizes] == [int] * 3
@@ -301,6 +307,7 @@ def pruned(rnn):
         (lambda: mingru.MinGRU(3, 4)(torch.randn(5, 3)), r"\(B, T, 3\)"),
         (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 0, 3)), "T of at least 1"),
         (lambda: mingru.MinGRU(3, [4, 5])(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)]), "2 in all, got 1"),
+        (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)] * 2), "1 in all, got 2"),
         (lambda: mingru.MinGRU(3, 4)(torch.randn(2, 5, 3), [torch.rand(1, 1, 4)]), r"h\[0\] must have shape"),
         (lambda: mingru.MinGRUCell(3, 4)(torch.randn(2, 5, 3), [torch.rand(2, 1, 5)]), r"h\[0\] must have shape"),
         (lambda: mingru.Bidirectional(torch.nn.Linear(3, 4)), "wraps a recurrent layer"),

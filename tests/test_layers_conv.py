@@ -99,6 +99,12 @@ def test_cell_equals_the_hand_written_equations(kernel_size, stride, padding, bi
     )
 
 
+def test_geometry_is_height_and_width():
+    rnn = mingru.MinConv2dGRU(3, 4, [(1, 3)], strides=[(2, 1)], paddings=[(0, 1)])
+    assert rnn(torch.randn(2, 5, 3, 9, 7))[0].shape == (2, 5, 4, 5, 7)
+    assert rnn.layers[0].gate_hidden.weight.shape[2:] == (1, 3)
+
+
 def test_parameter_names_are_those_of_torch_mingru():
     rnn = mingru.MinConv2dGRU(
         4, [4, 4, 6, 6], [3, 3, 3, 2], strides=[1, 2, 1, 1], paddings=1, norm=True, residual=True
@@ -311,6 +317,7 @@ FRAMES = torch.zeros(2, 5, 3, 8, 8)
         ),
         (lambda: mingru.MinConv2dGRUCell(3, 4, 3)(FRAMES, [torch.rand(1, 1, 4, 6, 6)]), r"h\[0\] must have shape"),
         (lambda: mingru.MinConv2dGRUCell(3, 4, 3)(FRAMES, []), "1 in all, got 0"),
+        (lambda: mingru.MinConv2dGRUCell(3, 4, 3)(FRAMES, [torch.rand(2, 1, 4, 6, 6)] * 2), "1 in all, got 2"),
     ],
 )
 def test_wrong_input_is_named(call, message):
