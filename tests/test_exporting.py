@@ -83,19 +83,22 @@ def test_prefill_with_padding(exported):
         torch.testing.assert_close(following[row], alone[-2:], **CLOSE)
 
 
-def test_the_exported_scan_knows_masks_and_resets():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exported_scan_knows_masks_and_resets(dtype):
+    """With NaN at padding, states of another dtype and strides of their own."""
+
     class Scan(torch.nn.Module):
         def forward(self, x, h0, mask, reset):
             return mingru_scan(x, h0, mask, reset)
 
-    x, h0 = torch.randn(2, 9, 12), torch.rand(2, 1, 6)
+    x, h0 = torch.randn(2, 9, 12, dtype=dtype), torch.rand(6, 1, 2, dtype=torch.float64).transpose(0, 2)
     mask, reset = torch.rand(2, 9) < 0.7, torch.rand(2, 9) < 0.3
     steps = {1: Dim("steps", min=1)}
     program = torch.export.export(Scan(), (x, h0, mask, reset), dynamic_shapes=(steps, None, steps, steps))
     assert not any("mingru" in str(node.target) for node in program.graph.nodes)
     for length in (1, 9, 40):
-        x = torch.randn(2, length, 12)
         mask, reset = torch.rand(2, length) < 0.7, torch.rand(2, length) < 0.3
+        x = torch.where(mask.unsqueeze(-1), torch.randn(2, length, 12), torch.nan).to(dtype)
         expected = mingru_scan(x, h0, mask, reset, backend="reference")
         torch.testing.assert_close(program.module()(x, h0, mask, reset), expected)
 

@@ -177,6 +177,13 @@ def test_inputs_on_another_device_are_refused(scan, name):
         scan(torch.randn(2, 1, 6), **inputs)
 
 
+@pytest.mark.parametrize("name", ["mask", "reset"])
+def test_flags_on_another_device_are_refused(name):
+    flags = {name: torch.ones(2, 1, dtype=torch.bool, device="meta")}
+    with pytest.raises(ValueError, match=f"{name} must be on cpu, .* got meta"):
+        mingru_scan(torch.randn(2, 1, 6), **flags)
+
+
 # The last three are cut into chunks of time by the torch scan, two of them with a rest.
 @pytest.mark.parametrize(
     "shape", [(1, 5, 1), (1, 70, 3), (2, 9, 257), (2, 5, 3, (4, 5)), (1, 16, 1), (2, 1003, 5, (2, 3)), (1, 1030, 130)]
@@ -286,6 +293,25 @@ def test_second_derivatives(backend, shape, flags):
 
     assert torch.autograd.gradgradcheck(scan, inputs)
     assert torch.autograd.gradgradcheck(scan, inputs[:1])
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_second_derivatives_in_16_bits(backend):
+    """Of the rounded inputs, with one more rounding of each result; of one result alone as well."""
+
+    def penalty(x, h0, bias, wanted):
+        inputs = [tensor.requires_grad_() for tensor in (x, h0, bias)]
+        states = mingru_scan(x, h0, bias=bias, backend=backend, dtype=x.dtype).float()
+        first = torch.autograd.grad((states**2).sum(), [inputs[i] for i in wanted], create_graph=True)
+        second = torch.autograd.grad(sum((grad.float() ** 2).sum() for grad in first), inputs)
+        assert [grad.dtype for grad in second] == [tensor.dtype for tensor in inputs]
+        return second
+
+    x, h0, bias = torch.randn(2, 6, 8).bfloat16(), torch.rand(2, 1, 4), torch.randn(8).bfloat16()
+    for wanted in ([0], [1], [0, 1, 2]):
+        exact = penalty(x.double(), h0.double(), bias.double(), wanted)
+        for actual, expected in zip(penalty(x, h0, bias, wanted), exact, strict=True):
+            assert error_over_largest(actual, expected) < 0.03
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
