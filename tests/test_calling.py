@@ -254,4 +254,5 @@ def test_blocks_compiled_one_by_one_decode_the_same(model, input_ids):
     torch._dynamo.reset()
     for block in model.model.layers:
         block.compile(backend="eager", fullgraph=True)
-    assert torch.equal(model.generate(input_ids, max_new_tokens=5, do_sample=False), expected)
+    with torch._dynamo.config.patch(recompile_limit=64):  # the blocks share their code, and their programs its limit
+        assert torch.equal(model.generate(input_ids, max_new_tokens=5, do_sample=False), expected)
