@@ -313,7 +313,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             self.backward_stacks = nn.ModuleList(MinConvGRUStack(config, *size) for size in sizes)
             directions = 2
         self.feature_sizes = [directions * size * config.pooled_size**2 for size in hidden_sizes]  # F of each depth
-        self.has_group_norm = any(isinstance(module, nn.GroupNorm) for module in self.backbone.modules())
+        for module in self.backbone.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(_order_channels_first)
         pooling = config.feature_pooling
         self.feature_pooling = [pooling] * len(sizes) if isinstance(pooling, bool) else pooling
         self.gradient_checkpointing = False
@@ -471,9 +473,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             real = mask.flatten().nonzero().squeeze(1)
             real = real if len(real) else real.new_zeros(1)  # some frame must tell the size of the maps
             images = images[real]
-        if images.device.type == "cpu" and not self.has_group_norm:
-            # There, convolutions are faster in this order of memory, and poolings many times so. GroupNorm may crash
-            # in it, see MinConv2dGRULayer.project.
+        if images.device.type == "cpu":  # there, convolutions are faster in this order of memory, poolings many times
             images = images.contiguous(memory_format=torch.channels_last)
         frozen = self.config.freeze_backbone
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -552,6 +552,14 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         held = pooled.gather(1, last_real.clamp(min=0).expand_as(pooled))
         past = torch.zeros_like(pooled[:, :1]) if past is None else past.unsqueeze(1)
         return torch.where(last_real >= 0, held, past)
+
+
+def _order_channels_first(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Hook of a backbone's GroupNorm: torch 2.13 would crash in its backward pass, see MinConv2dGRULayer.project."""
+    images = args[0]
+    if images.requires_grad or images.device.type != "cpu" or not torch.is_grad_enabled():
+        return None
+    return (images.flatten(1).view(images.shape), *args[1:])
 
 
 def _load_backbone(config: MinConvGRUConfig) -> nn.Module:

@@ -414,14 +414,23 @@ def test_a_frozen_backbone_stays_as_it_is(frames, tmp_path):
     assert not model.model.backbone.training
 
 
-def test_a_half_frozen_backbone_with_group_norms_trains(frames):
-    """In the order of memory that other backbones run in on a CPU, torch 2.13 would crash here."""
-    backbone = BitConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_groups=2, out_indices=[2])
-    model = make_model(backbone_config=backbone).train()
-    model.model.backbone.bit.embedder.requires_grad_(False)
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("frozen", ["embedder", "convolutions"])
+@pytest.mark.parametrize("layer_type", ["preactivation", "bottleneck"])
+def test_a_half_frozen_backbone_with_group_norms_trains(layer_type, frozen, channels_last, frames):
+    """In the order of memory that convolutions run in on a CPU, torch 2.13 would crash here."""
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 2, "out_indices": [2]}
+    model = make_model(backbone_config=BitConfig(layer_type=layer_type, **sizes)).train()
+    bit = model.model.backbone.bit
+    for name, parameter in bit.named_parameters():
+        parameter.requires_grad_(parameter.ndim < 4 if frozen == "convolutions" else "embedder" not in name)
+    if channels_last:  # as decoded frames lie in memory
+        frames = frames.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        model = model.to(memory_format=torch.channels_last)
     model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
-    assert model.model.backbone.bit.embedder.convolution.weight.grad is None
-    assert all(parameter.grad is not None for parameter in model.model.backbone.bit.encoder.parameters())
+    assert bit.embedder.convolution.weight.grad is None
+    trained = [parameter for parameter in bit.encoder.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100, 0])
