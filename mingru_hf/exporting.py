@@ -1,18 +1,26 @@
-"""The text model with its state as plain tensors, for torch.export and for runtimes that know no cache objects.
+"""The models with their state as plain tensors, for torch.export and for runtimes that know no cache objects.
 
-    prefill, decode = export_programs(model)
+    prefill, decode = export_programs(model)  # of a text model
+    clip, frame = export_video_programs(model, 224)  # of a video classifier
     torch.export.save(prefill, "prefill.pt2")  # runs where neither this package nor transformers is installed
 
-The state is a list: for each block the (B, 1, D) state of the recurrence, float32, and, with a convolution in front,
-the (B, taps - 1, E) last inputs of it.
+The state is a list of float32 tensors. Of a text model: for each block the (B, 1, D) state of the recurrence and, with
+a convolution in front, the (B, taps - 1, E) last inputs of it. Of a video model: for each recurrent layer its state
+(B, 1, D, H, W).
 
-Legend: B batch, T tokens, V vocabulary, D channels of a block's state, E width of its input.
+Legend: B batch, T tokens or frames, V vocabulary, D channels of a state, E width of a block's input, L labels,
+(C, H, W) a frame or a feature map.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers.cache_utils import DynamicCache
+
+from .modeling_minconvgru import MinConvGRUCache
 
 
 class MinGRUPrefill(nn.Module):
@@ -103,26 +111,129 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
         raise ValueError(
             f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}."
         )
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    backend, model.config.scan_backend = model.config.scan_backend, "auto"
     batch, steps = Dim("batch", min=1), Dim("steps", min=1)
     ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)  # sizes other than 1, which would be fixed
-    try:
-        with torch.no_grad():
-            prefill_module, decode_module = MinGRUPrefill(model, logits_to_keep), MinGRUDecode(model)
-            prefill = torch.export.export(prefill_module, (ids,), dynamic_shapes={"input_ids": {0: batch, 1: steps}})
-            _, state = prefill_module(ids)
-            decode = torch.export.export(
-                decode_module,
-                (ids[:, :1].contiguous(), state),  # as users' tokens: compilers read memory by these strides
-                dynamic_shapes={"input_ids": {0: batch}, "state": [{0: batch} for _ in state]},
-            )
-    finally:
-        model.config.scan_backend = backend
-        for module in in_training:
-            module.training = True
+    with _as_exported(model):
+        prefill_module, decode_module = MinGRUPrefill(model, logits_to_keep), MinGRUDecode(model)
+        prefill = torch.export.export(prefill_module, (ids,), dynamic_shapes={"input_ids": {0: batch, 1: steps}})
+        _, state = prefill_module(ids)
+        decode = torch.export.export(
+            decode_module,
+            (ids[:, :1].contiguous(), state),  # as users' tokens: compilers read memory by these strides
+            dynamic_shapes={"input_ids": {0: batch}, "state": [{0: batch} for _ in state]},
+        )
     return prefill, decode
 
 
-__all__ = ["MinGRUDecode", "MinGRUPrefill", "cache_of", "export_programs", "state_of"]
+class MinConvGRUClip(nn.Module):
+    """Read the first frames of a clip, or all of it: frames -> logits and the state behind them.
+
+    Args:
+        model: a MinConvGRUForVideoClassification.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """frames (B, T, C, H, W), attention_mask (B, T) with 0 at padding -> logits (B, L), state.
+
+        A bidirectional model has no state to go on from: the list is empty.
+        """
+        cache = None if self.model.config.bidirectional else MinConvGRUCache()
+        output = self.model(frames, attention_mask=attention_mask, cache=cache)
+        return output.logits, [] if cache is None else cache.states
+
+
+class MinConvGRUFrame(nn.Module):
+    """Read one more frame, or several: frames and state -> logits for the clip so far and the state behind them.
+
+    Args:
+        model: a MinConvGRUForVideoClassification.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """frames (B, 1, C, H, W), state as a clip or an earlier frame returned it -> logits (B, L), state."""
+        cache = MinConvGRUCache()
+        # Features are looked at where a frame is padding, and none is.
+        features = frames.new_zeros(frames.shape[0], sum(self.model.model.feature_sizes))
+        cache.update(state, features, num_frames=1)
+        output = self.model(frames, cache=cache)
+        return output.logits, cache.states
+
+
+def export_video_programs(
+    model: nn.Module, frame_size: int | tuple[int, int]
+) -> tuple[ExportedProgram, ExportedProgram | None]:
+    """Export a video classifier as two programs, for a clip and for a single frame, with any batch size and length.
+
+    As in `export_programs`, they hold no operator of this package.
+
+    Args:
+        model: a MinConvGRUForVideoClassification; it is exported as it is in evaluation.
+        frame_size: height and width of the frames in pixels, or one number for both.
+
+    Returns:
+        The clip's, `logits, state = clip.module()(frames)`, and the frame's, `logits, state = frame.module()(frames,
+        state)`, with frames (B, T, C, H, W) and (B, 1, C, H, W) as the video processor returns them; None in place
+        of the frame's for a bidirectional model, which reads whole clips alone.
+
+    Raises:
+        ValueError: if the model is no video classifier, or the frames are too small for it.
+    """
+    if not hasattr(model, "classifiers"):
+        raise ValueError(
+            f"Only a MinConvGRUForVideoClassification can be exported as clip and frame, got a {type(model).__name__}."
+        )
+    height, width = (frame_size, frame_size) if isinstance(frame_size, int) else frame_size
+    channels = getattr(model.config.backbone_config, "num_channels", 3)
+    batch, steps = Dim("batch", min=1), Dim("steps", min=1)
+    frames = torch.zeros((2, 3, channels, height, width), dtype=model.dtype, device=model.device)
+    with _as_exported(model):
+        clip_module, frame_module = MinConvGRUClip(model), MinConvGRUFrame(model)
+        _, state = clip_module(frames)  # first of all, for errors of the model's own
+        clip = torch.export.export(clip_module, (frames,), dynamic_shapes={"frames": {0: batch, 1: steps}})
+        if model.config.bidirectional:
+            return clip, None
+        frame = torch.export.export(
+            frame_module,
+            (frames[:, :1].contiguous(), state),
+            dynamic_shapes={"frames": {0: batch}, "state": [{0: batch} for _ in state]},
+        )
+    return clip, frame
+
+
+@contextlib.contextmanager
+def _as_exported(model: nn.Module) -> Iterator[None]:
+    """In evaluation, without gradients, and without options that would show in a program."""
+    in_training = [module for module in model.modules() if module.training]
+    options = {"scan_backend": "auto", "backbone_chunk_size": None}  # pieces of a batch fix its size
+    before = {name: getattr(model.config, name) for name in options if hasattr(model.config, name)}
+    model.eval()
+    try:
+        for name in before:
+            setattr(model.config, name, options[name])
+        with torch.no_grad():
+            yield
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+        for module in in_training:
+            module.training = True
+
+
+__all__ = [
+    "MinConvGRUClip",
+    "MinConvGRUFrame",
+    "MinGRUDecode",
+    "MinGRUPrefill",
+    "cache_of",
+    "export_programs",
+    "export_video_programs",
+    "state_of",
+]

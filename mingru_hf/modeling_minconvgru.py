@@ -479,7 +479,8 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         run = self._checkpoint_backbone if checkpointing and not frozen else self._run_backbone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            pieces = [run(piece) for piece in images.split(self.config.backbone_chunk_size or len(images))]
+            chunk = self.config.backbone_chunk_size
+            pieces = [run(piece) for piece in (images.split(chunk) if chunk else [images])]
         depths = pieces[0] if len(pieces) == 1 else [torch.cat(maps) for maps in zip(*pieces, strict=True)]
         if real is not None:
             depths = [

@@ -1,25 +1,38 @@
 #!/usr/bin/env python
-"""Export a language model to ONNX: prefill.onnx reads a prompt, decode.onnx reads one more token.
+"""Export a model to ONNX: prefill.onnx and decode.onnx for text, clip.onnx and frame.onnx for video.
 
     python scripts/export_onnx.py --model_name_or_path runs/demo --output_dir runs/onnx --prompt "ROMEO:"
+    python scripts/export_onnx.py --model_name_or_path runs/shapes --output_dir runs/onnx --video clip.mp4
 
-Both are made of standard operators: the recurrence is a Scan over the prompt and plain arithmetic in a single
-step. The state is passed from one call to the next as inputs and outputs: see `generate` in this file.
+The first file of each pair reads a prompt or a clip of any length, the second one more token or frame. They are
+made of standard operators: the recurrence is a Scan over the prompt or clip and plain arithmetic in a single
+step. The state is passed from one call to the next as inputs and outputs: see `generate` and `classify` in this
+file.
 """
 
 import importlib.util
+import os
+import tempfile
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForVideoClassification,
+    AutoTokenizer,
+    AutoVideoProcessor,
+)
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
-from mingru_hf.exporting import export_programs
+from mingru_hf.exporting import export_programs, export_video_programs
 from mingru_hf.training.arguments import ArgumentParser
 from mingru_hf.training.checkpoints import check_new_files
 from mingru_hf.training.models import load_pretrained
+
+TEXT_FILES, VIDEO_FILES = ("prefill.onnx", "decode.onnx"), ("clip.onnx", "frame.onnx")
 
 
 def parse_args(argv: list[str] | None):
@@ -28,69 +41,141 @@ def parse_args(argv: list[str] | None):
     parser.add_argument(
         "--model_name_or_path", metavar="NAME", required=True, help="directory of the model, or its name on the Hub"
     )
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where prefill.onnx and decode.onnx go")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the two files go")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace these files if they exist")
-    parser.add_argument("--prompt", metavar="TEXT", help="continue this text with the exported model")
-    parser.add_argument("--max_new_tokens", metavar="N", type=int, default=100, help="tokens to write")
+    text = parser.add_argument_group("text models")
+    text.add_argument("--prompt", metavar="TEXT", help="continue this text with the exported model")
+    text.add_argument("--max_new_tokens", metavar="N", type=int, default=100, help="tokens to write")
+    video = parser.add_argument_group("video classifiers")
+    video.add_argument("--video", metavar="FILE", help="classify a clip from the middle of this video")
+    video.add_argument(
+        "--frame_size",
+        metavar="N",
+        type=int,
+        nargs="+",
+        help="height and width of the frames, or one number for both; default: what the model's processor cuts out",
+    )
     return parser, parser.parse_args(argv)
 
 
-def export(model, output_dir: str | Path) -> None:
-    """Write prefill.onnx (input_ids (B, T)) and decode.onnx (input_ids (B, 1), state_0, ...) for any B and T.
+def export(model, output_dir: str | Path, frame_size: int | tuple[int, int] | None = None) -> list[str]:
+    """Write a model's two files and return their names; the second is missing for a bidirectional video model.
 
-    Both return logits, only of the last token, and the state: state_0, ... for the next call of decode.onnx.
+    prefill.onnx takes input_ids (B, T), decode.onnx input_ids (B, 1) and state_0, ...; both return logits, only of
+    the last token, and new_state_0, ..., the states for the next call of decode.onnx. clip.onnx takes frames
+    (B, T, C, H, W), frame.onnx frames (B, 1, C, H, W) and state_0, ..., with H and W of `frame_size`; both return
+    logits for the clip so far, and new_state_0, .... B and T are free.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    prefill, decode = export_programs(model, logits_to_keep=1)
-    states = [f"state_{i}" for i in range(len(decode.graph_signature.user_inputs) - 1)]
-    for name, program, inputs in (("prefill", prefill, []), ("decode", decode, states)):
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", r"`isinstance\(treespec", FutureWarning
-            )  # a warning about torch's own code
-            onnx_program = torch.onnx.export(
-                program,
-                input_names=["input_ids", *inputs],
-                output_names=["logits", *(f"new_{state}" for state in states)],
-                dynamo=True,
-                verbose=False,
-            )
-        onnx_program.save(output_dir / f"{name}.onnx")
+    if frame_size is None:
+        names, data, programs = TEXT_FILES, "input_ids", export_programs(model, logits_to_keep=1)
+    else:
+        names, data, programs = VIDEO_FILES, "frames", export_video_programs(model, frame_size)
+    last = programs[1] or programs[0]
+    states = [f"state_{i}" for i in range(len(last.graph_signature.user_outputs) - 1)]
+    present = [(name, program) for name, program in zip(names, programs, strict=True) if program is not None]
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".incomplete-") as staging:
+        for (name, program), inputs in zip(present, ([], states), strict=False):
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", r"`isinstance\(treespec", FutureWarning
+                )  # a warning about torch's own code
+                onnx_program = torch.onnx.export(
+                    program,
+                    input_names=[data, *inputs],
+                    output_names=["logits", *(f"new_{state}" for state in states)],
+                    dynamo=True,
+                    verbose=False,
+                )
+            onnx_program.save(Path(staging) / name)
+        for path in Path(staging).iterdir():  # large weights lie in a file of their own
+            os.replace(path, output_dir / path.name)
+    for name in set(names) - dict(present).keys():
+        (output_dir / name).unlink(missing_ok=True)  # another model's
+    return list(dict(present))
+
+
+def _session(path: Path):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def _states(state: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"state_{i}": tensor for i, tensor in enumerate(state)}
 
 
 def generate(output_dir: str | Path, input_ids: np.ndarray, max_new_tokens: int) -> np.ndarray:
     """Continue input_ids (B, T) greedily with onnxruntime; return (B, T + max_new_tokens)."""
-    import onnxruntime
-
-    prefill, decode = (
-        onnxruntime.InferenceSession(Path(output_dir) / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in ("prefill", "decode")
-    )
+    prefill, decode = (_session(Path(output_dir) / name) for name in TEXT_FILES)
     logits, *state = prefill.run(None, {"input_ids": input_ids})
     for _ in range(max_new_tokens):
         next_ids = logits[:, -1].argmax(-1, keepdims=True)  # (B, 1)
         input_ids = np.concatenate([input_ids, next_ids], axis=1)
-        inputs = {f"state_{i}": tensor for i, tensor in enumerate(state)}
-        logits, *state = decode.run(None, {"input_ids": next_ids, **inputs})
+        logits, *state = decode.run(None, {"input_ids": next_ids, **_states(state)})
     return input_ids
+
+
+def classify(output_dir: str | Path, frames: np.ndarray) -> np.ndarray:
+    """Classify frames (B, T, C, H, W) with onnxruntime, one after another where the model can; return (B, labels)."""
+    clip_path, frame_path = (Path(output_dir) / name for name in VIDEO_FILES)
+    clip = _session(clip_path)
+    if not frame_path.is_file():
+        return clip.run(None, {"frames": frames})[0]
+    frame = _session(frame_path)
+    logits, *state = clip.run(None, {"frames": frames[:, :1]})
+    for t in range(1, frames.shape[1]):
+        logits, *state = frame.run(None, {"frames": frames[:, t : t + 1], **_states(state)})
+    return logits
+
+
+def export_text(args) -> None:
+    """Export a language model, and continue the prompt if there is one."""
+    model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).float().eval()
+    tokenizer = None if args.prompt is None else load_pretrained(AutoTokenizer, args.model_name_or_path)
+    print(f"{' and '.join(export(model, args.output_dir))} are in {args.output_dir}")
+    if tokenizer is not None:
+        input_ids = tokenizer(args.prompt, return_tensors="np").input_ids.astype(np.int64)
+        print(tokenizer.decode(generate(args.output_dir, input_ids, args.max_new_tokens)[0]))
+
+
+def export_video(args) -> None:
+    """Export a video classifier, and classify the video if there is one."""
+    model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path).float().eval()
+    frame_size, inputs = args.frame_size, None
+    if frame_size is None or args.video is not None:
+        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
+        frame_size = frame_size or [processor.crop_size["height"], processor.crop_size["width"]]
+        if args.video is not None:
+            crop_size = {"height": frame_size[0], "width": frame_size[-1]}
+            inputs = processor(args.video, crop_size=crop_size, return_tensors="np")
+    written = export(model, args.output_dir, (frame_size[0], frame_size[-1]))
+    print(f"{' and '.join(written)} {'are' if len(written) == 2 else 'is'} in {args.output_dir}")
+    if inputs is not None:
+        logits = classify(args.output_dir, np.asarray(inputs["pixel_values_videos"], dtype=np.float32))[0]
+        probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        best = int(logits.argmax())
+        print(f"{args.video}: {model.config.id2label[best]} {100 * probabilities[best]:.0f} %")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     with parser.user_errors():
-        packages = ["onnx", "onnxscript"] + ["onnxruntime"] * (args.prompt is not None)
+        runs = args.prompt is not None or args.video is not None
+        packages = ["onnx", "onnxscript"] + ["onnxruntime"] * runs
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ImportError(f"the export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-        check_new_files(args.output_dir, ("prefill.onnx", "decode.onnx"), args.overwrite_output_dir)
-        model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).float().eval()
-        tokenizer = None if args.prompt is None else load_pretrained(AutoTokenizer, args.model_name_or_path)
-        export(model, args.output_dir)
-        print(f"prefill.onnx and decode.onnx are in {args.output_dir}")
-        if tokenizer is not None:
-            input_ids = tokenizer(args.prompt, return_tensors="np").input_ids.astype(np.int64)
-            print(tokenizer.decode(generate(args.output_dir, input_ids, args.max_new_tokens)[0]))
+        if args.frame_size is not None and (len(args.frame_size) > 2 or min(args.frame_size) < 1):
+            raise ValueError("frame_size takes one or two positive numbers")
+        check_new_files(args.output_dir, TEXT_FILES + VIDEO_FILES, args.overwrite_output_dir)
+        is_video = load_pretrained(AutoConfig, args.model_name_or_path).model_type == "minconvgru"
+        misplaced = ["prompt"] if is_video else ["video", "frame_size"]
+        for name in misplaced:
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name} is for {'text models' if is_video else 'video classifiers'}")
+        (export_video if is_video else export_text)(args)
 
 
 if __name__ == "__main__":

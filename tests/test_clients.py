@@ -25,10 +25,13 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
+    ResNetConfig,
     pipeline,
 )
 
 from mingru_hf import (
+    MinConvGRUConfig,
+    MinConvGRUForVideoClassification,
     MinGRUConfig,
     MinGRUForCausalLM,
     MinGRUForSequenceClassification,
@@ -365,6 +368,33 @@ def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
         operators[name] = {node.op_type for node in graph.graph.node}
     assert "Scan" in operators["prefill"]
     assert not {"Scan", "Loop", "If"} & operators["decode"]
+
+
+@pytest.mark.clients("onnxruntime")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_onnx_classifies_clips_and_streams(bidirectional, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+    import onnx
+
+    backbone = ResNetConfig(hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", out_features=["stage1", "stage2"])
+    config = MinConvGRUConfig(backbone_config=backbone, bidirectional=bidirectional, num_labels=5)
+    model = MinConvGRUForVideoClassification(config).eval()
+    script = load_script("export_onnx")
+    (tmp_path / "frame.onnx").write_bytes(b"another model's")
+    names = script.export(model, tmp_path, (48, 40))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names == ["clip.onnx", "frame.onnx"][: len(names)]
+    assert len(names) == 2 - bidirectional
+    for batch, steps in ((1, 1), (2, 9)):
+        frames = torch.randn(batch, steps, 3, 48, 40)
+        with torch.no_grad():
+            expected = model(frames).logits.numpy()
+        assert script.classify(tmp_path, frames.numpy()) == pytest.approx(expected, abs=1e-4)
+    for name in names:
+        graph = onnx.load(tmp_path / name)
+        assert {node.domain for node in graph.graph.node} == {""}
+        assert ("Scan" in {node.op_type for node in graph.graph.node}) == (name == "clip.onnx")
 
 
 @pytest.mark.slow

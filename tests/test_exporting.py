@@ -7,9 +7,16 @@ import sys
 import pytest
 import torch
 from torch.export import Dim
+from transformers import ConvNextConfig, ResNetConfig
 
-from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
-from mingru_hf.exporting import MinGRUPrefill, cache_of, export_programs
+from mingru_hf import (
+    MinConvGRUConfig,
+    MinConvGRUForVideoClassification,
+    MinGRUConfig,
+    MinGRUForCausalLM,
+    mingru_scan,
+)
+from mingru_hf.exporting import MinConvGRUClip, MinGRUPrefill, cache_of, export_programs, export_video_programs
 
 # Logits of a few units in float32; the exported scan rounds in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -17,6 +24,40 @@ KINDS = {
     "paper": {"hidden_size": 16, "num_hidden_layers": 2},
     "stack": {"hidden_size": 8, "hidden_sizes": [12, 16], "conv_kernel": 0, "expand": 1, "use_mlp": False},
 }
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "patch_size": 2}
+VIDEO_KINDS = {
+    "resnet": {
+        "backbone_config": ResNetConfig(**RESNET, out_features=["stage1", "stage2"]),
+        "backbone_chunk_size": 4,
+        "scan_backend": "torch",
+    },
+    "convnext": {
+        "backbone_config": ConvNextConfig(**CONVNEXT, out_indices=[2]),
+        "feature_pooling": True,
+        "num_hidden_layers": 3,
+        "residual": False,
+        "norm": False,
+        "pooled_size": 3,
+    },
+}
+
+
+def make_video_model(kind, **overrides):
+    torch.manual_seed(0)
+    options = copy.deepcopy(VIDEO_KINDS[kind]) | {"num_labels": 5} | overrides
+    return MinConvGRUForVideoClassification(MinConvGRUConfig(**options)).eval()
+
+
+@pytest.fixture(scope="module", params=VIDEO_KINDS)
+def exported_video(request):
+    """A video classifier and its two programs."""
+    model = make_video_model(request.param).train()
+    options = model.config.to_dict()
+    programs = export_video_programs(model, (48, 40))
+    assert model.training
+    assert model.config.to_dict() == options
+    return model.eval(), *programs
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -139,3 +180,49 @@ def test_programs_are_made_for_contiguous_tokens(exported):
     for program in exported[1:]:
         (tokens,) = (node.meta["val"] for node in program.graph.nodes if node.name == "input_ids")
         assert tokens.is_contiguous()
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 7), (2, 2)])
+@torch.no_grad()
+def test_video_programs_give_the_numbers_of_the_model_at_any_size(exported_video, batch, steps):
+    model, clip, frame = exported_video
+    frames = torch.randn(batch, steps + 3, 3, 48, 40)
+    logits, state = clip.module()(frames[:, :steps])
+    torch.testing.assert_close(logits, model(frames[:, :steps]).logits, **CLOSE)
+    for t in range(steps, steps + 3):
+        logits, state = frame.module()(frames[:, t : t + 1], state)
+        torch.testing.assert_close(logits, model(frames[:, : t + 1]).logits, **CLOSE)
+
+
+def test_video_programs_hold_operators_of_torch_alone(exported_video):
+    for program in exported_video[1:]:
+        operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert operators
+        assert not [name for name in operators if "mingru" in name]
+
+
+@torch.no_grad()
+def test_a_bidirectional_video_model_has_a_program_for_clips_alone():
+    model = make_video_model("resnet", bidirectional=True)
+    clip, frame = export_video_programs(model, 32)
+    assert frame is None
+    frames = torch.randn(1, 6, 3, 32, 32)
+    logits, state = clip.module()(frames)
+    assert state == []
+    torch.testing.assert_close(logits, model(frames).logits, **CLOSE)
+
+
+@torch.no_grad()
+def test_clips_with_padding(exported_video):
+    model = exported_video[0]
+    frames = torch.randn(2, 5, 3, 48, 40)
+    mask = torch.arange(5) < torch.tensor([5, 3])[:, None]
+    logits, _ = MinConvGRUClip(model)(frames, mask)
+    torch.testing.assert_close(logits[1:], model(frames[1:, :3]).logits, **CLOSE)
+
+
+def test_other_models_and_frames_too_small_are_refused(exported):
+    with pytest.raises(ValueError, match=r"Only a MinConvGRUForVideoClassification .* got a MinGRUForCausalLM"):
+        export_video_programs(exported[0], 32)
+    with pytest.raises(ValueError, match="too small for feature_pooling"):
+        export_video_programs(make_video_model("convnext"), 4)

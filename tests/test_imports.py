@@ -25,7 +25,7 @@ ALLOWED = {
     "calling": {"linear", "observers"},
     "configuration_common": set(),
     "configuration_mingru": {"configuration_common"},
-    "exporting": set(),
+    "exporting": {"modeling_minconvgru"},
     "linear": {"observers"},
     "loading": set(),
     "losses": {"linear"},

@@ -430,7 +430,8 @@ def test_a_half_frozen_backbone_with_group_norms_trains(layer_type, frozen, chan
     model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
     assert bit.embedder.convolution.weight.grad is None
     trained = [parameter for parameter in bit.encoder.parameters() if parameter.requires_grad]
-    assert trained and all(parameter.grad is not None for parameter in trained)
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100, 0])

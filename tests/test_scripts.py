@@ -756,6 +756,16 @@ def test_the_export_says_what_to_install_and_replaces_no_file(capsys, monkeypatc
     error = error_of(capsys, *export)
     assert "already holds decode.onnx" in error
     assert "--overwrite_output_dir" in error
+    assert "frame_size takes one or two" in error_of(capsys, *export, "--frame_size", 3, 4, 5)
+
+
+def test_the_export_knows_text_from_video(capsys, monkeypatch, trained, video_model, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    export = ("export_onnx", "--output_dir", tmp_path, "--model_name_or_path")
+    assert "prompt is for text models" in error_of(capsys, *export, video_model, "--prompt", "A")
+    assert "video is for video classifiers" in error_of(capsys, *export, trained, "--video", "a.mp4")
+    assert "frame_size is for video classifiers" in error_of(capsys, *export, trained, "--frame_size", 8)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_server_says_what_to_install(capsys, monkeypatch):
