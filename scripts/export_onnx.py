@@ -4,10 +4,10 @@
     python scripts/export_onnx.py --model_name_or_path runs/demo --output_dir runs/onnx --prompt "ROMEO:"
     python scripts/export_onnx.py --model_name_or_path runs/shapes --output_dir runs/onnx --video clip.mp4
 
-The first file of each pair reads a prompt or a clip of any length, the second one more token or frame. They are
-made of standard operators: the recurrence is a Scan over the prompt or clip and plain arithmetic in a single
-step. The state is passed from one call to the next as inputs and outputs: see `generate` and `classify` in this
-file.
+The first file of each pair reads a prompt or a clip of any length, the second one more token or frame.
+They are made of standard operators: the recurrence is a Scan over the prompt or clip and plain arithmetic
+in a single step. The state is passed from one call to the next as inputs and outputs: see `generate` and
+`classify` in this file.
 """
 
 import importlib.util
