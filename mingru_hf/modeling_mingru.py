@@ -614,6 +614,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def prepare_inputs_for_generation(
         self,
         input_ids,
@@ -645,6 +646,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         # With no new token, GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: it would
         # have the state read the whole prompt a second time.
         nothing_new = next_sequence_length is not None and next_sequence_length <= 0
+        if nothing_new and (cache is None or cache.get_seq_length() == 0):
+            raise ValueError("The prompt holds no token: give at least one, or leave input_ids out to begin with BOS.")
         if nothing_new or (position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]):
             raise ValueError(
                 f"The cache has seen {cache.get_seq_length()} tokens, and the ids passed with it hold no further one. "
@@ -697,6 +700,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         return output
 
     @staticmethod
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, cache, is_first_iteration=True, **kwargs
     ) -> Tensor | None:

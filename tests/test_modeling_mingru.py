@@ -545,6 +545,9 @@ def test_generation_from_embeddings(model, input_ids):
 def test_generation_from_nothing(model):
     model.generation_config.bos_token_id = 1
     assert model.generate(max_new_tokens=3).shape == (1, 4)
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="holds? no token"):
+            model.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=3, use_cache=use_cache)
 
 
 def test_old_cache_argument_still_works_with_a_warning(model, input_ids):
@@ -552,6 +555,9 @@ def test_old_cache_argument_still_works_with_a_warning(model, input_ids):
     with pytest.warns(FutureWarning, match="past_key_values"):
         logits = model(input_ids[:, 8:], past_key_values=cache).logits
     assert_close(logits, model(input_ids).logits[:, 8:])
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        inputs = model.prepare_inputs_for_generation(input_ids[:, 8:], past_key_values=cache)
+    assert inputs["cache"] is cache
 
 
 # --- Heads
