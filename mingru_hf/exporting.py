@@ -1,6 +1,7 @@
 """The models with their state as plain tensors, for torch.export and for runtimes that know no cache objects.
 
-    prefill, decode = export_programs(model)  # of a text model
+    prefill, decode = export_programs(model)  # of a language model
+    program = export_text_classifier(model)  # of a classifier of texts or tokens
     clip, frame = export_video_programs(model, 224)  # of a video classifier
     torch.export.save(prefill, "prefill.pt2")  # runs where neither this package nor transformers is installed
 
@@ -125,6 +126,50 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
     return prefill, decode
 
 
+class MinGRUClassifier(nn.Module):
+    """Classify texts or their tokens: ids and mask -> logits.
+
+    Args:
+        model: a MinGRUForSequenceClassification or MinGRUForTokenClassification.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids (B, T), attention_mask (B, T) with 0 at padding -> logits (B, L), or (B, T, L) of tokens."""
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def export_text_classifier(model: nn.Module) -> ExportedProgram:
+    """Export a classifier of texts or tokens, with any batch size and length; as in `export_programs` otherwise.
+
+    Args:
+        model: a MinGRUForSequenceClassification or MinGRUForTokenClassification; it is exported as it is in
+            evaluation.
+
+    Returns:
+        `logits = program.module()(input_ids, attention_mask)`.
+
+    Raises:
+        ValueError: if the model is no such classifier.
+    """
+    if not hasattr(model, "score"):
+        raise ValueError(
+            "Only a MinGRUForSequenceClassification or MinGRUForTokenClassification can be exported as a classifier, "
+            f"got a {type(model).__name__}."
+        )
+    sizes = {0: Dim("batch", min=1), 1: Dim("steps", min=1)}
+    ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)
+    with _as_exported(model):
+        return torch.export.export(
+            MinGRUClassifier(model),
+            (ids, torch.ones_like(ids)),
+            dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+        )
+
+
 class MinConvGRUClip(nn.Module):
     """Read the first frames of a clip, or all of it: frames -> logits and the state behind them.
 
@@ -230,10 +275,12 @@ def _as_exported(model: nn.Module) -> Iterator[None]:
 __all__ = [
     "MinConvGRUClip",
     "MinConvGRUFrame",
+    "MinGRUClassifier",
     "MinGRUDecode",
     "MinGRUPrefill",
     "cache_of",
     "export_programs",
+    "export_text_classifier",
     "export_video_programs",
     "state_of",
 ]

@@ -119,7 +119,10 @@ class MinGRUConv(nn.Module):
         steps = x.shape[1]
         taps = self.conv.kernel_size[0]
         if mask is not None:  # real tokens first, in order: then they are each other's neighbours
-            order = torch.argsort(~mask, dim=1, stable=True)  # (B, T)
+            num_real = mask.cumsum(1)  # (B, T)
+            places = torch.where(mask, num_real, num_real[:, -1:] + (~mask).cumsum(1)) - 1
+            tokens = torch.arange(steps, device=x.device).expand_as(places)
+            order = torch.empty_like(places).scatter(1, places, tokens)  # a stable argsort, which ONNX does not have
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             reset = None if reset is None else reset.gather(1, order)
         if window is None:
@@ -134,7 +137,7 @@ class MinGRUConv(nn.Module):
 
         windows = self._windows(padded, mask, document, num_recorded, steps) if num_recorded else None
         if mask is not None:  # back to the places of the tokens
-            rank = (mask.cumsum(1) - 1).clamp(min=0)
+            rank = (num_real - 1).clamp(min=0)
             out = out.gather(1, rank.unsqueeze(-1).expand_as(out))
         return out, windows
 

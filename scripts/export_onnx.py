@@ -7,7 +7,8 @@
 The first file of each pair reads a prompt or a clip of any length, the second one more token or frame.
 They are made of standard operators: the recurrence is a Scan over the prompt or clip and plain arithmetic
 in a single step. The state is passed from one call to the next as inputs and outputs: see `generate` and
-`classify` in this file.
+`classify` in this file. A classifier of texts or tokens becomes model.onnx, which takes input_ids and
+attention_mask.
 """
 
 import importlib.util
@@ -21,18 +22,21 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoModelForVideoClassification,
     AutoTokenizer,
     AutoVideoProcessor,
 )
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
-from mingru_hf.exporting import export_programs, export_video_programs
+from mingru_hf.exporting import export_programs, export_text_classifier, export_video_programs
 from mingru_hf.training.arguments import ArgumentParser
 from mingru_hf.training.checkpoints import check_new_files
 from mingru_hf.training.models import load_pretrained
 
 TEXT_FILES, VIDEO_FILES = ("prefill.onnx", "decode.onnx"), ("clip.onnx", "frame.onnx")
+CLASSIFIER_FILE = "model.onnx"
 
 
 def parse_args(argv: list[str] | None):
@@ -41,9 +45,9 @@ def parse_args(argv: list[str] | None):
     parser.add_argument(
         "--model_name_or_path", metavar="NAME", required=True, help="directory of the model, or its name on the Hub"
     )
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the two files go")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the files go")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace these files if they exist")
-    text = parser.add_argument_group("text models")
+    text = parser.add_argument_group("language models")
     text.add_argument("--prompt", metavar="TEXT", help="continue this text with the exported model")
     text.add_argument("--max_new_tokens", metavar="N", type=int, default=100, help="tokens to write")
     video = parser.add_argument_group("video classifiers")
@@ -59,31 +63,40 @@ def parse_args(argv: list[str] | None):
 
 
 def export(model, output_dir: str | Path, frame_size: int | tuple[int, int] | None = None) -> list[str]:
-    """Write a model's two files and return their names; the second is missing for a bidirectional video model.
+    """Write a model's files and return their names.
 
-    prefill.onnx takes input_ids (B, T), decode.onnx input_ids (B, 1) and state_0, ...; both return logits, only of
-    the last token, and new_state_0, ..., the states for the next call of decode.onnx. clip.onnx takes frames
-    (B, T, C, H, W), frame.onnx frames (B, 1, C, H, W) and state_0, ..., with H and W of `frame_size`; both return
-    logits for the clip so far, and new_state_0, .... B and T are free.
+    A language model: prefill.onnx takes input_ids (B, T), decode.onnx input_ids (B, 1) and state_0, ...; both return
+    logits, only of the last token, and new_state_0, ..., the states for the next call of decode.onnx.
+
+    A classifier of texts or tokens: model.onnx takes input_ids and attention_mask (B, T) and returns logits.
+
+    A video classifier: clip.onnx takes frames (B, T, C, H, W), frame.onnx frames (B, 1, C, H, W) and state_0, ...,
+    with H and W of `frame_size`; both return logits for the clip so far, and new_state_0, .... There is no frame.onnx
+    of a bidirectional model.
+
+    B and T are free.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if frame_size is None:
-        names, data, programs = TEXT_FILES, "input_ids", export_programs(model, logits_to_keep=1)
+    if frame_size is not None:
+        names, inputs, programs = VIDEO_FILES, ["frames"], export_video_programs(model, frame_size)
+    elif hasattr(model, "score"):
+        names, inputs, programs = [CLASSIFIER_FILE], ["input_ids", "attention_mask"], [export_text_classifier(model)]
     else:
-        names, data, programs = VIDEO_FILES, "frames", export_video_programs(model, frame_size)
-    last = programs[1] or programs[0]
-    states = [f"state_{i}" for i in range(len(last.graph_signature.user_outputs) - 1)]
-    present = [(name, program) for name, program in zip(names, programs, strict=True) if program is not None]
+        names, inputs, programs = TEXT_FILES, ["input_ids"], export_programs(model, logits_to_keep=1)
+    programs = {name: program for name, program in zip(names, programs, strict=True) if program is not None}
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".incomplete-") as staging:
-        for (name, program), inputs in zip(present, ([], states), strict=False):
+        for name, program in programs.items():
+            _, *states = program.graph_signature.user_outputs
+            states = [f"state_{i}" for i in range(len(states))]
+            reads_states = len(program.graph_signature.user_inputs) > len(inputs)
             with warnings.catch_warnings():
                 warnings.filterwarnings(
                     "ignore", r"`isinstance\(treespec", FutureWarning
                 )  # a warning about torch's own code
                 onnx_program = torch.onnx.export(
                     program,
-                    input_names=[data, *inputs],
+                    input_names=[*inputs, *(states if reads_states else [])],
                     output_names=["logits", *(f"new_{state}" for state in states)],
                     dynamo=True,
                     verbose=False,
@@ -91,9 +104,9 @@ def export(model, output_dir: str | Path, frame_size: int | tuple[int, int] | No
             onnx_program.save(Path(staging) / name)
         for path in Path(staging).iterdir():  # large weights lie in a file of their own
             os.replace(path, output_dir / path.name)
-    for name in set(names) - dict(present).keys():
+    for name in set(names) - programs.keys():
         (output_dir / name).unlink(missing_ok=True)  # another model's
-    return list(dict(present))
+    return list(programs)
 
 
 def _session(path: Path):
@@ -130,11 +143,11 @@ def classify(output_dir: str | Path, frames: np.ndarray) -> np.ndarray:
     return logits
 
 
-def export_text(args) -> None:
-    """Export a language model, and continue the prompt if there is one."""
-    model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).float().eval()
+def export_text(args, auto_class: type) -> None:
+    """Export a text model, and continue the prompt if there is one."""
+    model = load_pretrained(auto_class, args.model_name_or_path).float().eval()
     tokenizer = None if args.prompt is None else load_pretrained(AutoTokenizer, args.model_name_or_path)
-    print(f"{' and '.join(export(model, args.output_dir))} are in {args.output_dir}")
+    _say(export(model, args.output_dir), args.output_dir)
     if tokenizer is not None:
         input_ids = tokenizer(args.prompt, return_tensors="np").input_ids.astype(np.int64)
         print(tokenizer.decode(generate(args.output_dir, input_ids, args.max_new_tokens)[0]))
@@ -150,13 +163,16 @@ def export_video(args) -> None:
         if args.video is not None:
             crop_size = {"height": frame_size[0], "width": frame_size[-1]}
             inputs = processor(args.video, crop_size=crop_size, return_tensors="np")
-    written = export(model, args.output_dir, (frame_size[0], frame_size[-1]))
-    print(f"{' and '.join(written)} {'are' if len(written) == 2 else 'is'} in {args.output_dir}")
+    _say(export(model, args.output_dir, (frame_size[0], frame_size[-1])), args.output_dir)
     if inputs is not None:
         logits = classify(args.output_dir, np.asarray(inputs["pixel_values_videos"], dtype=np.float32))[0]
         probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
         best = int(logits.argmax())
         print(f"{args.video}: {model.config.id2label[best]} {100 * probabilities[best]:.0f} %")
+
+
+def _say(written: list[str], output_dir: str) -> None:
+    print(f"{' and '.join(written)} {'is' if len(written) == 1 else 'are'} in {output_dir}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,13 +185,24 @@ def main(argv: list[str] | None = None) -> None:
             raise ImportError(f"the export needs {' and '.join(missing)}: pip install {' '.join(missing)}")
         if args.frame_size is not None and (len(args.frame_size) > 2 or min(args.frame_size) < 1):
             raise ValueError("frame_size takes one or two positive numbers")
-        check_new_files(args.output_dir, TEXT_FILES + VIDEO_FILES, args.overwrite_output_dir)
-        is_video = load_pretrained(AutoConfig, args.model_name_or_path).model_type == "minconvgru"
-        misplaced = ["prompt"] if is_video else ["video", "frame_size"]
-        for name in misplaced:
-            if getattr(args, name) is not None:
-                raise ValueError(f"{name} is for {'text models' if is_video else 'video classifiers'}")
-        (export_video if is_video else export_text)(args)
+        check_new_files(args.output_dir, (*TEXT_FILES, *VIDEO_FILES, CLASSIFIER_FILE), args.overwrite_output_dir)
+        config = load_pretrained(AutoConfig, args.model_name_or_path)
+        architecture = (config.architectures or [""])[0]
+        is_video = config.model_type == "minconvgru"
+        auto_class = AutoModelForCausalLM
+        if architecture.endswith("ForSequenceClassification"):
+            auto_class = AutoModelForSequenceClassification
+        elif architecture.endswith("ForTokenClassification"):
+            auto_class = AutoModelForTokenClassification
+        if args.prompt is not None and (is_video or auto_class is not AutoModelForCausalLM):
+            raise ValueError("prompt is for language models")
+        for name in ("video", "frame_size"):
+            if getattr(args, name) is not None and not is_video:
+                raise ValueError(f"{name} is for video classifiers")
+        if is_video:
+            export_video(args)
+        else:
+            export_text(args, auto_class)
 
 
 if __name__ == "__main__":

@@ -372,6 +372,26 @@ def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
 
 @pytest.mark.clients("onnxruntime")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("model_class", [MinGRUForSequenceClassification, MinGRUForTokenClassification])
+def test_onnx_classifies_texts_and_tokens(model_class, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+    import onnxruntime
+
+    model = model_class(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)).eval()
+    assert load_script("export_onnx").export(model, tmp_path) == ["model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = torch.randint(0, 40, (3, 9))
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    [logits] = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    real = mask.bool() if logits.ndim == 3 else slice(None)
+    assert logits[real] == pytest.approx(expected[real].numpy(), abs=1e-4)
+
+
+@pytest.mark.clients("onnxruntime")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_onnx_classifies_clips_and_streams(bidirectional, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -14,9 +14,18 @@ from mingru_hf import (
     MinConvGRUForVideoClassification,
     MinGRUConfig,
     MinGRUForCausalLM,
+    MinGRUForSequenceClassification,
+    MinGRUForTokenClassification,
     mingru_scan,
 )
-from mingru_hf.exporting import MinConvGRUClip, MinGRUPrefill, cache_of, export_programs, export_video_programs
+from mingru_hf.exporting import (
+    MinConvGRUClip,
+    MinGRUPrefill,
+    cache_of,
+    export_programs,
+    export_text_classifier,
+    export_video_programs,
+)
 
 # Logits of a few units in float32; the exported scan rounds in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -182,6 +191,18 @@ def test_programs_are_made_for_contiguous_tokens(exported):
         assert tokens.is_contiguous()
 
 
+@pytest.mark.parametrize("model_class", [MinGRUForSequenceClassification, MinGRUForTokenClassification])
+@torch.no_grad()
+def test_classifiers_of_texts_and_tokens(model_class):
+    model = model_class(MinGRUConfig(vocab_size=40, initializer_range=0.3, num_labels=3, **KINDS["paper"])).eval()
+    program = export_text_classifier(model).module()
+    ids = torch.randint(0, 40, (3, 9))
+    for mask in (torch.arange(9) < torch.tensor([[9], [4], [1]]), torch.arange(9) >= torch.tensor([[0], [4], [8]])):
+        logits, expected = program(ids, mask.long()), model(ids, attention_mask=mask).logits
+        real = mask if logits.dim() == 3 else slice(None)
+        torch.testing.assert_close(logits[real], expected[real], **CLOSE)
+
+
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (3, 7), (2, 2)])
 @torch.no_grad()
 def test_video_programs_give_the_numbers_of_the_model_at_any_size(exported_video, batch, steps):
@@ -224,5 +245,7 @@ def test_clips_with_padding(exported_video):
 def test_other_models_and_frames_too_small_are_refused(exported):
     with pytest.raises(ValueError, match=r"Only a MinConvGRUForVideoClassification .* got a MinGRUForCausalLM"):
         export_video_programs(exported[0], 32)
+    with pytest.raises(ValueError, match=r"as a classifier, got a MinGRUForCausalLM"):
+        export_text_classifier(exported[0])
     with pytest.raises(ValueError, match="too small for feature_pooling"):
         export_video_programs(make_video_model("convnext"), 4)

@@ -546,7 +546,7 @@ def test_generation_from_nothing(model):
     model.generation_config.bos_token_id = 1
     assert model.generate(max_new_tokens=3).shape == (1, 4)
     for use_cache in (True, False):
-        with pytest.raises(ValueError, match="holds? no token"):
+        with pytest.raises(ValueError, match=r"holds? no token"):
             model.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=3, use_cache=use_cache)
 
 

@@ -762,7 +762,7 @@ def test_the_export_says_what_to_install_and_replaces_no_file(capsys, monkeypatc
 def test_the_export_knows_text_from_video(capsys, monkeypatch, trained, video_model, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
     export = ("export_onnx", "--output_dir", tmp_path, "--model_name_or_path")
-    assert "prompt is for text models" in error_of(capsys, *export, video_model, "--prompt", "A")
+    assert "prompt is for language models" in error_of(capsys, *export, video_model, "--prompt", "A")
     assert "video is for video classifiers" in error_of(capsys, *export, trained, "--video", "a.mp4")
     assert "frame_size is for video classifiers" in error_of(capsys, *export, trained, "--frame_size", 8)
     assert not any(tmp_path.iterdir())
