@@ -224,8 +224,9 @@ def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
         ImportError: if timm is not installed.
     """
     names = _rename(state, _VIDEO_NAMES)
-    depths = sorted({int(name.split(".")[1]) for name in state if name.startswith("heads.")})
-    first = [f"heads.{depth}.rnn.layers.0.gate_hidden.weight" for depth in depths or [0]]
+    last = max((int(name.split(".")[1]) for name in state if name.startswith("heads.")), default=0)
+    depths = list(range(last + 1))
+    first = [f"heads.{depth}.rnn.layers.0.gate_hidden.weight" for depth in depths]
     needed = [*first, *(f"heads.{depth}.fc.weight" for depth in depths)]
     _refuse({"are missing": [name for name in needed if name not in state]})
 

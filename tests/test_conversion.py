@@ -154,6 +154,11 @@ def test_script_writes_a_video_directory_that_the_pipeline_takes(video_example, 
     assert {answer["label"] for answer in answers} == {f"LABEL_{i}" for i in range(7)}
 
 
+def pop_all(state, prefix):
+    for name in [name for name in state if name.startswith(prefix)]:
+        state.pop(name)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -161,6 +166,8 @@ def test_script_writes_a_video_directory_that_the_pipeline_takes(video_example, 
         (lambda state: state.update({"feature_parts.0.1.weight": torch.ones(1)}), r"no place.*feature_parts\.0\.1"),
         (lambda state: state.update({"heads.0.fc.scale": torch.ones(1)}), r"no place.*heads\.0\.fc\.scale"),
         (lambda state: state.pop("heads.2.fc.weight"), r"missing: heads\.2\.fc\.weight"),
+        (lambda state: pop_all(state, "heads.0."), r"missing: heads\.0\..*heads\.0\.fc\.weight"),
+        (lambda state: pop_all(state, "heads.3."), r"missing: heads\.3\..*heads\.3\.fc\.weight"),
         (lambda state: state.update({"feature_parts.0.0.weight": torch.ones(8, 3, 3, 3)}), "shape.*expected"),
     ],
 )
