@@ -24,7 +24,15 @@ from transformers.cache_utils import DynamicCache
 from .modeling_minconvgru import MinConvGRUCache
 
 
-class MinGRUPrefill(nn.Module):
+class _Exportable(nn.Module):
+    """A model under a signature of tensors and lists of them alone."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+class MinGRUPrefill(_Exportable):
     """Read a prompt: ids -> logits and the state behind them.
 
     Args:
@@ -33,8 +41,7 @@ class MinGRUPrefill(nn.Module):
     """
 
     def __init__(self, model: nn.Module, logits_to_keep: int = 0):
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.logits_to_keep = logits_to_keep
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
@@ -46,16 +53,12 @@ class MinGRUPrefill(nn.Module):
         return output.logits, state_of(cache)
 
 
-class MinGRUDecode(nn.Module):
+class MinGRUDecode(_Exportable):
     """Read one more token, or several: ids and state -> logits and the state behind them.
 
     Args:
         model: a MinGRUForCausalLM.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, input_ids: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """input_ids (B, 1), state as a prefill or an earlier step returned it -> logits (B, 1, V), state."""
@@ -126,16 +129,12 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
     return prefill, decode
 
 
-class MinGRUClassifier(nn.Module):
+class MinGRUClassifier(_Exportable):
     """Classify texts or their tokens: ids and mask -> logits.
 
     Args:
         model: a MinGRUForSequenceClassification or MinGRUForTokenClassification.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids (B, T), attention_mask (B, T) with 0 at padding -> logits (B, L), or (B, T, L) of tokens."""
@@ -170,16 +169,12 @@ def export_text_classifier(model: nn.Module) -> ExportedProgram:
         )
 
 
-class MinConvGRUClip(nn.Module):
+class MinConvGRUClip(_Exportable):
     """Read the first frames of a clip, or all of it: frames -> logits and the state behind them.
 
     Args:
         model: a MinConvGRUForVideoClassification.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, frames: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """frames (B, T, C, H, W), attention_mask (B, T) with 0 at padding -> logits (B, L), state.
@@ -191,16 +186,12 @@ class MinConvGRUClip(nn.Module):
         return output.logits, [] if cache is None else cache.states
 
 
-class MinConvGRUFrame(nn.Module):
+class MinConvGRUFrame(_Exportable):
     """Read one more frame, or several: frames and state -> logits for the clip so far and the state behind them.
 
     Args:
         model: a MinConvGRUForVideoClassification.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
     def forward(self, frames: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """frames (B, 1, C, H, W), state as a clip or an earlier frame returned it -> logits (B, L), state."""

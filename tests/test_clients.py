@@ -341,12 +341,18 @@ metric_list: [{{metric: acc}}]
     assert results["results"]["fox"]["acc,none"] == 0.5  # both questions have the same answer, one of them wrong
 
 
+@pytest.fixture
+def export_onnx():
+    """The script, where what it needs is installed."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+    return load_script("export_onnx")
+
+
 @pytest.mark.clients("onnxruntime")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("kind", ["paper", "stack"])
-def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+def test_onnx_gives_the_same_tokens_from_standard_operators(kind, export_onnx, tmp_path):
     import onnx
 
     sizes = {
@@ -354,12 +360,11 @@ def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
         "stack": {"hidden_size": 8, "hidden_sizes": [12, 16], "conv_kernel": 0, "expand": 1, "use_mlp": False},
     }[kind]
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, initializer_range=0.3, **sizes)).eval()
-    script = load_script("export_onnx")
-    script.export(model, tmp_path)
+    export_onnx.export(model, tmp_path)
     for batch, steps in ((1, 1), (3, 50)):
         ids = torch.randint(0, 40, (batch, steps))
         expected = greedy(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": 0})
-        assert np.array_equal(script.generate(tmp_path, ids.numpy(), 12), expected.numpy())
+        assert np.array_equal(export_onnx.generate(tmp_path, ids.numpy(), 12), expected.numpy())
     operators = {}
     for name in ("prefill", "decode"):
         graph = onnx.load(tmp_path / f"{name}.onnx")
@@ -373,13 +378,11 @@ def test_onnx_gives_the_same_tokens_from_standard_operators(kind, tmp_path):
 @pytest.mark.clients("onnxruntime")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("model_class", [MinGRUForSequenceClassification, MinGRUForTokenClassification])
-def test_onnx_classifies_texts_and_tokens(model_class, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+def test_onnx_classifies_texts_and_tokens(model_class, export_onnx, tmp_path):
     import onnxruntime
 
     model = model_class(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)).eval()
-    assert load_script("export_onnx").export(model, tmp_path) == ["model.onnx"]
+    assert export_onnx.export(model, tmp_path) == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     ids = torch.randint(0, 40, (3, 9))
     mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).long()
@@ -393,24 +396,21 @@ def test_onnx_classifies_texts_and_tokens(model_class, tmp_path):
 @pytest.mark.clients("onnxruntime")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_onnx_classifies_clips_and_streams(bidirectional, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
+def test_onnx_classifies_clips_and_streams(bidirectional, export_onnx, tmp_path):
     import onnx
 
     backbone = ResNetConfig(hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", out_features=["stage1", "stage2"])
     config = MinConvGRUConfig(backbone_config=backbone, bidirectional=bidirectional, num_labels=5)
     model = MinConvGRUForVideoClassification(config).eval()
-    script = load_script("export_onnx")
     (tmp_path / "frame.onnx").write_bytes(b"another model's")
-    names = script.export(model, tmp_path, (48, 40))
+    names = export_onnx.export(model, tmp_path, (48, 40))
     assert sorted(path.name for path in tmp_path.iterdir()) == names == ["clip.onnx", "frame.onnx"][: len(names)]
     assert len(names) == 2 - bidirectional
     for batch, steps in ((1, 1), (2, 9)):
         frames = torch.randn(batch, steps, 3, 48, 40)
         with torch.no_grad():
             expected = model(frames).logits.numpy()
-        assert script.classify(tmp_path, frames.numpy()) == pytest.approx(expected, abs=1e-4)
+        assert export_onnx.classify(tmp_path, frames.numpy()) == pytest.approx(expected, abs=1e-4)
     for name in names:
         graph = onnx.load(tmp_path / name)
         assert {node.domain for node in graph.graph.node} == {""}
