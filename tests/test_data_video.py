@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Video
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Video
 
 pytest.importorskip("av", reason="videos are read and written by PyAV")
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
@@ -374,6 +374,27 @@ def test_other_columns_and_labels_as_words(tmp_path, monkeypatch):
         load_video_datasets("owner/name")
     with pytest.raises(ValueError, match="no column film"):
         load_video_datasets("owner/name", video_column_name="film", label_column_name="action")
+
+
+@pytest.mark.parametrize("unknown", [None, -1])
+def test_videos_without_a_label_are_left_out(tmp_path, monkeypatch, caplog, unknown):
+    labels = [0, 1] * 3 if unknown == -1 else ["a", "b"] * 3
+    features = {"label": ClassLabel(names=["a", "b"])} if unknown == -1 else {}
+
+    def table(labels):
+        table = Dataset.from_dict({"video": [f"{i}.mp4" for i in range(6)], "label": labels})
+        return table.cast(Features({**table.features, **features, "video": Video(decode=False)}))
+
+    tables = {"train": table([*labels[:5], unknown]), "test": table([unknown] * 6)}
+    monkeypatch.setattr("mingru_hf.data.video.load_dataset", lambda *_, **__: dict(tables))
+    splits = load_video_datasets("owner/name", validation_split_percentage=20)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "validation": 1}
+    assert sorted(splits["train"]["label"][:] + splits["validation"]["label"][:]) == [0, 0, 0, 1, 1]
+    assert "1 of 6 videos in train have no label" in caplog.text
+    assert "6 of 6 videos in test have no label" in caplog.text
+    tables["train"] = tables["test"]
+    with pytest.raises(ValueError, match="no video to train on, or none with a label"):
+        load_video_datasets("owner/name")
 
 
 def test_folders_without_videos_or_classes_are_refused(tmp_path):

@@ -69,7 +69,8 @@ def load_video_datasets(
         cache_dir: where `datasets` keeps what it downloads and prepares.
 
     Returns:
-        Datasets `train`, `validation` and perhaps `test`, with columns `video` and `label`.
+        Datasets `train`, `validation` and perhaps `test`, with columns `video` and `label`. Videos without a label
+        (null, or -1 in a ClassLabel) are left out, with a warning that counts them.
 
     Raises:
         ValueError: if there is no such dataset or column, no video or one that lies in no folder of a class, only one
@@ -402,9 +403,19 @@ def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None
                 f"{dataset_name} has no column {name or f'that looks like the {kind}'}: name one of "
                 f"{', '.join(features)} with {kind}_column_name (a folder needs a subfolder per class)"
             )
-    for split, dataset in splits.items():
+    unknown = (None, -1) if isinstance(features[label], ClassLabel) else (None,)
+    for split, dataset in list(splits.items()):
         dataset = dataset.select_columns([video, label]).rename_columns({video: "video", label: "label"})
+        labelled = [row for row, value in enumerate(dataset["label"]) if value not in unknown]
+        if len(labelled) < len(dataset):
+            missing = len(dataset) - len(labelled)
+            logger.warning("%s: %d of %d videos in %s have no label", dataset_name, missing, len(dataset), split)
+            dataset = dataset.select(labelled)
         splits[split] = dataset.cast_column("video", Video(decode=False))
+        if len(dataset) == 0:
+            del splits[split]
+    if "train" not in splits:
+        raise ValueError(f"{dataset_name} has no video to train on, or none with a label")
     if not isinstance(features[label], ClassLabel):
         names = sorted({value for dataset in splits.values() for value in dataset.unique("label")})
         numbers = {name: number for number, name in enumerate(names)}
