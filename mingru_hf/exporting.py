@@ -102,7 +102,7 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
 
     Args:
         model: a MinGRUForCausalLM; it is exported as it is in evaluation.
-        logits_to_keep: return this many of the prompt's last logits; 0 for all.
+        logits_to_keep: return this many of the prompt's last logits; 0 for all. With 2 or more, a prompt must be longer.
 
     Returns:
         The prefill, `logits, state = prefill.module()(input_ids)`, and the step, `logits, state =
@@ -115,8 +115,9 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
         raise ValueError(
             f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}."
         )
-    batch, steps = Dim("batch", min=1), Dim("steps", min=1)
-    ids = torch.zeros((2, 3), dtype=torch.long, device=model.device)  # sizes other than 1, which would be fixed
+    batch, steps = Dim("batch", min=1), Dim("steps", min=1 if logits_to_keep < 2 else logits_to_keep + 1)
+    # Sizes other than 1, which would be fixed.
+    ids = torch.zeros((2, 3 + logits_to_keep), dtype=torch.long, device=model.device)
     with _as_exported(model):
         prefill_module, decode_module = MinGRUPrefill(model, logits_to_keep), MinGRUDecode(model)
         prefill = torch.export.export(prefill_module, (ids,), dynamic_shapes={"input_ids": {0: batch, 1: steps}})
@@ -250,6 +251,8 @@ def _as_exported(model: nn.Module) -> Iterator[None]:
     in_training = [module for module in model.modules() if module.training]
     options = {"scan_backend": "auto", "backbone_chunk_size": None}  # pieces of a batch fix its size
     before = {name: getattr(model.config, name) for name in options if hasattr(model.config, name)}
+    # In torch 2.15, guards of what was compiled before get into a program's constraints. All compile anew after this.
+    torch.compiler.reset()
     model.eval()
     try:
         for name in before:

@@ -477,7 +477,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             images = images.contiguous(memory_format=torch.channels_last)
         frozen = self.config.freeze_backbone
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        run = self._checkpoint_backbone if checkpointing and not frozen else self._run_backbone
+        trains = images.requires_grad or any(parameter.requires_grad for parameter in self.backbone.parameters())
+        trains = trains and not frozen
+        run = self._checkpoint_backbone if checkpointing and trains else self._run_backbone
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             chunk = self.config.backbone_chunk_size
             pieces = [run(piece) for piece in (images.split(chunk) if chunk else [images])]
@@ -490,7 +492,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         depths = [maps.unflatten(0, frames.shape[:2]) for maps in depths]
         if (
             checkpointing
-            and frozen
+            and not trains
             and getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
         ):
             depths = [maps.requires_grad_() for maps in depths]  # or the first layers get no gradient

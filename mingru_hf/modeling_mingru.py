@@ -92,6 +92,7 @@ class MinGRUConv(nn.Module):
 
     def __init__(self, size: int, kernel_size: int, bias: bool):
         super().__init__()
+        self.kernel_size = kernel_size  # here too, where an adapter may stand in the convolution's place
         self.conv = _Taps(size, kernel_size, bias)
 
     def forward(
@@ -117,7 +118,7 @@ class MinGRUConv(nn.Module):
             (B, T, E) outputs, undefined at masked tokens, and (B, R, K - 1, E) windows or None.
         """
         steps = x.shape[1]
-        taps = self.conv.kernel_size[0]
+        taps = self.kernel_size
         if mask is not None:  # real tokens first, in order: then they are each other's neighbours
             num_real = mask.cumsum(1)  # (B, T)
             places = torch.where(mask, num_real, num_real[:, -1:] + (~mask).cumsum(1)) - 1
@@ -145,7 +146,7 @@ class MinGRUConv(nn.Module):
         self, padded: Tensor, mask: Tensor | None, document: Tensor | None, num_recorded: int, steps: int
     ) -> Tensor:
         """(B, R, K - 1, E): the last K - 1 real inputs of the document after each of the last R steps."""
-        length = self.conv.kernel_size[0] - 1
+        length = self.kernel_size - 1
         if mask is None and document is None:
             return padded.unfold(1, length, 1)[:, -num_recorded:].transpose(2, 3)
         batch = padded.shape[0]

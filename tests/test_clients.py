@@ -158,6 +158,20 @@ def test_peft_lora_reaches_the_recurrence_and_merges(model, inputs, targets, tmp
     assert not list(tmp_path.glob("*.py"))  # an adapter's directory needs no code
 
 
+@pytest.mark.clients("peft")
+def test_peft_adapts_the_weight_of_the_convolution(model, inputs):
+    peft = pytest.importorskip("peft", reason="LoRA comes from peft")
+    lora = peft.LoraConfig(r=2, target_modules=[], target_parameters=["conv.conv.weight"], init_lora_weights=False)
+    with torch.no_grad():
+        base = model(**inputs).logits
+        adapted = peft.get_peft_model(model, lora)
+        logits = adapted(**inputs).logits
+        assert (logits - base).abs().max() > 0.01
+        cache = adapted(inputs.input_ids[:1, :3], use_cache=True).cache
+        last = adapted(inputs.input_ids[:1, 3:], cache=cache).logits[:, -1]
+    torch.testing.assert_close(last, adapted(inputs.input_ids[:1]).logits[:, -1], **CLOSE)
+
+
 @pytest.mark.clients("trl")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 def test_trl_packed_training_sees_the_borders_of_the_documents(model, tokenizer, tmp_path):

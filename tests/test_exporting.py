@@ -113,6 +113,16 @@ torch.testing.assert_close(torch.cat(parts, dim=1), data["logits"], rtol=1e-4, a
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+@pytest.mark.parametrize("kept", [1, 2, 5])
+@torch.no_grad()
+def test_prefill_returns_as_many_logits_as_asked_for(exported, kept):
+    model = exported[0]
+    prefill, _ = export_programs(model, logits_to_keep=kept)
+    for steps in (1 if kept == 1 else kept + 1, 11):
+        ids = torch.randint(0, 40, (2, steps))
+        torch.testing.assert_close(prefill.module()(ids)[0], model(ids).logits[:, -kept:], **CLOSE)
+
+
 @torch.no_grad()
 def test_prefill_with_padding(exported):
     model = exported[0]
