@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -15,7 +16,7 @@ from test_modeling_minconvgru import ReferenceClassifier
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from mingru_hf import MinGRU
+from mingru_hf import MinConv2dGRU, MinGRU
 from mingru_hf.conversion import convert, read_checkpoint
 from mingru_hf.data.text import build_tokenizer
 
@@ -275,3 +276,162 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="damaged"):
         read_checkpoint(tmp_path / "cut.pt")
+
+
+# ---- other forms of the examples ----
+
+
+def assert_same_logits(example, state=None, **kwargs):
+    model = convert(dict(example.state_dict()) if state is None else state, **kwargs)
+    assert not model.training
+    ids = torch.randint(0, example.emb.num_embeddings, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, example(ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize("part", [r"gate_hidden\.bias", r"layers\.\d\.norm\.bias", r"fc\.bias"])
+def test_biases_that_a_checkpoint_has_not_are_left_out(part):
+    example, state = TextExample().eval(), {}
+    for name, parameter in example.named_parameters():
+        if re.search(part, name):
+            nn.init.zeros_(parameter)
+        else:
+            state[name] = nn.init.normal_(parameter.detach(), std=0.3)
+    assert len(state) < len(example.state_dict())
+    assert_same_logits(example, state)
+
+
+def test_without_any_norm():
+    example = TextExample(final_norm=False)
+    example.rnn = MinGRU(12, [6, 10], norm=False, residual=True)
+    assert_same_logits(example.eval())
+
+
+def test_the_bias_of_the_last_norm_is_taken_over():
+    example = TextExample().eval()
+    example.ln = nn.LayerNorm(10)
+    nn.init.normal_(example.ln.bias)
+    assert_same_logits(example)
+
+
+def test_the_width_of_the_embedding_tells_too_that_there_are_no_residual_sums():
+    assert_same_logits(TextExample(embedding=12, hidden_sizes=(8, 8), residual=False).eval())
+
+
+def test_a_model_has_the_dtype_of_its_tensors():
+    state = {name: tensor.bfloat16() for name, tensor in TextExample().state_dict().items()}
+    assert {parameter.dtype for parameter in convert(state).parameters()} == {torch.bfloat16}
+
+
+def test_names_that_only_begin_like_known_ones_are_refused():
+    state = dict(TextExample().state_dict())
+    with pytest.raises(ValueError, match=r"no place in this kind of model: fc\.weight_scale\."):
+        convert(state | {"fc.weight_scale": torch.ones(31, 10)})
+    with pytest.raises(ValueError, match=r"no place in this kind of model: x0, .*, x19 and 5 more\."):
+        convert(state | {f"x{i}": torch.ones(1) for i in range(25)})
+    without_layers = {name: tensor for name, tensor in state.items() if not name.startswith("rnn.")}
+    with pytest.raises(ValueError, match=r"missing: rnn\.layers\.0\.gate_hidden\.weight"):
+        convert(without_layers)
+
+
+class OtherVideo(ReferenceClassifier):
+    """One layer a head, with other kernels and sizes of what is pooled, and without norms and residual sums."""
+
+    def __init__(self, num_labels):
+        super().__init__(num_labels)
+        for head, size in zip(self.heads, (64, 128, 256, 512, 512), strict=True):
+            head["rnn"] = MinConv2dGRU(size, [size], 1, strides=2, paddings=1, norm=False, residual=False)
+            head["fc"] = nn.Linear(size * 9, num_labels)
+
+    def forward(self, frames):
+        logits, x = [], frames.flatten(0, 1)
+        for part, head in zip(self.feature_parts, self.heads, strict=True):
+            x = part(x)
+            outputs, _ = head["rnn"](x.unflatten(0, frames.shape[:2]))
+            logits.append(head["fc"](F.adaptive_avg_pool2d(outputs[:, -1], 3).flatten(1)))
+        return torch.stack(logits).mean(0)
+
+
+def test_the_tensors_of_a_video_model_tell_its_form():
+    pytest.importorskip("timm", reason="VGG16, its backbone, comes from timm")
+    example, frames = OtherVideo(3).eval(), torch.randn(1, 2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(convert(dict(example.state_dict()))(frames).logits, example(frames), **TOLERANCE)
+
+
+def test_a_video_model_without_heads_is_refused(video_example):
+    state = {name: tensor for name, tensor in video_example.state_dict().items() if "heads" not in name}
+    with pytest.raises(ValueError, match=r"missing: heads\.0\.rnn\.layers\.0\.gate_hidden\.weight"):
+        convert(state)
+
+
+# ---- files ----
+
+
+class Tensors(nn.Module):
+    """Tensors of every kind, some of them views of the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        base = torch.randn(4, 6)
+        self.weight = nn.Parameter(base)
+        for name, tensor in {"part": base[1:, 2:5], "turned": base.t(), "number": torch.tensor(3)}.items():
+            self.register_buffer(name, tensor)
+        for dtype in ("float64", "float16", "bfloat16", "int32", "bool"):
+            self.register_buffer(f"of_{dtype}", (10 * torch.randn(5)).to(getattr(torch, dtype)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@scripted
+def test_an_archive_may_hold_tensors_of_any_type_and_views(tmp_path):
+    model = Tensors()
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    state = read_checkpoint(tmp_path / "model.pt")
+    torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "again.safetensors")
+    state["turned"].zero_()
+    assert torch.equal(state["weight"], model.weight)  # no two share memory
+
+
+@scripted
+@pytest.mark.parametrize("damage", ["missing", "short", "odd", "flipped"])
+def test_a_damaged_archive_is_refused(damage, tmp_path):
+    torch.jit.script(nn.Linear(20, 30)).save(tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as whole:
+        contents = {name: whole.read(name) for name in whole.namelist()}
+    data = max(contents, key=lambda name: len(contents[name]) if "/data/" in name else 0)
+    with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
+        for name, content in contents.items():
+            if name != data:
+                archive.writestr(name, content)
+            elif damage != "missing":
+                archive.writestr(name, {"short": content[:40], "odd": content[:41]}.get(damage, content))
+    if damage == "flipped":
+        content = bytearray((tmp_path / "bad.pt").read_bytes())
+        content[content.index(contents[data][:40])] ^= 1
+        (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.pt is a damaged TorchScript archive"):
+        read_checkpoint(tmp_path / "bad.pt")
+
+
+def test_a_directory_or_a_list_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        read_checkpoint(tmp_path)
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"list\.pt holds no state dict .* but list"):
+        read_checkpoint(tmp_path / "list.pt")
+
+
+def test_a_wrapper_is_taken_off_only_where_it_holds_all_names(tmp_path):
+    state = {"module.weight": torch.zeros(2), "weight": torch.ones(2)}
+    torch.save(state, tmp_path / "model.pt")
+    torch.testing.assert_close(read_checkpoint(tmp_path / "model.pt"), state)
+
+
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(TextExample().state_dict(), tmp_path / "model.pt")
+    assert {tensor.device.type for tensor in read_checkpoint(tmp_path / "model.pt").values()} == {"cpu"}

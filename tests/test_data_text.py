@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -760,3 +761,199 @@ def test_mistakes_with_streams_are_named(documents, tmp_path):
     stream, _ = load_text_stream(train_file=file, validation_documents=10)
     with pytest.raises(ValueError, match="holds no token"):
         next(iter(StreamedBlocks(stream.filter(lambda row: False), build_tokenizer("char", ["a"]), 4)))
+
+
+# ---- more about loading ----
+
+
+def test_suffixes_in_capitals_are_known(tmp_path):
+    (tmp_path / "A.TXT").write_text(TEXT)
+    assert "".join(chain(*texts_of(load_text_datasets(train_file=tmp_path / "A.TXT")))) == TEXT
+    (tmp_path / "A.JSONL").write_text(rows_of(*LINES))
+    assert list(chain(*texts_of(load_text_datasets(train_file=tmp_path / "A.JSONL")))) == LINES
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    (train,), (validation,) = texts_of(load_text_datasets(train_file=tmp_path / "a.txt"))
+    assert train + validation == TEXT
+
+
+def test_the_column_called_text_is_taken_among_several(tmp_path):
+    rows = [{"title": "t", "text": line} for line in LINES]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(chain(*texts_of(load_text_datasets(train_file=tmp_path / "a.jsonl")))) == LINES
+
+
+def test_a_small_share_holds_out_one_row_or_character_at_least(tmp_path):
+    (tmp_path / "a.jsonl").write_text(rows_of(*LINES))
+    train, validation = texts_of(load_text_datasets(train_file=tmp_path / "a.jsonl", validation_split_percentage=0.1))
+    assert (len(train), validation) == (199, LINES[-1:])
+    (tmp_path / "a.txt").write_text("abcdef")
+    splits = load_text_datasets(train_file=tmp_path / "a.txt", validation_split_percentage=0.1)
+    assert texts_of(splits) == (["abcde"], ["f"])
+    with pytest.raises(ValueError, match="between 0 and 100"):
+        load_text_datasets(train_file=tmp_path / "a.txt", validation_split_percentage=0)
+
+
+def test_whole_rows_are_held_out_in_their_order_where_the_cut_lies_between_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text(rows_of("aaaa", "bb", "cc"))
+    splits = load_text_datasets(train_file=tmp_path / "a.jsonl", validation_split_percentage=50)
+    assert texts_of(splits) == (["aaaa"], ["bb", "cc"])
+
+
+def test_a_text_is_cut_at_the_nearest_line_but_not_far_away(tmp_path):
+    def lengths(text):
+        (tmp_path / "a.txt").write_text(text)
+        parts = texts_of(load_text_datasets(train_file=tmp_path / "a.txt", validation_split_percentage=50))
+        return [len(part[0]) for part in parts]
+
+    assert lengths("x" * 45 + "\n" + "x" * 7 + "\n" + "x" * 46) == [46, 54]  # not 54
+    assert lengths("x" * 10 + "\n" + "x" * 89) == [50, 50]
+
+
+def test_the_name_of_the_column_holds_for_the_validation_file_too(tmp_path):
+    for name in "ab":
+        rows = [{"title": "t", "body": f"{name}{i}"} for i in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = {"train_file": tmp_path / "a.jsonl", "validation_file": tmp_path / "b.jsonl"}
+    expected = ["b0", "b1", "b2"]
+    assert load_text_datasets(**files, text_column_name="body")["validation"]["text"][:] == expected
+    assert load_text_stream(**files, text_column_name="body")[1]["text"][:] == expected
+    with pytest.raises(ValueError, match=r"b\.jsonl has 2 columns of strings|a\.jsonl has 2 columns of strings"):
+        load_text_datasets(**files)
+
+
+def test_a_validation_file_that_does_not_fit_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(rows_of("a", "b"))
+    (tmp_path / "b.jsonl").write_text('{"number": 1}\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl has 0 columns of strings"):
+        load_text_datasets(train_file=tmp_path / "a.jsonl", validation_file=tmp_path / "b.jsonl")
+
+
+def test_what_datasets_prepares_lies_in_the_cache_that_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "elsewhere")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.jsonl").write_text(rows_of(*LINES))
+    load_text_datasets(train_file=tmp_path / "set" / "a.jsonl", cache_dir=tmp_path / "one")
+    load_text_datasets(str(tmp_path / "set"), cache_dir=tmp_path / "two")
+    assert (tmp_path / "one").is_dir()
+    assert (tmp_path / "two").is_dir()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_clone_of_the_hub_has_the_configuration_that_is_asked_for(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("one", "two"))
+    write_files(tmp_path / "set", {"README.md": f"---\nconfigs:\n{configs}---\n"})
+    write_files(
+        tmp_path / "set", {f"{name}.jsonl": rows_of(*[f"{name} {i}" for i in range(100)]) for name in ("one", "two")}
+    )
+    train, validation = texts_of(load_text_datasets(str(tmp_path / "set"), "two"))
+    assert train + validation == [f"two {i}" for i in range(100)]
+
+
+# ---- more about tokenizers and blocks ----
+
+
+def test_a_single_text_makes_the_same_tokenizer_as_a_list_of_it():
+    for kind in ("char", "bpe"):
+        one, many = build_tokenizer(kind, TEXT), build_tokenizer(kind, [TEXT])
+        assert one.get_vocab() == many.get_vocab()
+
+
+def test_characters_are_numbered_by_their_code_points():
+    vocab = build_tokenizer("char", ["zebra", "Ärger"]).get_vocab()
+    characters = sorted(token for token in vocab if len(token) == 1)
+    assert [vocab[character] for character in characters] == list(range(2, 2 + len(characters)))
+
+
+def test_every_unknown_character_is_a_token():
+    assert build_tokenizer("char", ["ab"])("a€€b")["input_ids"] == [2, 1, 1, 3]
+
+
+def test_bytes_alone_make_the_smallest_vocabulary_and_4096_tokens_the_usual_one():
+    assert len(build_tokenizer("bpe", ["abc"], 257)) == 257
+    words = " ".join(f"{i}{chr(97 + i % 26)}" for i in range(9000))
+    assert len(build_tokenizer("bpe", [words])) == 4096
+
+
+def test_the_first_text_trains_a_bpe_too():
+    assert "hello" in build_tokenizer("bpe", iter(["", "hello " * 50, "x"]), 270).get_vocab()
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused(monkeypatch):
+    monkeypatch.setattr(text_module.AutoTokenizer, "from_pretrained", lambda name: object())
+    with pytest.raises(ValueError, match="'slow' is a object, which has no fast version"):
+        build_tokenizer("slow", [])
+
+
+def test_special_tokens_that_a_tokenizer_adds_are_no_part_of_the_blocks():
+    from tokenizers import processors
+
+    tokenizer = build_tokenizer("char", ["abcd"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, 0)]
+    )
+    assert tokenizer("ab")["input_ids"] == [0, 2, 3]
+    assert joined(group_texts(one_text("abcd"), tokenizer, 2)).tolist() == [2, 3, 4, 5]
+
+
+def test_a_text_longer_than_the_model_reads_is_no_reason_to_warn(caplog):
+    tokenizer = build_tokenizer("char", ["abcd"])
+    tokenizer.model_max_length = 4
+    group_texts(one_text("abcd" * 10), tokenizer, 2)
+    assert not caplog.records
+
+
+def test_no_document_and_documents_without_a_token():
+    tokenizer = build_tokenizer("char", ["ab"])
+    for texts in ([], ["", ""]):
+        with pytest.raises(ValueError, match="has 0 tokens, expected at least one block"):
+            group_texts(
+                Dataset.from_dict({"text": texts}, datasets.Features(text=datasets.Value("string"))), tokenizer, 2
+            )
+
+
+def test_a_long_document_has_one_end(monkeypatch):
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
+    tokenizer = build_tokenizer("char", [TEXT])
+    ids = joined(group_texts(one_text(TEXT), tokenizer, 2, add_eos=True))
+    assert (ids == tokenizer.eos_token_id).sum() <= 1
+
+
+def test_blocks_of_other_tokens_have_other_fingerprints():
+    tokenizer = build_tokenizer("char", ["abcd"])
+    one, other = (group_texts(one_text(text), tokenizer, 2) for text in ("abcd", "dcba"))
+    assert one._fingerprint != other._fingerprint
+
+
+def test_the_share_of_unknown_tokens_is_found_in_many_blocks():
+    tokenizer = build_tokenizer("char", ["ab"])
+    blocks = group_texts(one_text("aX" * 3000 + "ab" * 3000), tokenizer, 2)
+    assert unknown_share(blocks, tokenizer) == pytest.approx(0.25, abs=0.01)
+
+
+def test_documents_in_different_rows_have_positions_of_their_own():
+    rows = [{"input_ids": torch.tensor(ids)} for ids in ([5, 6, 7, 0], [6, 6, 6, 6])]
+    assert DocumentPositions(eos_token_id=0)(rows)["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_stream_without_an_end_token_joins_its_documents(documents):
+    file, texts = documents
+    stream, _ = load_text_stream(train_file=file, validation_documents=58)
+    tokenizer = build_tokenizer("char", texts)
+    tokenizer.eos_token = None
+    blocks = iter(StreamedBlocks(stream, tokenizer, block_size=10, shuffle_buffer=1))
+    text = "".join(tokenizer.decode(next(blocks)["input_ids"]) for _ in range(4))
+    assert (texts[58] + texts[59]).startswith(text)
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_stream_with_a_validation_split_holds_out_its_first_documents(tmp_path):
+    write_files(tmp_path / "set", {"train.jsonl": rows_of("a", "b"), "dev.jsonl": rows_of("c", "d", "e")})
+    stream, validation = load_text_stream(str(tmp_path / "set"), validation_documents=2)
+    assert [row["text"] for row in stream] == ["a", "b"]
+    assert validation["text"][:] == ["c", "d"]

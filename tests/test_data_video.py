@@ -402,8 +402,9 @@ def test_folders_without_videos_or_classes_are_refused(tmp_path):
     (tmp_path / "empty" / "a" / "notes.txt").touch()
     with pytest.raises(ValueError, match=r"empty holds no videos: expected CLASS/\*.mp4"):
         load_video_datasets(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="no such directory"):
-        load_video_datasets(str(tmp_path / "missing"))
+    for missing in (tmp_path / "missing", "~/missing", "./missing"):
+        with pytest.raises(ValueError, match="no such directory"):
+            load_video_datasets(str(missing))
     write(tmp_path / "one" / "a" / "0.mp4", 3)
     write(tmp_path / "one" / "a" / "1.mp4", 3)
     with pytest.raises(ValueError, match="class"):
@@ -483,3 +484,112 @@ def test_what_is_missing_of_ucf101_is_named(ucf101, tmp_path, monkeypatch):
     (annotations / "classInd.txt").unlink()
     with pytest.raises(ValueError, match=r"no annotation file .*classInd.txt"):
         load_ucf101(videos, annotations)
+
+
+def test_the_other_folds_have_lists_of_their_own(ucf101):
+    videos, annotations = ucf101
+    lines = {name: (annotations / f"{name}list01.txt").read_text().splitlines() for name in ("train", "test")}
+    for fold in (2, 3):
+        moved = [line for line in lines["train"] if f"_g{fold:02}" in line]
+        rest = [line for line in lines["train"] if line not in moved] + lines["test"]
+        (annotations / f"trainlist0{fold}.txt").write_text("\n".join(rest))
+        (annotations / f"testlist0{fold}.txt").write_text("\n".join(moved))
+        splits = load_video_datasets("ucf101", fold=fold, ucf101_path=videos, ucf101_annpath=annotations)
+        assert set(splits["test"]["group"]) == {fold}
+
+
+def test_each_class_of_ucf101_has_a_source_to_train_and_one_to_validate_on(ucf101):
+    def sources(percentage, seed=0):
+        options = {"ucf101_path": ucf101[0], "ucf101_annpath": ucf101[1]}
+        splits = load_video_datasets("ucf101", validation_split_percentage=percentage, seed=seed, **options)
+        return [{(row["label"], row["group"]) for row in splits[name]} for name in ("train", "validation")]
+
+    assert [len(part) for part in sources(1)] == [6, 2]
+    assert [len(part) for part in sources(99)] == [2, 6]
+    assert len({tuple(sorted(sources(25, seed)[1])) for seed in range(4)}) > 1
+    lists = ucf101[1] / "trainlist01.txt"
+    lists.write_text("\n".join(line for line in lists.read_text().splitlines() if "_g02" in line))
+    with pytest.raises(ValueError, match=r"no class of trainlist01.txt has two source videos on disk"):
+        sources(25)
+
+
+# ---- more about folders and other datasets ----
+
+
+def test_the_seed_and_nothing_else_decides_what_is_held_out(tmp_path):
+    for i in range(20):
+        (tmp_path / "set" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "ab"[i % 2] / f"{i}.mp4").touch()
+    held_out = [tuple(load_folder(tmp_path / "set", seed=seed)["validation"]) for seed in (0, 0, 1, 2)]
+    assert held_out[0] == held_out[1]
+    assert len(set(held_out)) > 1
+
+
+def test_a_dataset_of_the_hub_is_asked_for_by_its_configuration(tmp_path, monkeypatch):
+    calls = []
+    table = Dataset.from_dict({"video": ["a", "b"] * 5, "label": ["x", "y"] * 5}).cast_column(
+        "video", Video(decode=False)
+    )
+
+    def load(*args, **kwargs):
+        calls.append((args, kwargs))
+        return {"train": table}
+
+    monkeypatch.setattr("mingru_hf.data.video.load_dataset", load)
+    load_video_datasets("owner/name", "small", cache_dir="there")
+    assert calls == [(("owner/name", "small"), {"cache_dir": "there"})]
+
+
+def test_a_clone_of_the_hub_has_the_configuration_that_is_asked_for(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("one", "two"):
+        rows = [{"video": {"bytes": name.encode(), "path": None}, "label": "ab"[i % 2]} for i in range(10)]
+        table = Dataset.from_list(rows).cast_column("video", Video(decode=False))
+        table.to_parquet(tmp_path / "set" / f"{name}.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("one", "two"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    splits = load_video_datasets(str(tmp_path / "set"), "two", cache_dir=str(tmp_path / "cache"))
+    assert {row["video"]["bytes"] for row in splits["train"]} == {b"two"}
+
+
+# ---- more about augmentation ----
+
+
+def test_clips_of_one_epoch_lie_at_different_places(videos, processor):
+    clips = VideoClips(videos, processor, training=True)
+    assert len({tuple(numbers(clips[i])) for i in range(4)}) > 1
+
+
+def test_augmented_clips_have_the_size_of_the_crop_and_the_processors_scale(videos, tmp_path):
+    processor = MinConvGRUVideoProcessor(
+        num_frames=2, size={"shortest_edge": 64}, crop_size={"height": 8, "width": 12}, do_normalize=False
+    )
+    clips = VideoClips(videos, processor, augment=make_augmentation(processor), training=True)
+    pixels = clips[0]["pixel_values_videos"]
+    assert pixels.shape == (2, 3, 8, 12)
+    assert 0 <= pixels.min() <= pixels.max() <= 1
+    seen = []
+    clips = VideoClips(videos, processor, augment=lambda frames: seen.append(frames) or frames[..., :5, :7])
+    assert clips[0]["pixel_values_videos"].shape == (2, 3, 5, 7)
+    assert (seen[0].shape, seen[0].dtype) == ((2, 3, 16, 16), torch.uint8)
+
+
+def test_each_part_of_the_augmentation_can_be_left_out(gradient):
+    processor = MinConvGRUVideoProcessor(crop_size={"height": 20, "width": 30})
+    whole = make_augmentation(processor, min_crop_scale=0.99, flip=False)
+    for _ in range(20):
+        crop = whole(gradient)[0, 0, 10].int()
+        assert (crop.diff() >= 0).all()  # never mirrored
+        assert crop[-1] - crop[0] > 150  # nearly all of the frame
+    small = make_augmentation(processor, min_crop_scale=0.1, flip=False)
+    assert min(int(crop[-1]) - int(crop[0]) for crop in (small(gradient)[0, 0, 10] for _ in range(20))) < 150
+    torch.manual_seed(0)
+    plain = make_augmentation(processor, 1, flip=False)(gradient)
+    jittered = make_augmentation(processor, 1, flip=False, color_jitter=0.5)(gradient)
+    assert (plain.int() - jittered.int()).abs().max() > 10
+
+
+def test_a_processor_that_does_not_crop_is_followed(gradient):
+    processor = MinConvGRUVideoProcessor(size={"shortest_edge": 10}, crop_size=8, do_center_crop=False)
+    frames = FitAndCrop(processor)(gradient)
+    assert (frames.shape, frames.dtype) == ((2, 3, 10, 15), torch.uint8)

@@ -201,6 +201,26 @@ def test_programs_are_made_for_contiguous_tokens(exported):
         assert tokens.is_contiguous()
 
 
+def test_a_state_with_too_many_tensors_is_refused(exported):
+    model, prefill, _ = exported
+    _, state = prefill.module()(torch.zeros((1, 3), dtype=torch.long))
+    with pytest.raises(ValueError, match=rf"The state of this model has {len(state)} tensors, got {len(state) + 1}"):
+        cache_of(model, [*state, state[0]])
+
+
+def test_a_failed_export_leaves_the_model_as_it_was(exported, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no export today")
+
+    model = copy.deepcopy(exported[0]).train()
+    model.config.scan_backend = "torch"
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(RuntimeError, match="no export today"):
+        export_programs(model)
+    assert model.training
+    assert model.config.scan_backend == "torch"
+
+
 @pytest.mark.parametrize("model_class", [MinGRUForSequenceClassification, MinGRUForTokenClassification])
 @torch.no_grad()
 def test_classifiers_of_texts_and_tokens(model_class):

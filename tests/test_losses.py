@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mingru_hf.losses
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
+from mingru_hf.losses import classification_loss, head_loss
 
 # Sums of the same float32 numbers in another order.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
@@ -164,6 +167,132 @@ def test_the_logits_of_all_places_are_never_there(monkeypatch):
         mingru_hf.losses.head_loss(hidden, head, labels).backward()
     assert max(largest) == 10 * 50 * 16
     assert hidden.grad.abs().max() > 0
+
+
+# ---- the head alone ----
+
+
+def make_rows(vocab_size=40, num_rows=60, width=16, bias=True):
+    """A head with a bias of its own, what it reads and the labels of the places themselves."""
+    head, hidden = nn.Linear(width, vocab_size, bias=bias), torch.randn(num_rows, width, requires_grad=True)
+    return head, hidden, torch.randint(vocab_size, (num_rows,))
+
+
+def assert_cross_entropy(head, hidden, labels):
+    loss, expected = head_loss(hidden, head, None, shift_labels=labels), F.cross_entropy(head(hidden), labels)
+    wanted = [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
+    ours, theirs = (torch.autograd.grad(value, wanted) for value in (loss, expected))
+    torch.testing.assert_close((loss, *ours), (expected, *theirs), **FLOAT32)
+
+
+def test_a_bias_that_is_not_zero_counts():
+    head, hidden, labels = make_rows()
+    with torch.no_grad():
+        head.bias.copy_(torch.randn(40))
+    assert_cross_entropy(head, hidden, labels)
+
+
+def test_logits_in_the_hundreds_do_not_overflow():
+    head, hidden, labels = make_rows()
+    assert_cross_entropy(head, (hidden * 300).detach().requires_grad_(), labels)
+
+
+def test_the_bias_alone_may_be_trained():
+    head, hidden, labels = make_rows()
+    head.weight.requires_grad_(False)
+    assert_cross_entropy(head, hidden.detach(), labels)
+
+
+def test_autocast_rounds_what_the_head_multiplies():
+    head, hidden, labels = make_rows(bias=False)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = head_loss(hidden, head, None, shift_labels=labels)
+        rounded = F.cross_entropy(F.linear(hidden.bfloat16(), head.weight.bfloat16()).float(), labels)
+        torch.testing.assert_close(loss, rounded, rtol=1e-6, atol=0)
+        assert loss != F.cross_entropy(head(hidden), labels)
+
+
+def test_the_gradients_of_many_pieces_in_16_bits_are_added_up_in_32():
+    head, hidden, labels = make_rows(num_rows=6000)
+    head.bfloat16()
+    head_loss(hidden, head, None, shift_labels=labels).backward()
+    exact = nn.Linear(16, 40)
+    exact.load_state_dict(head.state_dict())
+    F.cross_entropy(exact(hidden.bfloat16().float()), labels).backward()
+    for ours, theirs in zip(head.parameters(), exact.parameters(), strict=True):
+        assert (ours.grad.float() - theirs.grad).norm() < 0.01 * theirs.grad.norm()
+
+
+def test_without_gradients_none_are_computed():
+    head, hidden, labels = make_rows()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        head_loss(hidden, head, None, shift_labels=labels)
+    assert counter.get_total_flops() == 2 * 60 * 16 * 40
+
+
+def test_pieces_are_bounded_by_the_vocabulary_not_by_the_width():
+    head, hidden, labels = make_rows(vocab_size=100, width=4)
+    largest = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            largest.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with Sizes():
+        head_loss(hidden, head, None, shift_labels=labels).backward()
+    assert max(largest) == 100 * 4  # the weight; all logits would be 6000
+
+
+def test_second_derivatives_are_refused_instead_of_wrong():
+    head, hidden, labels = make_rows()
+    loss = head_loss(hidden, head, None, shift_labels=labels).square()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_labels_in_another_order_of_axes_are_refused():
+    head, hidden, labels = make_rows()
+    with pytest.raises(ValueError, match=r"labels have the shape \(20, 3\), expected \(3, 20\)"):
+        head_loss(hidden.view(3, 20, 16), head, labels.view(20, 3))
+
+
+# ---- classes ----
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "problem_type"),
+    [
+        ([0, 2, 1], torch.int32, "single_label_classification"),
+        ([[0], [2], [1]], torch.int64, "single_label_classification"),
+        ([[0, 1, 1], [0, 0, 1], [1, 0, 0]], torch.float32, "multi_label_classification"),
+    ],
+)
+def test_labels_tell_the_kind_of_problem(labels, given, problem_type):
+    logits, config = torch.randn(3, 3), MinGRUConfig(num_labels=3)
+    labels = torch.tensor(labels, dtype=given)
+    loss = classification_loss(labels, logits, config)
+    if problem_type == "single_label_classification":
+        expected = F.cross_entropy(logits, labels.flatten().long())
+    else:
+        expected = F.binary_cross_entropy_with_logits(logits, labels)
+    torch.testing.assert_close(loss, expected)
+    assert config.problem_type == problem_type
+
+
+def test_labels_of_other_number_types_are_taken_as_they_are_meant():
+    several, config = torch.tensor([[0, 1, 1], [1, 0, 0]]), MinGRUConfig(problem_type="multi_label_classification")
+    logits = torch.randn(2, 3, requires_grad=True)
+    torch.testing.assert_close(
+        classification_loss(several, logits, config), classification_loss(several.float(), logits, config)
+    )
+    config = MinGRUConfig(problem_type="regression", num_labels=1)
+    loss = classification_loss(torch.tensor([0.5, 1.0], dtype=torch.float64), logits[:, :1], config)
+    assert loss.dtype == torch.float32
+    assert classification_loss(torch.tensor([0.5, 1.0]), logits[:, :1].double(), config).dtype == torch.float64
 
 
 # ---- when ----

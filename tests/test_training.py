@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,14 +22,22 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, ResNetConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, ResNetConfig
 
 from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification, MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import build_tokenizer
 from mingru_hf.training import loop
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace
+from mingru_hf.training.arguments import (
+    ArgumentParser,
+    SetupError,
+    TrainArguments,
+    add_arguments,
+    fixed_settings,
+    from_namespace,
+    option,
+)
 from mingru_hf.training.checkpoints import check_output_dir, save_pretrained, write_json
-from mingru_hf.training.loop import BatchStream, evaluate, resolve_mixed_precision, start, summary, train
+from mingru_hf.training.loop import BatchStream, evaluate, resolve_mixed_precision, sample_text, start, summary, train
 from mingru_hf.training.memory import keep_freed_memory
 from mingru_hf.training.models import load_pretrained, make_config, parse_overrides
 from mingru_hf.training.optim import make_optimizer, make_schedule, parameter_groups
@@ -872,3 +881,381 @@ print(faults(3))
 def test_who_has_set_up_malloc_keeps_it_so(variable, monkeypatch):
     monkeypatch.setenv(variable, "1")
     assert not keep_freed_memory()
+
+
+# ---- in every step ----
+
+
+def test_a_start_seeds_the_weights_that_are_drawn_after_it(args):
+    start(args(seed=3))
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(2))
+
+
+def make_dropping_model():
+    torch.manual_seed(1)
+    return MinGRUForCausalLM(MinGRUConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, residual_dropout=0.5))
+
+
+def test_dropout_depends_on_the_seed_and_not_on_what_was_drawn_before(args, tmp_path):
+    weights = []
+    for name in "ab":
+        AcceleratorState._reset_state()
+        arguments = args(output_dir=str(tmp_path / name))
+        accelerator, model = start(arguments), make_dropping_model()
+        torch.rand(5 if name == "a" else 6)
+        train(model, make_blocks(16), make_blocks(13), arguments, accelerator)
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_every_update_is_made_in_training_mode(args):
+    """Of a model as `from_pretrained` gives it, and after an evaluation."""
+    model, modes = make_model().eval(), []
+    model.register_forward_hook(lambda module, args, output: modes.append(module.training))
+    run(args(max_train_steps=3, eval_steps=1), model)
+    evaluation = [False] * 3  # batches of 5, 5 and 3
+    assert modes == 3 * [True, *evaluation] + evaluation
+
+
+def test_matrices_and_norms_follow_the_same_learning_rate(args, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spy(self, *a, **k):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    run(args(learning_rate=0.5, lr_scheduler_type="linear"))
+    assert rates == [[rate, rate] for rate in (0.5, 0.375, 0.25, 0.125)]
+
+
+def test_accumulated_gradients_are_clipped_as_a_whole(args, tmp_path):
+    whole, _ = run(args(output_dir=str(tmp_path / "whole"), max_grad_norm=0.01))
+    AcceleratorState._reset_state()
+    size = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    pieces, _ = run(args(output_dir=str(tmp_path / "pieces"), max_grad_norm=0.01, **size))
+    torch.testing.assert_close(whole.state_dict(), pieces.state_dict(), **ORDER_OF_SUMS)
+
+
+def test_points_of_the_curve_are_means_of_the_steps_since_the_last_one(args, tmp_path):
+    _, all_steps = run(args(max_train_steps=5))
+    AcceleratorState._reset_state()
+    _, result = run(args(max_train_steps=5, logging_steps=2, output_dir=str(tmp_path / "some")))
+    losses, means = ([r["loss"] for r in each["history"] if "loss" in r] for each in (all_steps, result))
+    expected = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2, losses[4]]
+    assert means == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_part_of_an_epoch_makes_a_step(args):
+    _, result = run(args(max_train_steps=None, num_train_epochs=1.1))  # 4.4 batches
+    assert result["step"] == 5
+
+
+class Workers(torch.utils.data.Dataset):
+    """Rows that only a worker process reads."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() is None:
+            raise RuntimeError("read by the main process")
+        return {"input_ids": torch.arange(6)}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_load_the_data(args):
+    arguments = args(max_train_steps=2, dataloader_num_workers=1)
+    assert train(make_model(), Workers(), Workers(), arguments, start(arguments))["step"] == 2
+
+
+def test_orders_of_neighbouring_seeds_are_not_those_of_neighbouring_epochs():
+    zero, one = (BatchStream(num_examples=50, seed=seed, batch_size=1) for seed in (0, 1))
+    assert zero.order(1) != one.order(0)
+
+
+def test_seconds_end_a_number_of_steps_early(args, monkeypatch):
+    """By a clock that moves a second in every step."""
+    clock = [0.0]
+
+    def slow(batch):
+        clock[0] += 1
+        return 48
+
+    monkeypatch.setattr(loop, "_num_tokens", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    _, result = run(args(max_train_steps=50, max_train_seconds=3.0))
+    assert result["step"] == 3
+
+
+def test_a_tracked_run_goes_on_only_where_the_training_does(args, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop.Accelerator, "init_trackers", lambda self, *args, **kwargs: asked.append(kwargs))
+    options = {"with_tracking": True, "checkpointing_steps": "2", "resume_from_checkpoint": "latest"}
+    for steps in (2, 4):
+        AcceleratorState._reset_state()
+        run(args(**options, max_train_steps=steps))
+    assert [kwargs["init_kwargs"]["trackio"]["resume"] for kwargs in asked] == ["never", "allow"]
+    assert asked[0]["init_kwargs"]["trackio"]["name"] == asked[0]["init_kwargs"]["wandb"]["name"] == "run"
+
+
+# ---- evaluations during the run ----
+
+
+def watch_evaluations(monkeypatch, losses):
+    """Let the evaluations of a run find these losses, as long as there are some."""
+    losses = iter(losses)
+    monkeypatch.setattr(
+        loop, "evaluate", lambda *args, **kwargs: {"eval_loss": next(losses, 1.0), "eval_perplexity": 1.0}
+    )
+
+
+def test_a_better_loss_renews_the_patience(args, monkeypatch):
+    watch_evaluations(monkeypatch, [5.0, 6.0, 4.0, 5.0, 3.0, 4.0, 4.0])
+    _, result = run(args(max_train_steps=20, eval_steps=1, early_stopping_patience=2))
+    assert result["step"] == 7
+
+
+def test_stopping_early_makes_a_checkpoint_only_where_they_are_asked_for(args, monkeypatch, tmp_path):
+    for name, choice in (("none", {}), ("some", {"checkpointing_steps": "100"})):
+        AcceleratorState._reset_state()
+        watch_evaluations(monkeypatch, [1.0, 2.0])
+        _, result = run(
+            args(output_dir=str(tmp_path / name), max_train_steps=9, eval_steps=1, early_stopping_patience=1, **choice)
+        )
+        assert result["step"] == 2
+        assert (tmp_path / name / "checkpoint-2").exists() == bool(choice)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run(args, monkeypatch, tmp_path):
+    watch_evaluations(monkeypatch, [2.0, math.nan])
+    with pytest.raises(FloatingPointError, match="the validation loss is nan at step 2"):
+        run(args(eval_steps=1))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())  # of the evaluation before
+    assert [record["eval_loss"] for record in metrics["history"] if "eval_loss" in record] == [2.0]
+    assert "final" not in metrics
+
+
+def test_the_part_to_evaluate_on_is_spread_from_the_first_to_the_last(args, monkeypatch):
+    seen, evaluate_ = [], loop.evaluate
+
+    def spy(model, dataset, *args, **kwargs):
+        seen.append([row["input_ids"].tolist() for row in dataset])
+        return evaluate_(model, dataset, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", spy)
+    run(args(max_train_steps=1, max_eval_samples=3))
+    rows = make_blocks(13, seed=1)["input_ids"][:]
+    assert seen[0] == [rows[0], rows[6], rows[12]]
+
+
+def test_all_evaluations_use_the_collate_function_and_the_length_of_tokens(args):
+    def halves(rows):
+        return {"input_ids": torch.stack([torch.as_tensor(row["input_ids"])[:6] for row in rows])}
+
+    _, result = run(args(eval_steps=2), collate_fn=halves, characters_per_token=2.0)
+    scores = [record for record in result["history"] if "eval_loss" in record]
+    assert len(scores) == 2
+    for record in (*scores, result["final"]):
+        assert record["eval_loss_per_character"] == pytest.approx(record["eval_loss"] / 2)
+    assert result["final"]["eval_loss"] == pytest.approx(result["best"]["eval_loss"], rel=1e-6)
+
+
+def test_the_final_scores_are_tracked(args, tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    _, result = run(args(with_tracking=True))
+    [file] = [f for f in (tmp_path / "run" / "runs").rglob("events.out.tfevents.*") if f.parent.name == "runs"]
+    events = event_accumulator.EventAccumulator(str(file)).Reload()
+    assert [event.value for event in events.Scalars("final/loss")] == pytest.approx([result["final"]["eval_loss"]])
+
+
+# ---- an evaluation alone ----
+
+
+def test_a_model_in_training_mode_is_evaluated_without_dropout(args):
+    arguments = args()
+    accelerator = start(arguments)
+    once, again = (evaluate(make_dropping_model().train(), make_blocks(13), arguments, accelerator) for _ in range(2))
+    assert once == again == evaluate(make_dropping_model().eval(), make_blocks(13), arguments, accelerator)
+
+
+def test_a_batch_without_a_target_does_not_count(args):
+    arguments = args(per_device_eval_batch_size=2)
+    rows = make_blocks(6)["input_ids"][:]
+    labels = [[-100] * 12 if i in (2, 3) else row for i, row in enumerate(rows)]
+    some = Dataset.from_dict({"input_ids": rows, "labels": labels})
+    accelerator = start(arguments)
+    scores = evaluate(make_model(), some, arguments, accelerator)
+    assert scores == pytest.approx(evaluate(make_model(), some.select([0, 1, 4, 5]), arguments, accelerator))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite(args):
+    arguments, model = args(), make_model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    scores = evaluate(model, make_blocks(13), arguments, start(arguments))
+    assert 710 < scores["eval_loss"] < math.inf
+    assert scores["eval_perplexity"] == math.inf
+
+
+# ---- samples ----
+
+
+def test_a_sample_depends_on_its_seed_alone_and_ends_where_the_positions_do():
+    tokenizer = build_tokenizer("char", ["abcde"])
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
+    model.generation_config.suppress_tokens = [0, 1]  # the text does not end by itself
+    texts = [sample_text(model, tokenizer, 100, seed) for seed in (0, 0, 1, 2)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+    assert [len(text) for text in texts] == [7] * 4  # after the token that it begins with
+
+
+# ---- more of several processes ----
+
+
+def dropping():
+    """A model whose dropout each process draws for itself."""
+    return make_dropping_model(), make_blocks(16), make_blocks(13, seed=1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_every_process_goes_on_with_its_own_dropout_and_counts_the_tokens_of_all(tmp_path):
+    whole = train_in_processes(2, tmp_path, dropping)
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["progress"]["tokens"] == 6 * 8 * 12
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert train_in_processes(2, tmp_path, dropping) == whole
+
+
+# ---- more about options ----
+
+POSITIVE = [
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "num_train_epochs"),
+    *("max_train_steps", "max_train_seconds", "early_stopping_patience", "per_device_eval_batch_size"),
+    *("eval_steps", "max_eval_samples", "logging_steps"),
+]
+NOT_NEGATIVE = [
+    *("checkpoints_total_limit", "sample_tokens", "num_warmup_steps", "weight_decay", "max_grad_norm"),
+    *("dataloader_num_workers", "seed"),
+]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_numbers_that_must_be_positive(args, name):
+    for value in (0, -1, math.nan):
+        with pytest.raises(ValueError, match=f"{name} must be positive, not {value}"):
+            args(**{name: value})
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_numbers_that_may_be_zero(args, name):
+    assert getattr(args(**{name: 0}), name) == 0
+    for value in (-1, math.nan):
+        with pytest.raises(ValueError, match=f"{name} must be 0 or more, not {value}"):
+            args(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2"])
+def test_decays_of_moments_lie_below_one(args, name):
+    for value in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\)"):
+            args(**{name: value})
+
+
+def test_the_optimizer_has_the_numbers_that_were_asked_for(args):
+    asked = args(learning_rate=0.5, weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.95)
+    groups = make_optimizer(make_model(), asked).param_groups
+    assert [(group["lr"], group["betas"]) for group in groups] == [(0.5, (0.8, 0.95))] * 2
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize("kwargs", ['{"nonsense": 1}', '{"num_cycles": "many"}'])
+def test_what_a_schedule_does_not_know_is_an_error_of_the_set_up(args, kwargs):
+    with pytest.raises(SetupError, match="lr_scheduler_type cosine_with_min_lr: "):
+        make_schedule(args(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs=kwargs), 100)
+
+
+def test_default_lengths_of_the_warm_up(args):
+    arguments = args(num_warmup_steps=None)
+    assert [arguments.warmup_steps(steps) for steps in (None, 5000, 50, 5)] == [100, 100, 5, 0]
+
+
+def test_the_name_on_the_hub_is_that_of_the_directory_or_the_one_given(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert TrainArguments(output_dir=".").hub_name == "mine"
+    assert TrainArguments(output_dir="x", push_to_hub=True, hub_model_id="me/it").hub_name == "me/it"
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Options of a script."""
+
+    share: int = option(10, "50% of it", group="numbers")
+    loud: bool = option(False, "say more", fixed=True)
+    kind: str = option("a", "which", ("a", "b"), fixed=True)
+    place: str = option("here", "where; default: here")
+
+
+def parse(*words, **defaults):
+    parser = ArgumentParser(prog="x")
+    add_arguments(parser, Options, **defaults)
+    return from_namespace(Options, parser.parse_args(words))
+
+
+def test_a_script_has_defaults_of_its_own():
+    assert parse(share=20, loud=True) == Options(share=20, loud=True)
+    assert parse("--share", "30", share=20) == Options(share=30)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sha", "3"), "unrecognized arguments: --sha 3"),
+        (("--kind", "c"), "--kind: invalid choice: 'c'"),
+        (("--share", "many"), "invalid int value"),
+    ],
+)
+def test_words_that_are_no_options_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(*words)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_required_is_said(capsys):
+    parser = ArgumentParser(prog="x")
+    add_arguments(parser, TrainArguments)
+    with pytest.raises(SystemExit):
+        parser.parse_args([])
+    assert capsys.readouterr().err == "x: error: the following arguments are required: --output_dir\n"
+
+
+def test_help_tells_each_default_once():
+    parser = ArgumentParser(prog="x")
+    add_arguments(parser, Options)
+    lines = [" ".join(line.split()) for line in parser.format_help().splitlines()]
+    for line in ("--share N 50% of it [10]", "--loud say more", "--kind NAME which: a, b [a]"):
+        assert line in lines
+    assert "--place TEXT where; default: here" in lines
+    assert "numbers:" in lines
+
+
+def test_only_fixed_options_stay_as_they_were():
+    assert fixed_settings(Options(), Options(loud=True)) == {"loud": True, "kind": "a"}
+
+
+@pytest.mark.parametrize("raised", [ValueError(), OSError("no\nroom"), ImportError("no room")])
+def test_errors_of_a_user_end_with_one_line_and_others_keep_their_traceback(raised, capsys):
+    parser = ArgumentParser(prog="x")
+    with pytest.raises(SystemExit), parser.user_errors():
+        raise raised
+    assert capsys.readouterr().err == f"x: error: {'no room' if str(raised) else 'ValueError'}\n"
+    with pytest.raises(type(raised)), parser.setup_errors():
+        raise raised
+    with pytest.raises(SystemExit), parser.setup_errors():
+        raise SetupError("no room")

@@ -16,20 +16,37 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import ShiftedBlocks, build_tokenizer
 from mingru_hf.training import checkpoints, loop
 from mingru_hf.training.arguments import SetupError, TrainArguments, option
-from mingru_hf.training.checkpoints import checkpoints_in, damage, find_checkpoint, write_checkpoint
+from mingru_hf.training.checkpoints import (
+    check_new_files,
+    check_output_dir,
+    check_writable,
+    checkpoints_in,
+    damage,
+    find_checkpoint,
+    no_progress_bars,
+    read_checkpoint,
+    restore_best,
+    save_pretrained,
+    write_checkpoint,
+    write_json,
+)
 from mingru_hf.training.loop import BatchStream, start, train
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
@@ -587,3 +604,263 @@ def test_the_data_go_on_where_they_were_left(skipped):
     parts = [iter(BatchStream(10, 2, 4, rank, num_processes=2, first_batch=2 * skipped)) for rank in range(2)]
     for _ in range(7):
         assert [next(part) for part in parts] == [next(whole), next(whole)]
+
+
+# ---- where a run may write ----
+
+
+def test_nothing_is_left_of_a_look_whether_a_directory_can_be_written(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"x cannot be written .* choose another one"):
+        check_writable(tmp_path / "file" / "x")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a directory that is there and takes no file")
+def test_a_directory_that_takes_no_file_is_refused():
+    with pytest.raises(ValueError, match="/proc cannot be written"):
+        check_writable("/proc")
+
+
+def test_new_files_replace_none_unless_the_user_allows_it(tmp_path):
+    (tmp_path / "a.onnx").touch()
+    check_new_files(tmp_path, ["b.onnx"])
+    with pytest.raises(ValueError, match=r"already holds a.onnx: .*--overwrite_output_dir"):
+        check_new_files(tmp_path, ["a.onnx", "b.onnx"])
+    check_new_files(tmp_path, ["a.onnx", "b.onnx"], overwrite=True)
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_new_files(tmp_path / "a.onnx", ["b.onnx"])
+
+
+def checkpoint(directory, step=2, best=None, limit=None, **tensors):
+    """Write a small one; `best` is the step of the best weights so far."""
+    return write_checkpoint(directory, step, (None,), tensors, {"best": best and {"step": best}}, limit)
+
+
+def test_going_on_elsewhere_replaces_nothing_there(tmp_path):
+    resume = checkpoint(tmp_path / "run", 4)
+    check_output_dir(tmp_path / "new", resume=resume)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds another run \(config.json\)"):
+        check_output_dir(tmp_path / "other", resume=resume)
+    checkpoint(tmp_path / "older", 2)
+    with pytest.raises(ValueError, match=r"older holds checkpoint-2, which would be mistaken"):
+        check_output_dir(tmp_path / "older", resume=resume)
+
+
+def test_any_file_that_a_run_writes_may_be_replaced_if_the_user_allows_it(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"a run writes \(README.md\)"):
+        check_output_dir(tmp_path)
+    check_output_dir(tmp_path, overwrite=True)
+
+
+def test_a_run_without_a_checkpoint_yet_starts_again_however_it_is_called(tmp_path):
+    before = {"seed": 1, "resume_from_checkpoint": None, "overwrite_output_dir": True, "hub_model_id": "me/it"}
+    write_json(tmp_path / "metrics.json", {"arguments": before})
+    now = {"seed": 1, "resume_from_checkpoint": "latest", "overwrite_output_dir": False, "hub_model_id": None}
+    check_output_dir(tmp_path, resume="latest", arguments=now)
+    for resume, arguments in ((None, before), ("latest", now | {"seed": 2})):
+        with pytest.raises(ValueError, match="holds another run"):
+            check_output_dir(tmp_path, resume=resume, arguments=arguments)
+
+
+def test_a_checkpoint_of_weights_alone_is_of_another_program(tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match="holds checkpoint-7, which this script did not write"):
+        check_output_dir(tmp_path, resume="latest", overwrite=True)
+    checkpoint(tmp_path, 8, limit=1)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-7", "checkpoint-8"]
+
+
+# ---- single files ----
+
+
+def test_a_directory_with_a_longer_name_is_no_checkpoint(tmp_path):
+    checkpoint(tmp_path, 30)
+    shutil.copytree(tmp_path / "checkpoint-30", tmp_path / "checkpoint-30-old")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-30"]
+
+
+def test_damage_anywhere_in_a_large_file_is_recognised(tmp_path):
+    path = checkpoint(tmp_path, a=torch.zeros(10**6)) / checkpoints.TENSORS_FILE
+    content = bytearray(path.read_bytes())
+    content[2 * 10**6] ^= 1
+    path.write_bytes(content)
+    assert damage(path.parent) == "training_state.pt is not what was written"
+
+
+def test_only_weights_that_are_not_the_checkpoints_own_lie_beside_it(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"best")
+    assert not (checkpoint(tmp_path, 2, best=2) / "best").exists()
+    assert (checkpoint(tmp_path, 3, best=2) / "best" / "model.safetensors").read_bytes() == b"best"
+
+
+def test_a_file_system_without_links_takes_copies(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "model.safetensors").write_bytes(b"best")
+    path = checkpoint(tmp_path, 3, best=2)
+    restore_best(path, tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == b"best"
+
+
+def test_the_checkpoint_that_was_just_written_stays(tmp_path):
+    """Later ones may lie there if they are damaged."""
+    for step in (4, 6):
+        (checkpoint(tmp_path, step) / checkpoints.TENSORS_FILE).write_bytes(b"half")
+    assert checkpoint(tmp_path, 3, limit=1).is_dir()
+
+
+def test_restored_weights_leave_nothing_half_written_and_no_checkpoint_changed(run):
+    """Not even where a restore was killed, whose temporary file is a second name of a checkpoint's weights."""
+    os.link(run / "checkpoint-18" / "model.safetensors", run / ".incomplete-model.safetensors")
+    for _ in range(2):
+        restore_best(run / "checkpoint-20", run)
+        assert not list(run.glob(".*"))
+        assert [damage(path) for path in checkpoints_in(run)] == [None, None]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / ".incomplete-checkpoint-2" / "best").mkdir(parents=True)
+    (tmp_path / ".incomplete-metrics.json").touch()
+    (tmp_path / ".mine").touch()
+    checkpoint(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2"]
+
+    class Part:
+        def save_pretrained(self, directory):
+            (directory / "config.json").write_text("{}")
+
+    (tmp_path / ".incomplete").mkdir()
+    (tmp_path / ".incomplete" / "old.safetensors").touch()
+    save_pretrained(tmp_path, Part())
+    assert not (tmp_path / "old.safetensors").exists()
+    assert not (tmp_path / ".incomplete").exists()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("file write failed")])
+def test_errors_of_the_libraries_that_write_say_what_to_do_too(error, tmp_path):
+    class Part:
+        def save_pretrained(self, directory):
+            raise error
+
+    with pytest.raises(OSError, match=r"could not be written, .* bytes were free there: .*Free some space"):
+        write_checkpoint(tmp_path, 2, (Part(),), {}, {"best": None})
+    assert not list(tmp_path.iterdir())
+
+
+class Trap:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_checkpoint_runs_code(tmp_path):
+    path = checkpoint(tmp_path, trap=Trap(tmp_path / "ran"))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        read_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the names of open files")
+def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
+    """After a power cut a name must not be there without its content."""
+    synced, renamed = set(), []
+    sync, replace, rename = os.fsync, os.replace, os.rename
+
+    def note(descriptor):
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def watch(move):
+        def run(source, target, **kwargs):
+            inside = [Path(source), *(Path(source).rglob("*") if Path(source).is_dir() else ())]
+            renamed.append((Path(target).name, {str(file) for file in inside} <= synced))
+            move(source, target, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", watch(replace))
+    monkeypatch.setattr(os, "rename", watch(rename))
+    write_json(tmp_path / "metrics.json", {})
+    save_pretrained(tmp_path, MinGRUConfig())
+    checkpoint(tmp_path, a=torch.zeros(2))
+    assert {"metrics.json", "config.json", "checkpoint-2"} <= {name for name, _ in renamed}
+    assert all(is_synced for _, is_synced in renamed)
+    assert str(tmp_path) in synced  # the names too
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_they_were_after_a_save(shown):
+    before = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        with no_progress_bars():
+            assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
+# ---- what else a run goes on with ----
+
+
+def test_a_run_does_not_go_on_with_more_or_fewer_examples(run):
+    rows = [{"input_ids": torch.arange(10) % 7 + 2}] * 21
+    with pytest.raises(SetupError, match="belongs to a run with training examples 20, not 21"):
+        train_counting(run, rows)
+
+
+def test_a_run_with_settings_starts_again_before_its_first_checkpoint(tmp_path):
+    whole = train_counting(tmp_path / "run", settings=[Task()], max_train_steps=2, checkpointing_steps=None)
+    del whole["final"]
+    write_json(tmp_path / "run" / "metrics.json", whole)
+    with pytest.raises(ValueError, match="holds another run"):
+        train_counting(tmp_path / "run", settings=[Task(noise=4)], max_train_steps=2, checkpointing_steps=None)
+    again = train_counting(tmp_path / "run", settings=[Task()], max_train_steps=2, checkpointing_steps=None)
+    assert again["step"] == 2
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Rows that count up from a start that Python's and NumPy's generators draw anew."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        start = index + random.randrange(3) + np.random.randint(3)
+        return {"input_ids": (start + torch.arange(10)) % 7 + 2}
+
+
+def test_the_generators_of_python_and_numpy_go_on_too(tmp_path):
+    options = {"max_train_steps": 8, "checkpoints_total_limit": 0, "logging_steps": 1}
+    train_counting(tmp_path / "whole", Noisy(), **options)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
+    train_counting(tmp_path / "run", Noisy(), **options)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_the_training_loss_so_far_is_the_mean_over_the_processes_whatever_their_number_is_now(run, tmp_path):
+    state, tensors = read_checkpoint(run / "checkpoint-18")
+    other = {**tensors["processes"][0], "loss_sum": tensors["processes"][0]["loss_sum"] + 40}
+    tensors["processes"].append(other)
+    path = write_checkpoint(
+        tmp_path / "two", 18, (AutoModelForCausalLM.from_pretrained(run / "checkpoint-18"),), tensors, state, None
+    )
+    for file in (run / "checkpoint-18").glob("*token*"):
+        shutil.copy(file, path)
+    result = train_counting(tmp_path / "on", resume_from_checkpoint=str(path))
+    before = json.loads((run / "metrics.json").read_text())
+    first, last = ([r["loss"] for r in each["history"] if "loss" in r][-1] for each in (before, result))
+    assert last == pytest.approx(first + 20 / 4, abs=0.5)  # another dropout

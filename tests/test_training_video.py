@@ -15,6 +15,8 @@ pytest.importorskip("torchvision", reason="transformers' video processors are bu
 
 from mingru_hf.data.av import write_video
 from mingru_hf.data.video import VideoClips
+from mingru_hf.training import video as video_module
+from mingru_hf.training.arguments import fixed_settings
 from mingru_hf.training.loop import BatchStream, summary
 from mingru_hf.training.plots import plot_confusion
 from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos, split_as_in_training
@@ -144,3 +146,132 @@ def test_the_stream_counts_on_over_epochs_where_a_dataset_draws_anew():
 def test_a_loss_of_clips_is_called_so():
     scores = {"eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_accuracy": 0.75}
     assert summary(scores, "clip") == "validation loss 0.5000 nats per clip, accuracy 0.7500"
+
+
+def test_every_option_reaches_the_loader(monkeypatch):
+    calls = []
+    monkeypatch.setattr(video_module, "load_video_datasets", lambda *args, **kwargs: calls.append((args, kwargs)))
+    options = {"video_column_name": "c", "label_column_name": "d", "validation_split_percentage": 20, "fold": 2}
+    options |= {"ucf101_path": "e", "ucf101_annpath": "f", "cache_dir": "g"}
+    VideoDataArguments(dataset_name="a", dataset_config_name="b", **options).load(seed=3)
+    assert calls == [(("a", "b"), options | {"seed": 3})]
+
+
+def test_a_run_goes_on_with_the_order_of_frames_it_began_with():
+    assert fixed_settings(VideoDataArguments(frame_order="shuffled")) == {"frame_order": "shuffled"}
+
+
+def split_of(directory, dataset="ucf101", seed=None):
+    """Percentage and seed of the validation split that a model in a directory is tested on."""
+    asked = VideoDataArguments(dataset_name=dataset, validation_split_percentage=None, fold=None)
+    data_args, seed = split_as_in_training(asked, seed, "validation", directory)
+    return data_args.validation_split_percentage, seed
+
+
+def test_data_that_were_moved_are_known_by_their_folders_name(tmp_path):
+    trained = {"dataset_name": "/data/mine", "seed": 3, "validation_split_percentage": 20}
+    (tmp_path / "metrics.json").write_text(json.dumps({"arguments": trained}))
+    with pytest.warns(UserWarning, match="with seed 3, not 4"):
+        assert split_of(tmp_path, "elsewhere/mine/", seed=4) == (20, 4)
+
+
+@pytest.mark.parametrize("metrics", [None, "half {", "{}", "[]", '{"arguments": null}'])
+def test_a_checkpoint_tells_how_its_model_was_trained(metrics, tmp_path):
+    trained = {"dataset_name": "mine", "seed": 3, "validation_split_percentage": 20}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"arguments": trained}))
+    if metrics is not None:
+        (tmp_path / "metrics.json").write_text(metrics)
+    assert split_of(tmp_path, "mine") == (20, 3)
+
+
+def test_what_training_did_not_tell_is_given_without_a_warning(tmp_path, recwarn):
+    (tmp_path / "metrics.json").write_text(json.dumps({"arguments": {"dataset_name": "mine", "seed": 3}}))
+    asked = VideoDataArguments(dataset_name="mine", validation_split_percentage=30, fold=None)
+    data_args, seed = split_as_in_training(asked, None, "validation", tmp_path)
+    assert (data_args.validation_split_percentage, seed) == (30, 3)
+    assert not recwarn.list
+
+
+def test_shuffled_frames_depend_on_the_seed_and_the_video(clips, accelerator):
+    def first_frames(**kwargs):
+        data, model = clips([0] * 12, clips_per_video=1, **kwargs), Reader({level: [0.0, 1.0] for level in range(3)})
+        data.processor.num_frames = 3
+        evaluate_videos(model, data, accelerator, views="center")
+        return [level for batch in model.seen for level in batch]
+
+    shuffled = first_frames(frame_order="shuffled", seed=1)
+    assert first_frames() == [0] * 12
+    assert set(shuffled) == {0, 1, 2}
+    assert shuffled == first_frames(frame_order="shuffled", seed=1) != first_frames(frame_order="shuffled", seed=2)
+
+
+class ReadByWorkers(VideoClips):
+    """Clips that the main process must not decode."""
+
+    def read(self, video, positions):
+        if torch.utils.data.get_worker_info() is None:
+            raise RuntimeError("decoded by the main process")
+        return super().read(video, positions)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_decode_and_no_random_number_is_taken(clips, accelerator):
+    data, model = clips([1, 1]), Reader({level: [0.0, 1.0] for level in range(3)})
+    data = ReadByWorkers(data.videos, data.processor, 3)
+    torch.manual_seed(5)
+    result = evaluate_videos(model, data, accelerator, views="center", num_workers=1)
+    assert result["vote"].tolist() == [1, 1]
+    drawn = torch.rand(2)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(2))
+
+
+def test_a_batch_smaller_than_the_views_of_a_clip_holds_one_clip(clips, accelerator):
+    model = Reader({level: [0.0, 1.0] for level in range(3)})
+    evaluate_videos(model, clips([1]), accelerator, views="ten_crops", batch_size=4)
+    assert [len(batch) for batch in model.seen] == [10, 10, 10]
+
+
+def test_mixed_precision_is_that_of_the_accelerator(clips):
+    seen = []
+
+    class Watching(Reader):
+        def forward(self, pixel_values_videos):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(pixel_values_videos)
+
+    try:
+        for precision in ("no", "bf16"):
+            AcceleratorState._reset_state()
+            model = Watching({level: [0.0, 1.0] for level in range(3)})
+            evaluate_videos(model, clips([1], 1), Accelerator(cpu=True, mixed_precision=precision), views="center")
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+    assert seen == [False, True]
+
+
+def test_no_predicted_class_is_missing_from_the_confusion_matrix():
+    matrix = confusion_matrix(torch.tensor([0, -1]), torch.tensor([1, 2]), 4)
+    assert matrix.shape == (4, 4)
+    assert matrix.sum() == matrix[0, 1] == 1
+
+
+def test_views_are_not_resized_or_cropped_again(clips, accelerator):
+    shapes = set()
+
+    class Watching(Reader):
+        def forward(self, pixel_values_videos):
+            shapes.add(tuple(pixel_values_videos.shape[1:]))
+            return super().forward(pixel_values_videos)
+
+    data, model = clips([1]), Watching({level: [0.0, 1.0] for level in range(3)})
+    evaluate_videos(model, data, accelerator, views="ten_crops")
+    data.processor.do_center_crop, data.processor.crop_size = False, {"height": 12, "width": 12}
+    evaluate_videos(model, data, accelerator, views="center")
+    assert shapes == {(1, 3, 8, 8), (1, 3, 16, 16)}
+
+
+def test_classes_that_no_view_chooses_get_no_vote(clips, accelerator):
+    model = Reader({0: [2.0, 0.0, 1.0, 0.0], 1: [0.0, 2.0, 1.0, 0.0], 2: [2.0, 0.0, 1.0, 0.0]})
+    assert evaluate_videos(model, clips([0]), accelerator, views="center")["vote"].tolist() == [0]

@@ -1,18 +1,23 @@
 """The video processor: which frames, which pixels, from arrays and from files."""
 
 import json
+import math
 import subprocess
 import sys
+import wave
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from transformers import AutoVideoProcessor, ResNetConfig, pipeline
+from transformers.video_utils import VideoMetadata
 
 from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification
 
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
+
+from torchvision.transforms.v2 import functional as TF
 
 from mingru_hf.data.moving_shapes import write_video
 from mingru_hf.video_processing_minconvgru import (
@@ -246,3 +251,106 @@ print(json.dumps(inputs["pixel_values_videos"].double().sum((2, 3, 4)).tolist())
     sums = torch.tensor(json.loads(ran.stdout.splitlines()[-1]), dtype=torch.float64)
     torch.testing.assert_close(sums, expected.double().sum((2, 3, 4)))
     assert (tmp_path / "again" / "video_processing_minconvgru.py").is_file()
+
+
+# ---- more about which frames and pixels ----
+
+PLAIN = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
+
+
+def test_fractions_of_a_frame_add_up_to_whole_ones():
+    assert clip_indices(200, 101, frame_stride=1.15, position=0)[100] == 115  # 1.15 * 100 is less in floating point
+    assert clip_indices(10, 3, position=0.25).tolist() == [2, 3, 4]  # 1.75 is nearer to 2
+
+
+def test_a_rate_between_whole_strides(frames):
+    processor = MinConvGRUVideoProcessor(num_frames=4, fps=12, **PLAIN)
+    metadata = {"total_num_frames": 12, "fps": 30}
+    pixels = processor(frames, video_metadata=metadata, return_tensors="pt").pixel_values_videos[0]
+    assert levels(pixels) == [2, 4, 7, 9]
+
+
+def test_a_clip_has_the_frames_of_its_processor():
+    """As training takes them, one place after another."""
+    metadata = VideoMetadata(total_num_frames=12, fps=30)
+    by_stride, by_rate = MinConvGRUVideoProcessor(frame_stride=3), MinConvGRUVideoProcessor(fps=15)
+    for processor, stride in ((by_stride, 3), (by_rate, 2)):
+        assert processor.sample_frames(metadata, num_frames=3, position=0).tolist() == [0, stride, 2 * stride]
+        assert processor.sample_frames(metadata, num_frames=3, position=1)[-1] == 11
+
+
+@pytest.mark.parametrize("options", [{"num_frames": None}, {"frame_stride": math.nan}, {"fps": math.nan}])
+def test_what_is_no_number_is_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        MinConvGRUVideoProcessor(**options)
+
+
+def test_the_defaults_are_those_of_backbones_for_imagenet():
+    frames = torch.randint(256, (10, 3, 280, 300), dtype=torch.uint8)
+    pixels = MinConvGRUVideoProcessor()(frames, return_tensors="pt").pixel_values_videos[0]
+    resized = TF.center_crop(TF.resize(frames, [256], antialias=True), [224, 224]) / 255
+    torch.testing.assert_close(pixels, TF.normalize(resized, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with pytest.raises(VideoReadError, match="has 9 frames, too few for a clip of 10 frames"):
+        MinConvGRUVideoProcessor()(frames[:9])
+
+
+def test_one_size_is_that_of_the_shorter_edge():
+    assert MinConvGRUVideoProcessor(size=20).size == {"shortest_edge": 20}
+
+
+# ---- more about files ----
+
+
+def test_several_files_are_sampled_each(file, frames, tmp_path):
+    write_video(tmp_path / "short.mp4", frames[:6], fps=6)
+    processor = MinConvGRUVideoProcessor(num_frames=2, **PLAIN)
+    pixels = processor([str(file), str(tmp_path / "short.mp4")], return_tensors="pt").pixel_values_videos
+    assert [levels(clip) for clip in pixels] == [[5, 6], [2, 3]]
+
+
+def test_all_frames_of_a_file(file):
+    processor = MinConvGRUVideoProcessor(do_sample_frames=False, **PLAIN)
+    assert levels(processor(str(file), return_tensors="pt").pixel_values_videos[0]) == list(range(12))
+
+
+@pytest.mark.parametrize("url", ["http://host/a.mp4", "https://host/a.mp4"])
+def test_a_file_on_the_net_is_sampled_too(url, file, monkeypatch):
+    def download(address, backend, sample_indices_fn):
+        assert (address, backend) == (url, "pyav")
+        return read_video(str(file), sample_indices_fn)
+
+    monkeypatch.setattr("mingru_hf.video_processing_minconvgru.load_video", download)
+    monkeypatch.setattr("mingru_hf.video_processing_minconvgru.is_torchcodec_usable", lambda **_: False)
+    pixels = MinConvGRUVideoProcessor(num_frames=2, **PLAIN)(url, return_tensors="pt").pixel_values_videos[0]
+    assert levels(pixels) == [5, 6]
+
+
+def test_red_stays_red(tmp_path):
+    pytest.importorskip("av", reason="videos are written by PyAV")
+    write_video(tmp_path / "red.mp4", np.full((2, 32, 48, 3), (250, 20, 20), np.uint8), fps=6)
+    video, _ = read_video(str(tmp_path / "red.mp4"), lambda metadata: np.arange(2))
+    assert video.shape == (2, 32, 48, 3)
+    assert (video[..., 0] > 200).all()
+    assert (video[..., 2] < 70).all()
+
+
+def test_frames_that_no_file_holds_are_an_error(file):
+    with pytest.raises(VideoReadError, match="12 frames of 12 can be decoded"):
+        read_video(str(file), lambda metadata: np.array([50]))
+
+
+def test_a_file_of_sound_alone_is_no_video(tmp_path):
+    pytest.importorskip("av", reason="reads videos")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    with pytest.raises(VideoReadError, match="it cannot be decoded"):
+        read_video(str(tmp_path / "sound.wav"), lambda metadata: np.arange(2))
+
+
+def test_without_pyav_the_error_names_it(file, monkeypatch):
+    monkeypatch.setattr("mingru_hf.video_processing_minconvgru.av", None)
+    with pytest.raises(ImportError, match="pip install av"):
+        read_video(str(file), lambda metadata: np.arange(2))
