@@ -744,6 +744,9 @@ def test_a_directory_is_the_same_as_a_stream(tmp_path):
 @LEFT_OPEN
 @pytest.mark.usefixtures("collected")
 def test_mistakes_with_streams_are_named(documents, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl' is empty, expected text"):
+        load_text_stream(train_file=tmp_path / "empty.jsonl")
     file, _ = documents
     text = tmp_path / "a.txt"
     text.write_text("a")

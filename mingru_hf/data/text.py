@@ -278,6 +278,8 @@ def load_text_stream(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
                 f"{', '.join(LOADERS)}. Leave streaming out, or convert the file."
             )
+        if Path(train_file).stat().st_size == 0:
+            raise ValueError(f"train_file={str(train_file)!r} is empty, expected text. Give another file.")
         options = {"streaming": True, "cache_dir": _as_string(cache_dir), **_builder_options(loader)}
         raw = dict(load_files(loader, {"train": [str(train_file)]}, **options))
         if validation_file is not None:
