@@ -1,8 +1,11 @@
 """Text data as a user sees it: loading and splitting, the packaged plays, tokenizers, blocks."""
 
+import bz2
 import gc
+import gzip
 import importlib.metadata
 import json
+import lzma
 import subprocess
 import sys
 from itertools import chain
@@ -14,7 +17,7 @@ import torch
 from datasets import Dataset
 
 from mingru_hf.data import text as text_module
-from mingru_hf.data.splits import name_splits
+from mingru_hf.data.splits import name_splits, reading, split_files
 from mingru_hf.data.text import (
     DocumentPositions,
     ShiftedBlocks,
@@ -774,6 +777,8 @@ def test_suffixes_in_capitals_are_known(tmp_path):
     assert "".join(chain(*texts_of(load_text_datasets(train_file=tmp_path / "A.TXT")))) == TEXT
     (tmp_path / "A.JSONL").write_text(rows_of(*LINES))
     assert list(chain(*texts_of(load_text_datasets(train_file=tmp_path / "A.JSONL")))) == LINES
+    (tmp_path / "A.TXT").unlink()
+    assert list(chain(*texts_of(load_text_datasets(str(tmp_path))))) == LINES
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path):
@@ -853,6 +858,9 @@ def test_a_clone_of_the_hub_has_the_configuration_that_is_asked_for(tmp_path):
     )
     train, validation = texts_of(load_text_datasets(str(tmp_path / "set"), "two"))
     assert train + validation == [f"two {i}" for i in range(100)]
+    (tmp_path / "set" / "README.md").unlink()
+    with pytest.raises(ValueError, match="two"):
+        load_text_datasets(str(tmp_path / "set"), "two")
 
 
 # ---- more about tokenizers and blocks ----
@@ -932,8 +940,8 @@ def test_blocks_of_other_tokens_have_other_fingerprints():
 
 def test_the_share_of_unknown_tokens_is_found_in_many_blocks():
     tokenizer = build_tokenizer("char", ["ab"])
-    blocks = group_texts(one_text("aX" * 3000 + "ab" * 3000), tokenizer, 2)
-    assert unknown_share(blocks, tokenizer) == pytest.approx(0.25, abs=0.01)
+    blocks = group_texts(one_text("aX" * 1000 + "ab" * 5000), tokenizer, 2)
+    assert unknown_share(blocks, tokenizer) == pytest.approx(1 / 12, abs=0.01)
 
 
 def test_documents_in_different_rows_have_positions_of_their_own():
@@ -945,12 +953,12 @@ def test_documents_in_different_rows_have_positions_of_their_own():
 @pytest.mark.usefixtures("collected")
 def test_a_stream_without_an_end_token_joins_its_documents(documents):
     file, texts = documents
-    stream, _ = load_text_stream(train_file=file, validation_documents=58)
+    stream, _ = load_text_stream(train_file=file.rename(file.with_suffix(".JSONL")), validation_documents=40)
     tokenizer = build_tokenizer("char", texts)
     tokenizer.eos_token = None
     blocks = iter(StreamedBlocks(stream, tokenizer, block_size=10, shuffle_buffer=1))
-    text = "".join(tokenizer.decode(next(blocks)["input_ids"]) for _ in range(4))
-    assert (texts[58] + texts[59]).startswith(text)
+    text = "".join(tokenizer.decode(next(blocks)["input_ids"]) for _ in range(40))
+    assert "".join(texts[40:]).startswith(text)  # from a buffer of one in their order
 
 
 @LEFT_OPEN
@@ -960,3 +968,134 @@ def test_a_stream_with_a_validation_split_holds_out_its_first_documents(tmp_path
     stream, validation = load_text_stream(str(tmp_path / "set"), validation_documents=2)
     assert [row["text"] for row in stream] == ["a", "b"]
     assert validation["text"][:] == ["c", "d"]
+
+
+# ---- more about directories and streams ----
+
+
+def test_text_files_that_a_readme_declares_keep_their_newlines(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "one.txt").write_bytes(b"a\r\n\nb\n" * 20)
+    (tmp_path / "set" / "two.txt").write_bytes(b"c\r\n")
+    files = "".join(f"  - split: {s}\n    path: {p}.txt\n" for s, p in (("train", "one"), ("validation", "two")))
+    write_files(tmp_path / "set", {"README.md": f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n"})
+    assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["a\r\n\nb\n" * 20], ["c\r\n"])
+
+
+def test_the_plays_end_with_a_newline():
+    needs_plays()
+    text = load_shakespeare()
+    assert text == text.strip() + "\n"
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_stream_of_nothing_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"a\.csv holds no document, expected some"):
+        load_text_stream(train_file=tmp_path / "a.csv")
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_stream_is_opened_by_its_first_rows_alone(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\n" + b"a document\n" * 40_000 + b"caf\xe9\n")
+    _, validation = load_text_stream(train_file=tmp_path / "a.csv", validation_documents=3)
+    assert validation["text"][:] == ["a document"] * 3
+
+
+@LEFT_OPEN
+@pytest.mark.usefixtures("collected")
+def test_a_byte_order_mark_is_no_part_of_a_stream(tmp_path):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "set" / "train" / f"{name}.txt").write_bytes(b"\xef\xbb\xbf" + name.encode())
+    stream, validation = load_text_stream(str(tmp_path / "set"), validation_documents=1)
+    assert [*validation["text"], *(row["text"] for row in stream)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.jsonl.xz", "a.jsonl.bz2", "a.jsonl.gz"])
+def test_rows_in_other_files_are_read(name, tmp_path):
+    opener = {".xz": lzma.open, ".bz2": bz2.open, ".gz": gzip.open}.get(f".{name.split('.')[-1]}", open)
+    (tmp_path / "set").mkdir()
+    with opener(tmp_path / "set" / name, "wt") as file:
+        file.write(rows_of(*LINES))
+    assert list(chain(*texts_of(load_text_datasets(str(tmp_path / "set"))))) == LINES
+
+
+def test_what_datasets_keeps_beside_the_data_is_not_read(tmp_path):
+    write_files(tmp_path / "set", {"a.jsonl": rows_of("a", "b")})
+    names = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+    write_files(tmp_path / "set", {name: rows_of("no data") for name in names})
+    assert "".join(chain(*texts_of(load_text_datasets(str(tmp_path / "set"))))) == "ab"
+
+
+def test_a_directory_may_be_named_from_where_one_is(tmp_path, monkeypatch):
+    write_files(tmp_path / "set", {"a.jsonl": rows_of(*LINES)})
+    monkeypatch.chdir(tmp_path / "set")
+    assert list(chain(*texts_of(load_text_datasets(".")))) == LINES
+
+
+def test_an_evaluation_set_is_not_validated_on(tmp_path):
+    write_files(
+        tmp_path / "set", {f"wiki.{name}.jsonl": rows_of(f"{name} 1", f"{name} 2") for name in ("train", "eval")}
+    )
+    text = "".join(chain(*texts_of(load_text_datasets(str(tmp_path / "set")))))
+    assert "eval" not in text
+    assert split_files(tmp_path, ["training/a.txt", "x.Evaluation.txt"]) == {
+        "train": [str(tmp_path / "training/a.txt")],
+        "test": [str(tmp_path / "x.Evaluation.txt")],
+    }
+
+
+def test_words_within_words_are_no_names_of_splits(tmp_path, caplog):
+    names = ["contest.txt", "tested.txt", "strain.txt", "trainer.txt", "evaluate.txt"]
+    assert split_files(tmp_path, names) == {"train": [str(tmp_path / name) for name in names]}
+    assert not caplog.records
+    assert split_files(tmp_path, ["train-test.txt", "my-train.txt"])["train"] == [
+        str(tmp_path / name) for name in ("train-test.txt", "my-train.txt")
+    ]  # one of the names has two words
+    assert "taken as training data: train-test.txt, since" in caplog.text
+
+
+def test_shards_have_five_digits(tmp_path):
+    files = ["data/odd-00000-of-00001.json", "data/train-00000-of-00001.json", "data/dev-00000-of-1.json"]
+    splits = split_files(tmp_path, files)
+    assert list(splits) == ["train", "odd"]
+    assert splits["train"] == [str(tmp_path / files[1])]
+
+
+def test_a_readme_in_another_encoding_is_no_card(tmp_path):
+    write_files(tmp_path / "set", {"a.jsonl": rows_of(*LINES)})
+    for content in (b"---\nconfigs: caf\xe9\n---\n", b"---\n---\n"):
+        (tmp_path / "set" / "README.md").write_bytes(content)
+        assert list(chain(*texts_of(load_text_datasets(str(tmp_path / "set"))))) == LINES
+
+
+def test_the_broken_file_among_many_is_named_whatever_its_name_is(tmp_path):
+    write_files(tmp_path / "set", {"a.jsonl": rows_of("a", "b"), "b[1].jsonl": "{", "c.jsonl": rows_of("c")})
+    with pytest.raises(ValueError, match=r"set/b\[1\].jsonl cannot be read: JSON parse error"):
+        load_text_datasets(str(tmp_path / "set"))
+
+
+def test_a_dataset_that_is_not_there_is_missing_and_not_broken():
+    with pytest.raises(FileNotFoundError, match=r"^gone$"), reading("it"):
+        raise datasets.exceptions.DatasetNotFoundError("gone")
+
+
+def test_of_several_validation_splits_the_usual_name_counts():
+    for names in (("validation", "dev"), ("dev", "validation"), ("valid", "val")):
+        splits = {"train": 0} | {name: number for number, name in enumerate(names, start=1)}
+        first = min(names, key=("validation", "valid", "val", "dev").index)
+        assert name_splits(splits, "it")["validation"] == splits[first]
+
+
+def test_a_cut_that_changes_tokens_but_not_their_number_is_not_made(monkeypatch):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
+    vocab = {token: number for number, token in enumerate(["a", "b", "c", "ab", "bc"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("b", "c")], unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert joined(group_texts(one_text("abc" * 200), tokenizer, 2)).tolist() == [3, 2] * 200  # never a, bc
