@@ -1099,3 +1099,21 @@ def test_a_cut_that_changes_tokens_but_not_their_number_is_not_made(monkeypatch)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("b", "c")], unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert joined(group_texts(one_text("abc" * 200), tokenizer, 2)).tolist() == [3, 2] * 200  # never a, bc
+
+
+@pytest.mark.parametrize(
+    ("min_folders", "expected"),
+    [
+        (0, {"train": ["a.valid.txt", "b.test.txt"]}),  # by words alone nothing would be left to train on
+        (0, {"train": ["train/a.txt"], None: ["x.valid.txt"]}),
+        (0, {"train": ["train/dev/a.txt", "train/test/b.txt"]}),
+        (0, {"train": ["a.txt", "dev.old/b.txt"]}),
+        (1, {"train": ["test drive/1.mp4", "train ride/2.mp4"]}),  # classes
+        (1, {"train": ["data/dev-00000-of-00001.mp4", "x/c.mp4"]}),
+        (1, {"train": ["a/1.mp4", "dev.mp4"]}),
+    ],
+)
+def test_what_only_looks_like_a_split_is_none(min_folders, expected, tmp_path):
+    files = sorted(file for part in expected.values() for file in part)
+    splits = {name: [str(tmp_path / file) for file in part] for name, part in expected.items() if name}
+    assert split_files(tmp_path, files, min_folders) == splits

@@ -864,3 +864,14 @@ def test_the_training_loss_so_far_is_the_mean_over_the_processes_whatever_their_
     before = json.loads((run / "metrics.json").read_text())
     first, last = ([r["loss"] for r in each["history"] if "loss" in r][-1] for each in (before, result))
     assert last == pytest.approx(first + 20 / 4, abs=0.5)  # another dropout
+
+
+def test_a_file_that_could_not_be_written_to_its_end_is_as_it_was(tmp_path):
+    def write_half(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    (tmp_path / "metrics.json").write_text("whole")
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write_whole(tmp_path / "metrics.json", write_half)
+    assert (tmp_path / "metrics.json").read_text() == "whole"
