@@ -5,9 +5,9 @@
     clip, frame = export_video_programs(model, 224)  # of a video classifier
     torch.export.save(prefill, "prefill.pt2")  # runs where neither this package nor transformers is installed
 
-The state is a list of float32 tensors. Of a text model: for each block the (B, 1, D) state of the recurrence and, with
-a convolution in front, the (B, taps - 1, E) last inputs of it. Of a video model: for each recurrent layer its state
-(B, 1, D, H, W).
+The state is a list. Of a text model: for each block the (B, 1, D) state of the recurrence, float32, and, with a
+convolution in front, the (B, taps - 1, E) last inputs of it. Of a video model: for each recurrent layer its state
+(B, 1, D, H, W), float32.
 
 Legend: B batch, T tokens or frames, V vocabulary, D channels of a state, E width of a block's input, L labels,
 (C, H, W) a frame or a feature map.
@@ -221,16 +221,19 @@ def export_video_programs(
         of the frame's for a bidirectional model, which reads whole clips alone.
 
     Raises:
-        ValueError: if the model is no video classifier, or the frames are too small for it.
+        ValueError: if the model is no video classifier, frame_size is not one or two positive numbers, or the frames
+            are too small for the model.
     """
     if not hasattr(model, "classifiers"):
         raise ValueError(
             f"Only a MinConvGRUForVideoClassification can be exported as clip and frame, got a {type(model).__name__}."
         )
-    height, width = (frame_size, frame_size) if isinstance(frame_size, int) else frame_size
+    sizes = (frame_size, frame_size) if isinstance(frame_size, int) else tuple(frame_size)
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"frame_size must be a positive number of pixels or (height, width), got {frame_size!r}.")
     channels = getattr(model.config.backbone_config, "num_channels", 3)
     batch, steps = Dim("batch", min=1), Dim("steps", min=1)
-    frames = torch.zeros((2, 3, channels, height, width), dtype=model.dtype, device=model.device)
+    frames = torch.zeros((2, 3, channels, *sizes), dtype=model.dtype, device=model.device)
     with _as_exported(model):
         clip_module, frame_module = MinConvGRUClip(model), MinConvGRUFrame(model)
         _, state = clip_module(frames)  # first of all, for errors of the model's own

@@ -158,7 +158,10 @@ def export_video(args) -> None:
     model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path).float().eval()
     frame_size, inputs = args.frame_size, None
     if frame_size is None or args.video is not None:
-        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
+        try:
+            processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
+        except OSError as error:
+            raise OSError(f"no video processor tells the size of the frames (--frame_size does): {error}") from None
         frame_size = frame_size or [processor.crop_size["height"], processor.crop_size["width"]]
         if args.video is not None:
             crop_size = {"height": frame_size[0], "width": frame_size[-1]}
@@ -166,9 +169,8 @@ def export_video(args) -> None:
     _say(export(model, args.output_dir, (frame_size[0], frame_size[-1])), args.output_dir)
     if inputs is not None:
         logits = classify(args.output_dir, np.asarray(inputs["pixel_values_videos"], dtype=np.float32))[0]
-        probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-        best = int(logits.argmax())
-        print(f"{args.video}: {model.config.id2label[best]} {100 * probabilities[best]:.0f} %")
+        best, odds = int(logits.argmax()), np.exp(logits - logits.max())
+        print(f"{args.video}: {model.config.id2label[best]} {100 * odds[best] / odds.sum():.0f} %")
 
 
 def _say(written: list[str], output_dir: str) -> None:

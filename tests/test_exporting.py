@@ -277,5 +277,8 @@ def test_other_models_and_frames_too_small_are_refused(exported):
         export_video_programs(exported[0], 32)
     with pytest.raises(ValueError, match=r"as a classifier, got a MinGRUForCausalLM"):
         export_text_classifier(exported[0])
+    for size in (0, (64,), (64, 64, 3), "64"):
+        with pytest.raises(ValueError, match=r"a positive number of pixels or \(height, width\), got "):
+            export_video_programs(make_video_model("convnext"), size)
     with pytest.raises(ValueError, match="too small for feature_pooling"):
         export_video_programs(make_video_model("convnext"), 4)

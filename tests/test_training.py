@@ -245,6 +245,20 @@ def test_a_constant_rate_has_no_warm_up(args, limit, num_warmup_steps):
     assert arguments.warmup_steps(arguments.max_train_steps) == 0
 
 
+@pytest.fixture
+def a_second_a_step(monkeypatch):
+    """The loop's clock moves a second in every step."""
+    clock = [0.0]
+
+    def slow(batch):
+        clock[0] += 1
+        return 48
+
+    monkeypatch.setattr(loop, "_num_tokens", slow)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+
+@pytest.mark.usefixtures("a_second_a_step")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -258,15 +272,6 @@ def test_a_constant_rate_has_no_warm_up(args, limit, num_warmup_steps):
     ],
 )
 def test_the_warm_up_that_was_made_is_reported(args, tmp_path, monkeypatch, changes, expected):
-    """By a clock that moves a second in every step."""
-    clock = [0.0]
-
-    def slow(batch):
-        clock[0] += 1
-        return 48
-
-    monkeypatch.setattr(loop, "_num_tokens", slow)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(loop, "plot_loss", lambda *args: None)
     values = {"max_train_steps": 20, "num_warmup_steps": None, "lr_scheduler_type": "constant_with_warmup"}
     if changes.get("max_train_seconds") == 2000:
@@ -977,16 +982,8 @@ def test_orders_of_neighbouring_seeds_are_not_those_of_neighbouring_epochs():
     assert zero.order(1) != one.order(0)
 
 
-def test_seconds_end_a_number_of_steps_early(args, monkeypatch):
-    """By a clock that moves a second in every step."""
-    clock = [0.0]
-
-    def slow(batch):
-        clock[0] += 1
-        return 48
-
-    monkeypatch.setattr(loop, "_num_tokens", slow)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+@pytest.mark.usefixtures("a_second_a_step")
+def test_seconds_end_a_number_of_steps_early(args):
     _, result = run(args(max_train_steps=50, max_train_seconds=3.0))
     assert result["step"] == 3
 

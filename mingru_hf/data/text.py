@@ -278,8 +278,7 @@ def load_text_stream(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
                 f"{', '.join(LOADERS)}. Leave streaming out, or convert the file."
             )
-        if Path(train_file).stat().st_size == 0:
-            raise ValueError(f"train_file={str(train_file)!r} is empty, expected text. Give another file.")
+        _refuse_empty(train_file, "train_file")
         options = {"streaming": True, "cache_dir": _as_string(cache_dir), **_builder_options(loader)}
         raw = dict(load_files(loader, {"train": [str(train_file)]}, **options))
         if validation_file is not None:
@@ -395,6 +394,11 @@ def _builder_options(builder: str) -> dict:
     return {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
 
 
+def _refuse_empty(file: str | Path, argument: str) -> None:
+    if Path(file).stat().st_size == 0:
+        raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
+
+
 def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
     """Read one file of text; `argument` is its name in messages."""
     path = Path(file)
@@ -408,8 +412,7 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
             f"{argument}={str(file)!r} has the suffix {suffix!r}, expected one of "
             f"{', '.join(['.txt', *LOADERS])}. Rename or convert the file."
         )
-    if path.stat().st_size == 0:
-        raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
+    _refuse_empty(file, argument)
     if suffix == ".txt":
         return Dataset.from_dict({"text": [_read_text(path, argument)]})
     options = {"cache_dir": _as_string(cache_dir), **_builder_options(LOADERS[suffix])}
