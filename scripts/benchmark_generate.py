@@ -3,6 +3,7 @@
 
     python scripts/benchmark_generate.py --parts features
     python scripts/benchmark_generate.py --parts speed --threads 2 --rounds 9
+    python scripts/benchmark_generate.py --parts batch --threads 2
     python scripts/benchmark_generate.py --parts memory --tokens 1000000 --threads 1
 
 features: a table of MinGRU, Mamba2, RWKV and GPT-2, tiny and random, in Markdown. Every cell is tried out and
@@ -12,12 +13,14 @@ where no tokens are generated.
 speed: a decoding step against the model's matrix products alone, generate() against a raw loop, and the
 prefill of a long prompt, beside the log-space scan's model and transformers' Mamba and GPT-2. All take turns;
 medians are shown.
+batch: requests of unequal length, served by continuous batching and by generate() in groups, MinGRU and GPT-2.
 memory: a model reads and writes very many tokens; the memory of the process and the time per token are
 printed on the way.
 """
 
 import argparse
 import copy
+import functools
 import inspect
 import time
 import warnings
@@ -28,7 +31,9 @@ from benchmark_lm import LogScanLM
 from benchmarking import HelpFormatter, at_least_one, device_name, interleave, machine, process_megabytes
 from torch import Tensor, nn
 from transformers import (
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     Mamba2Config,
@@ -50,7 +55,7 @@ NEW_TOKENS = 12
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parts = ["features", "speed", "memory"]
+    parts = ["features", "speed", "batch", "memory"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=["features"], help="what to measure, see above")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and tokens")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
@@ -64,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--decode_steps", type=int, default=100, help="speed: tokens decoded per round")
     parser.add_argument("--prompt_length", type=int, default=8192, help="speed: tokens of the prefill")
+    parser.add_argument("--requests", type=at_least_one, default=64, help="batch: requests to serve")
+    parser.add_argument("--rows", type=at_least_one, default=16, help="batch: of them at a time")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="memory: tokens to read, and to write")
     return parser.parse_args(argv)
 
@@ -133,6 +140,24 @@ def same(actual: Tensor, expected: Tensor) -> bool:
     if not actual.is_floating_point():
         return torch.equal(actual, expected)
     return bool((actual - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+def served(prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int) -> list[list[int]]:
+    """Greedy tokens, counts[i] of them behind prompts[i], by continuous batching over `rows` requests at a time."""
+    pages = 2 * rows * (max(map(len, prompts)) + max(counts)) // 16 + rows
+    config = ContinuousBatchingConfig(
+        max_requests_per_batch=rows, page_size=16, num_blocks=pages, max_batch_tokens=512
+    )
+    settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    results = {}
+    with model.continuous_batching_context_manager(settings, continuous_batching_config=config) as manager:
+        requests = [manager.add_request(*pair) for pair in zip(prompts, [None] * len(prompts), counts, strict=True)]
+        while len(results) < len(requests):
+            result = manager.get_result(timeout=60)
+            if result is None or result.error is not None:
+                raise RuntimeError("the request was not served" if result is None else result.error)
+            results[result.request_id] = result.generated_tokens
+    return [results[request] for request in requests]
 
 
 class NothingThere(Exception):
@@ -250,6 +275,13 @@ def packed_documents(model, ids):
     return packed, torch.cat([whole(model, document) for document in ids[:1].split(lengths, dim=1)], dim=1)
 
 
+def continuous_batching(model, ids):
+    prompts = [row[-n:] for row, n in zip(ids, (16, 5, 9, 1), strict=True)]
+    results = served([prompt.tolist() for prompt in prompts], [NEW_TOKENS] * len(prompts), model, rows=2)
+    expected = [greedy(model, prompt[None])[0, len(prompt) :] for prompt in prompts]
+    return torch.tensor(results), torch.stack(expected)
+
+
 def embeddings(model, ids):
     embeds = model.get_input_embeddings()(ids)
     return generate(model, None, inputs_embeds=embeds), greedy(model, ids)[:, ids.shape[1] :]
@@ -287,6 +319,7 @@ FEATURES = {
     "prompt lookup": prompt_lookup,
     "assisted decoding": assisted,
     "static cache": static,
+    "continuous batching (`generate_batch`)": continuous_batching,
     "size of the cache": constant_memory,
 }
 
@@ -424,6 +457,39 @@ def print_speed(args: argparse.Namespace) -> None:
         print(f"{name:20} {1e3 * value:10.1f}   {value / seconds['MinGRU']:10.2f}")
 
 
+# --- Batches
+
+
+def in_groups(prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int) -> None:
+    """The same requests by generate(): `rows` at a time, padded to the longest and run until the last has ended."""
+    for first in range(0, len(prompts), rows):
+        group = prompts[first : first + rows]
+        longest = max(map(len, group))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in group])
+        generate(model, ids, attention_mask=(ids != 0).long(), max_new_tokens=max(counts[first : first + rows]))
+
+
+def print_batch(args: argparse.Namespace) -> None:
+    """Tokens a second over requests of 16 to 256 tokens that ask for 16 to 256 more; models as in `print_speed`."""
+    common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = MinGRUConfig(**common, hidden_size=384, num_hidden_layers=6, expand=1, conv_kernel=0, use_mlp=False)
+    gpt2_config = GPT2Config(**common, n_embd=384, n_layer=6, n_head=6, n_positions=1024)
+    models = {"MinGRU": MinGRUForCausalLM(config).eval(), "GPT-2": GPT2LMHeadModel(gpt2_config).eval()}
+    lengths = torch.randint(16, 257, (2, args.requests)).tolist()
+    prompts = [torch.randint(2, 96, (length,)).tolist() for length in lengths[0]]
+    ways = {"continuous batching": served, "generate() in groups": in_groups}
+    runs = {
+        f"{model_name}, {way_name}": functools.partial(way, prompts, lengths[1], model, args.rows)
+        for model_name, model in models.items()
+        for way_name, way in ways.items()
+    }
+    seconds = interleave(runs, args.rounds)
+    print(f"{machine('cpu')}; 6 layers, 384 wide, float32")
+    print(f"\n{args.requests} requests, {args.rows} at a time     seconds   tokens/s")
+    for name, value in seconds.items():
+        print(f"{name:30} {value:10.2f} {sum(lengths[1]) / value:10,.0f}")
+
+
 # --- Memory
 
 
@@ -470,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
-    parts = {"features": print_features, "speed": print_speed, "memory": print_memory}
+    parts = {"features": print_features, "speed": print_speed, "batch": print_batch, "memory": print_memory}
     for part in args.parts:
         parts[part](args)
 

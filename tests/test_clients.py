@@ -206,6 +206,37 @@ def test_trl_packed_training_sees_the_borders_of_the_documents(model, tokenizer,
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.clients("trl")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("batched", [False, True], ids=["generate", "continuous batching"])
+def test_trl_rewards_are_learned(model, tokenizer, tmp_path, batched):
+    trl = pytest.importorskip("trl", reason="GRPOTrainer comes from trl")
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=8,
+        num_generations=8,
+        max_completion_length=16,
+        learning_rate=3e-2,
+        logging_steps=1,
+        use_transformers_continuous_batching=batched,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **kwargs: [text.count("e") / 16 for text in completions],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in ("the ", "fox ", "dog ")] * 8),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert rewards[0] < 0.5 < rewards[-1]
+
+
 # --- Placement and precision
 
 
@@ -260,7 +291,8 @@ def test_torchao_int8_weights_stay_close(directory, model, inputs):
 
 
 @pytest.mark.clients("transformers serve")
-def test_server_completes_and_chats(directory, model, tokenizer, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--continuous-batching",)], ids=["alone", "batched"])
+def test_server_completes_and_chats(directory, model, tokenizer, tmp_path, options):
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason="`transformers serve` needs transformers[serving]")
     tokenizer = type(tokenizer).from_pretrained(directory)
@@ -278,6 +310,7 @@ def test_server_completes_and_chats(directory, model, tokenizer, tmp_path):
         str(port),
         "--device",
         "cpu",
+        *options,
     ]
     log = (tmp_path / "log").open("w+")
     server = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)

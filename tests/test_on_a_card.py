@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, ResNetConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, ResNetConfig
 
 from mingru_hf import (
     Bidirectional,
@@ -62,6 +62,17 @@ def test_generated_tokens(model, on_card, input_ids, options):
     expected = model.generate(ids, attention_mask=mask, **settings)
     tokens = on_card.generate(ids.to(DEVICE), attention_mask=mask.to(DEVICE), **settings)
     assert torch.equal(tokens.cpu(), expected)
+
+
+def test_continuous_batching(model, on_card):
+    prompts = [torch.randint(1, 40, (length,)).tolist() for length in (3, 17, 9, 30)]
+    settings = GenerationConfig(max_new_tokens=8, do_sample=False)
+    config = ContinuousBatchingConfig(max_requests_per_batch=3, max_batch_tokens=16)
+    expected, results = (
+        [result.generated_tokens for result in net.generate_batch(prompts, settings, config).values()]
+        for net in (model, on_card)
+    )
+    assert results == expected
 
 
 @torch.no_grad()

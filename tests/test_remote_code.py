@@ -124,11 +124,14 @@ for name in HEADS:
         with torch.no_grad():
             logits = model(**inputs).logits.tolist()
         tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False).tolist()
+        batch = model.generate_batch(tokenizer(["the quick", "fox"]).input_ids, max_new_tokens=20)
+        batch = [result.generated_tokens for result in batch.values()]
         model.save_pretrained(again)
         tokenizer.save_pretrained(again)
         model.model.save_pretrained(again + "_base")
 text = pipeline("text-generation", again, trust_remote_code=True, do_sample=False)("fox", max_new_tokens=20)
-print(json.dumps({"loaded": loaded, "logits": logits, "tokens": tokens, "text": text[0]["generated_text"]}))
+written = {"tokens": tokens, "batch": batch, "text": text[0]["generated_text"]}
+print(json.dumps({"loaded": loaded, "logits": logits, **written}))
 """.replace("HEADS", repr(HEADS))
     again = tmp_path / "again"
     result = run_python(code, tmp_path, directory, again)
@@ -143,6 +146,8 @@ print(json.dumps({"loaded": loaded, "logits": logits, "tokens": tokens, "text": 
         torch.testing.assert_close(torch.tensor(result["logits"]), model(**inputs).logits)
     tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     assert result["tokens"] == tokens.tolist()
+    batch = model.generate_batch(tokenizer(["the quick", "fox"]).input_ids, max_new_tokens=20)
+    assert result["batch"] == [result.generated_tokens for result in batch.values()]
     one = model.generate(**tokenizer("fox", return_tensors="pt"), max_new_tokens=20, do_sample=False)
     assert result["text"] == tokenizer.decode(one[0], skip_special_tokens=True)
 

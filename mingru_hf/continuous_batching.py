@@ -1,0 +1,324 @@
+"""Continuous batching: requests of any length join the batch as others leave it, as in generate_batch().
+
+transformers builds this on pages of keys and values; a MinGRU has one state a request instead, all of one size. So a
+batch is the rows of one cache: a request's prompt is run by itself, its state becomes a row, and when it ends the row
+goes. Queues, threads, stopping and pausing, cancelling and the results are transformers' own.
+
+Legend: B rows that generate, R rows of a prefill, T tokens of a piece of it, V vocabulary.
+"""
+
+import copy
+import queue
+import threading
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+    ContinuousBatchProcessor,
+    OutputRouter,
+)
+from transformers.generation.continuous_batching.distributed import DistributedHelper
+from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
+from transformers.generation.continuous_batching.scheduler import Scheduler
+
+# Where the configuration names none: rows that generate at a time, and tokens of prompts that are run between two of
+# their steps, which bounds how long these wait.
+_MAX_REQUESTS = 256
+_MAX_TOKENS = 4096
+
+# Options of generate() that are refused, with the values that mean none: these need beams, text, a second pass, or the
+# length of a prompt that all rows share.
+_NOT_IN_A_BATCH = {
+    "num_beams": 1,
+    "stop_strings": None,
+    "guidance_scale": 1,
+    "min_new_tokens": 0,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+}
+
+
+class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
+    """All of generate()'s processors, in their order; those that read the tokens so far are called row by row."""
+
+    def _validate_processors(self, drop_unsupported: bool) -> None:
+        """Keep them all: transformers' batches hold the last tokens alone, and have to drop some."""
+
+    def __call__(self, requests: list[FutureRequestState], scores: Tensor) -> Tensor:
+        """requests of B rows, scores (B, V) -> (B, V)."""
+        arguments = torch.empty(self.tensors_required, len(requests), dtype=torch.int32, device=scores.device)
+        arguments = iter(self.prepare_tensor_args(requests, arguments))
+        states = [request.state for request in requests]
+        for processor in self.logits_processor:
+            if isinstance(processor, ContinuousBatchingLogitsProcessor):
+                scores = processor(scores, next(arguments))
+            elif getattr(processor, "supports_continuous_batching", None):
+                last = [(state.generated_tokens or state.initial_tokens)[-1] for state in states]
+                scores = processor(torch.tensor(last, device=scores.device), scores)
+            else:
+                tokens = (state.initial_tokens + state.generated_tokens for state in states)
+                ids = (torch.tensor([row], device=scores.device) for row in tokens)
+                scores = torch.cat([processor(*pair) for pair in zip(ids, scores.split(1), strict=True)])
+        return scores
+
+
+class _Scheduler(Scheduler):
+    """First come, first served: a prefill is as many waiting prompts as fit into a rectangle of the token budget."""
+
+    def __init__(self, rows: "_Rows", max_requests: int, vocab_size: int):
+        super().__init__(rows, safety_margin=0.0, max_requests_per_batch=max_requests)
+        self.vocab_size = vocab_size
+
+    def add_waiting_request(self, state: RequestState) -> None:
+        """Take a request; transformers fails it if this raises, and it alone.
+
+        Raises:
+            ValueError: for a prompt that the model cannot run.
+        """
+        prompt = state.initial_tokens
+        if not prompt or min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            got = f"{min(prompt)} to {max(prompt)}" if prompt else "none"
+            raise ValueError(
+                f"A prompt needs at least one token id, each between 0 and {self.vocab_size - 1}; got {got}."
+            )
+        super().add_waiting_request(state)
+
+    def schedule_batch(self, token_budget: int, cache_budget: int = 0):
+        """The requests of the next prefill, marked as such; in the form that transformers' schedulers return.
+
+        A prompt longer than the budget comes alone. Requests with the same prompt share a row.
+        """
+        free = self.max_requests_per_batch - len(self.active_requests)
+        chosen, prompts, longest = [], set(), 0
+        for state in map(self.waiting_requests.get, self.waiting_requests_order):
+            free -= 1 + state.num_children
+            prompts.add(tuple(state.initial_tokens))
+            longest = max(longest, len(state.initial_tokens))
+            crowded = free < 0 or len(prompts) * longest > token_budget
+            if crowded and (chosen or (free < 0 and self.active_requests)):
+                break
+            chosen.append(state)
+        for state in chosen:
+            state.status = RequestStatus.PREFILLING
+            self.active_requests[state.request_id] = self.waiting_requests.pop(state.request_id)
+            self.waiting_requests_order.popleft()
+        futures = [FutureRequestState(state, True, {}, len(state.initial_tokens)) for state in chosen]
+        return futures, False, sum(future.query_length for future in futures), 0
+
+
+class _Rows:
+    """The requests that generate, and their states: row i of `cache` belongs to request i."""
+
+    def __init__(self):
+        self.requests: list[FutureRequestState] = []
+        self.cache: DynamicCache | None = None
+        self._gone: set[str] = set()
+
+    def free_blocks(self, request_id: str) -> None:
+        """Called by the scheduler for a request that has ended: its row goes before the next step."""
+        self._gone.add(request_id)
+
+    def join(self, requests: list[FutureRequestState], cache: DynamicCache) -> None:
+        """Put the rows of another cache under these."""
+        for own, new in zip(self.cache.layers if self.requests else (), cache.layers, strict=bool(self.requests)):
+            new.states = torch.cat([own.states, new.states])
+            if new.windows is not None:
+                new.windows = torch.cat([own.windows, new.windows])
+        self.requests, self.cache = self.requests + requests, cache
+
+    def drop_ended(self) -> None:
+        """Keep the rows of the requests that go on."""
+        kept = [row for row, request in enumerate(self.requests) if request.state.request_id not in self._gone]
+        if len(kept) < len(self.requests):
+            self.requests = [self.requests[row] for row in kept]
+            self.cache.batch_select_indices(torch.tensor(kept, dtype=torch.long))
+        self._gone.clear()
+
+
+class _Prefill:
+    """Prompts on their way through the model, left-padded, in pieces that hold the token budget."""
+
+    def __init__(self, requests: list[FutureRequestState], model, token_budget: int):
+        prompts = list(dict.fromkeys(tuple(request.state.initial_tokens) for request in requests))
+        length = max(map(len, prompts))
+        self.requests = requests
+        self.row = {prompt: row for row, prompt in enumerate(prompts)}
+        self.ids = torch.tensor([(0,) * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        sizes = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+        self.mask = torch.arange(length, device=model.device) >= length - sizes.unsqueeze(1)  # (R, T)
+        self.cache = DynamicCache(config=model.config)
+        self.steps, self.done = token_budget // len(prompts), 0
+
+    def active(self, scheduler: Scheduler) -> list[RequestState]:
+        """Its requests that nobody has cancelled."""
+        states = (request.state for request in self.requests)
+        return [state for state in states if state.request_id in scheduler.active_requests]
+
+    def advance(self, model, scheduler: Scheduler) -> Tensor | None:
+        """Run the next piece: None, or behind the last one (requests, V) logits of the requests that are active."""
+        end = min(self.done + max(self.steps, 1), self.ids.shape[1])
+        piece, mask = self.ids[:, self.done : end], self.mask[:, :end]
+        logits = model(piece, attention_mask=mask, cache=self.cache, logits_to_keep=1).logits[:, -1]
+        self.done = end
+        if end < self.ids.shape[1]:
+            return None
+        requests = [state for parent in self.active(scheduler) for state in _with_children(parent)]
+        rows = torch.tensor([self.row[tuple(state.initial_tokens)] for state in requests], dtype=torch.long)
+        self.requests = [FutureRequestState(state, True, {}, 1) for state in requests]
+        self.cache.batch_select_indices(rows)
+        return logits[rows.to(logits.device)]
+
+
+def _with_children(state: RequestState) -> list[RequestState]:
+    """The request, and the others that num_return_sequences asks for."""
+    children, state.num_children = range(state.num_children), 0
+    return [state, *(state.fork(f"{state.request_id}__child#{child}") for child in children)]
+
+
+class _BatchProcessor(ContinuousBatchProcessor):
+    """What the manager's thread does between looks at its queues: one step of all rows, and a piece of a prefill."""
+
+    def __init__(self, manager: "MinGRUBatchingManager"):
+        config = manager.continuous_batching_config
+        self.cb_config, self.logit_processor = config, manager.logit_processor
+        self.input_queue = manager.input_queue if manager.is_tp_driver else None
+        self.cancel_queue = manager.cancel_queue if manager.is_tp_driver else None
+        self.output_router, self.background_thread_status = manager.output_router, manager.background_thread_status
+        self.distributed_helper = manager.distributed_helper
+        self.distributed_helper.set_tp_seed(config.seed, manager.model.device)
+        self.do_sample = bool(manager.generation_config.do_sample)
+        self.max_tokens = config.max_batch_tokens or _MAX_TOKENS
+        self.use_async_batching, self.inputs_and_outputs = False, SimpleNamespace(compute_stream=None)
+        self.rows, self.prefill, self.sampled = _Rows(), None, []
+        max_requests = config.max_requests_per_batch or _MAX_REQUESTS
+        self.scheduler = _Scheduler(self.rows, max_requests, manager.model.config.vocab_size)
+
+    def __repr__(self) -> str:
+        active, waiting = self.scheduler.active_requests, self.scheduler.waiting_requests
+        return f"{type(self).__name__}({len(active)} active requests, {len(waiting)} waiting)"
+
+    def __del__(self) -> None:
+        """No graphs to free: transformers' collects all garbage here, which takes longer than many requests."""
+
+    def prepare_next_batch(self) -> bool:
+        """Look at the queues: whether there is anything to do."""
+        if self._update_tp_group_state():
+            return False
+        self.scheduler.clear_cancelled_requests()
+        self.rows.drop_ended()
+        if self.prefill is not None and not self.prefill.active(self.scheduler):
+            self.prefill = None
+        return self.scheduler.has_pending_requests()
+
+    @torch.no_grad()
+    def _generation_step(self, model) -> None:
+        """Run a step of all rows and a piece of a prefill, and choose a token for each row."""
+        requests, logits = self.rows.requests, []
+        if requests:
+            last = [[request.state.generated_tokens[-1]] for request in requests]
+            last = torch.tensor(last, device=model.device)  # (B, 1)
+            logits.append(model(last, cache=self.rows.cache).logits[:, -1])
+        if self.prefill is None:
+            chosen = self.scheduler.schedule_batch(self.max_tokens)[0]
+            self.prefill = _Prefill(chosen, model, self.max_tokens) if chosen else None
+        first = None if self.prefill is None else self.prefill.advance(model, self.scheduler)
+        if first is not None:
+            logits.append(first)
+            for request in self.prefill.requests:
+                request.state.status = RequestStatus.DECODING
+                self.scheduler.active_requests[request.state.request_id] = request.state
+            self.rows.join(self.prefill.requests, self.prefill.cache)
+            self.prefill = None
+        self.sampled = self._sample(torch.cat(logits).float()) if logits else []
+
+    def _sample(self, scores: Tensor) -> list[tuple[int, float | None]]:
+        """scores (B, V) -> a token for each row, with the logarithm of its probability if that is asked for."""
+        scores = self.logit_processor(self.rows.requests, scores)
+        log_probs = scores.log_softmax(-1) if self.do_sample or self.cb_config.return_logprobs else None
+        tokens = torch.multinomial(log_probs.exp(), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
+        if not self.cb_config.return_logprobs:
+            return [(token, None) for token in tokens.flatten().tolist()]
+        return list(zip(tokens.flatten().tolist(), log_probs.gather(1, tokens).flatten().tolist(), strict=True))
+
+    def update_batch(self) -> None:
+        """Hand the tokens out, and let go of the requests that they end."""
+        outputs = []
+        for request, (token, log_prob) in zip(self.rows.requests if self.sampled else (), self.sampled, strict=True):
+            state = request.state
+            if state.update_and_check_completion(token, log_prob):
+                self.scheduler.finish_request(state.request_id)
+            if state.streaming or state.status == RequestStatus.FINISHED:
+                outputs.append(state.to_generation_output())
+        self.output_router.deliver_batch(outputs)
+
+    def fail_all_requests(self, error: Exception) -> None:
+        """Fail all requests, those that generate with the tokens that they have."""
+        for state in (*self.scheduler.active_requests.values(), *self.scheduler.waiting_requests.values()):
+            self._handle_request_error(error, state)
+        self.scheduler.reset()
+
+
+class MinGRUBatchingManager(ContinuousBatchingManager):
+    """transformers' manager of a continuous batch, over recurrent states; `model.init_continuous_batching()` makes it.
+
+    Of a ContinuousBatchingConfig `max_requests_per_batch`, `max_batch_tokens` (of prompts, between two steps of the
+    requests that generate), `return_logprobs`, `seed`, `max_queue_size` and `per_request_processors` count; what
+    speaks of pages, attention and graphs has no meaning here.
+
+    Args:
+        model: a MinGRUForCausalLM.
+        generation_config: how to generate; no beams.
+        continuous_batching_config: see above.
+        workload_hints: from generate_batch(), which requests are to come.
+
+    Raises:
+        ValueError: if the configuration asks for what a batch cannot do (beams, stop strings, min_new_tokens and
+            others), or nothing would end generate_batch().
+    """
+
+    def __init__(self, model, generation_config, continuous_batching_config, workload_hints=None):
+        for name, off in _NOT_IN_A_BATCH.items():
+            if getattr(generation_config, name, None) not in (None, off):
+                raise ValueError(f"A continuous batch has no {name}: leave it out, or call generate().")
+        endless = workload_hints is not None and workload_hints.max_generated_length == 0
+        if endless and generation_config.eos_token_id is None and model.config.eos_token_id is None:
+            raise ValueError("There is no eos_token_id, so nothing would end this: give max_new_tokens.")
+        self.model, self.generation_config = model.eval(), copy.deepcopy(generation_config)
+        model._prepare_special_tokens(self.generation_config, True, model.device)  # some processors read them
+        self.continuous_batching_config = continuous_batching_config
+        self.num_return_sequences = generation_config.num_return_sequences or 1
+        self.input_queue = queue.Queue(maxsize=continuous_batching_config.max_queue_size)
+        self.cancel_queue = queue.Queue()
+        self.background_thread_status, self.output_router = BackgroundThreadStatus(), OutputRouter()
+        self.batch_processor = self._generation_thread = self._original_attn_impl = None
+        self._request_counter, self._request_lock, self._wake_up_loop = 0, threading.Lock(), threading.Event()
+        self._use_prefix_sharing = self.warmed_up = False
+        self.distributed_helper = DistributedHelper(None, continuous_batching_config.cpu_group_timeout)
+        self.is_tp_driver = self.distributed_helper.is_tp_driver
+        self.logit_processor = _LogitsProcessors(
+            # A length of the prompts, which some processors ask for; those that would use it are refused above.
+            model._get_logits_processor(self.generation_config, input_ids_seq_length=1),
+            continuous_batching_config.per_request_processors,
+        )
+
+    def switch_to_cb_friendly_attn(self, model, auto_switch_to_flash: bool = True) -> None:
+        """Nothing to switch."""
+
+    def warmup(self) -> None:
+        """Nothing to prepare: a step has no graph and no fixed size."""
+        self.warmed_up = True
+
+    def _create_batch_processor(self) -> _BatchProcessor:
+        self.batch_processor = _BatchProcessor(self)
+        return self.batch_processor
+
+
+__all__ = ["MinGRUBatchingManager"]

@@ -1,0 +1,223 @@
+"""generate_batch() and its manager: every request gets what generate() gives it alone, whoever is beside it."""
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+# No room to spare: two or three requests at a time, prompts in pieces.
+TIGHT = ContinuousBatchingConfig(max_requests_per_batch=3, max_batch_tokens=8)
+
+
+def prompts_of(count, longest=20):
+    lengths = torch.randint(1, longest + 1, (count,)).tolist()
+    return [torch.randint(1, 40, (length,)).tolist() for length in lengths]
+
+
+def generated_alone(model, prompt, **options):
+    ids = torch.tensor([prompt])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def greedy(**options):
+    return GenerationConfig(do_sample=False, **options)
+
+
+@pytest.fixture
+def manager(model):
+    """A running manager; stopped behind the test."""
+    config = ContinuousBatchingConfig(max_batch_tokens=8)
+    with model.continuous_batching_context_manager(greedy(), continuous_batching_config=config) as manager:
+        yield manager
+
+
+def results_of(manager, count):
+    results = {}
+    while len(results) < count:
+        result = manager.get_result(timeout=60)
+        assert result is not None, "no result within a minute"
+        if result.is_finished():
+            results[result.request_id] = result
+    return results
+
+
+@pytest.mark.parametrize(
+    ("options", "config"),
+    [
+        ({}, None),
+        ({"eos_token_id": list(range(3, 40, 4))}, TIGHT),
+        ({"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "bad_words_ids": [[7], [9, 4]]}, TIGHT),
+    ],
+    ids=["roomy", "rows that end", "processors that read the tokens so far"],
+)
+def test_tokens_are_those_of_generate(model, options, config):
+    prompts = prompts_of(9)
+    results = model.generate_batch(
+        prompts, greedy(max_new_tokens=12, **options), continuous_batching_config=config, progress_bar=False
+    )
+    assert [result.prompt_ids for result in results.values()] == prompts
+    expected = [generated_alone(model, prompt, max_new_tokens=12, **options) for prompt in prompts]
+    assert [result.generated_tokens for result in results.values()] == expected
+    if "eos_token_id" in options:
+        assert len({len(tokens) for tokens in expected}) > 1  # rows left while others went on
+
+
+def test_bfloat16_and_float64(model):
+    prompts = prompts_of(4)
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        results = model.generate_batch(prompts, greedy(max_new_tokens=6), continuous_batching_config=TIGHT)
+        for prompt, result in zip(prompts, results.values(), strict=True):
+            assert result.error is None
+            assert len(result.generated_tokens) == 6
+            if dtype == torch.float64:
+                assert result.generated_tokens == generated_alone(model, prompt, max_new_tokens=6)
+
+
+def test_log_probabilities(model):
+    config = ContinuousBatchingConfig(max_requests_per_batch=2, return_logprobs=True)
+    for result in model.generate_batch(
+        prompts_of(4), greedy(max_new_tokens=5), continuous_batching_config=config
+    ).values():
+        ids = torch.tensor([result.prompt_ids + result.generated_tokens])
+        log_probs = model(ids).logits[0, -6:-1].log_softmax(-1)
+        expected = log_probs.gather(1, torch.tensor(result.generated_tokens).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_sequences_a_prompt(model):
+    prompts = prompts_of(3)
+    config = GenerationConfig(do_sample=True, max_new_tokens=8, num_return_sequences=4, top_k=0)
+    results = model.generate_batch(prompts, config, continuous_batching_config=TIGHT)
+    assert len(results) == 12
+    for i, prompt in enumerate(prompts):
+        own = list(results.values())[4 * i : 4 * i + 4]
+        assert all(result.prompt_ids == prompt and len(result.generated_tokens) == 8 for result in own)
+        assert len({tuple(result.generated_tokens) for result in own}) > 1
+
+
+def test_sampling_follows_the_probabilities(model):
+    prompt, count = prompts_of(1)[0], 400
+    config = GenerationConfig(do_sample=True, max_new_tokens=1, temperature=0.7, top_k=3)
+    results = model.generate_batch(
+        [prompt] * count, config, continuous_batching_config=ContinuousBatchingConfig(seed=1)
+    )
+    tokens = torch.tensor([result.generated_tokens[0] for result in results.values()])
+    best = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).topk(3)
+    shares = torch.stack([(tokens == token).float().mean() for token in best.indices])
+    assert shares.sum() == 1
+    assert (shares - best.values.softmax(-1)).abs().max() < 4 * 0.5 / count**0.5  # four standard deviations
+
+    again = model.generate_batch([prompt] * count, config, continuous_batching_config=ContinuousBatchingConfig(seed=1))
+    assert [result.generated_tokens for result in again.values()] == tokens.unsqueeze(1).tolist()
+
+
+def test_the_same_prompt_is_run_once(model):
+    tokens = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append((args or (kwargs.get("input_ids"),))[0].shape), with_kwargs=True
+    )
+    prompt = prompts_of(1)[0]
+    results = model.generate_batch([prompt] * 8, greedy(max_new_tokens=3))
+    assert tokens[0] == (1, len(prompt))
+    assert set(tokens[1:]) == {(8, 1)}
+    assert len(results) == 8
+
+
+def test_long_prompts_do_not_hold_up_those_that_generate(model):
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple((args or (kwargs.get("input_ids"),))[0].shape)),
+        with_kwargs=True,
+    )
+    short, long = [5, 6], torch.randint(1, 40, (40,)).tolist()
+    results = list(model.generate_batch([short, long], greedy(max_new_tokens=9), TIGHT).values())
+    pieces = [place for place, shape in enumerate(shapes) if shape[1] > 1]
+    assert [shapes[place] for place in pieces] == [(1, 2), *[(1, 8)] * 5]
+    assert pieces[1:] == [2, 4, 6, 8, 10]  # a step of the short request between each two
+    shapes.clear()
+    for prompt, result in zip((short, long), results, strict=True):
+        assert result.generated_tokens == generated_alone(model, prompt, max_new_tokens=9)
+
+
+@pytest.mark.parametrize("prompt", [[], [3, 40], [-1, 3]], ids=["empty", "too high", "negative"])
+def test_a_prompt_that_cannot_be_run_fails_alone(model, prompt):
+    good = prompts_of(2)
+    results = list(model.generate_batch([good[0], prompt, good[1]], greedy(max_new_tokens=4)).values())
+    assert "each between 0 and 39" in results[1].error
+    assert results[1].generated_tokens == []
+    for place in (0, 2):
+        assert results[place].error is None
+        assert results[place].generated_tokens == generated_alone(model, good[place // 2], max_new_tokens=4)
+
+
+def test_requests_come_and_go_while_others_run(model, manager):
+    """Each with its own number of tokens; one is cancelled while it generates, one while its prompt is read."""
+    prompts = prompts_of(6)
+    endless = manager.add_request(prompts[0], max_new_tokens=2000, streaming=True)
+    assert manager.get_result(timeout=60).request_id == endless
+    reading = manager.add_request(torch.randint(1, 40, (4000,)).tolist(), max_new_tokens=2)
+    ids = [manager.add_request(prompts[i], max_new_tokens=3 * i) for i in range(1, 6)]
+    manager.cancel_request(reading)
+    results = results_of(manager, 5)
+    assert set(results) == set(ids)
+    for i, request_id in enumerate(ids, start=1):
+        assert results[request_id].generated_tokens == generated_alone(model, prompts[i], max_new_tokens=3 * i)
+
+    manager.cancel_request(endless)
+    last = manager.add_request(prompts[1], max_new_tokens=4)
+    assert results_of(manager, 1)[last].generated_tokens == generated_alone(model, prompts[1], max_new_tokens=4)
+    assert not manager.batch_processor.has_pending_requests()
+
+
+def test_streaming_brings_each_token(model, manager):
+    prompt = prompts_of(1)[0]
+    manager.add_request(prompt, request_id="mine", max_new_tokens=7, streaming=True)
+    lengths = [len(result.generated_tokens) for result in manager.request_id_iter("mine")]
+    assert lengths == list(range(1, 8))
+
+
+def test_pause_lets_the_weights_change_between_steps(model, manager):
+    prompt = prompts_of(1)[0]
+    manager.add_request(prompt, max_new_tokens=2000, streaming=True)
+    manager.get_result(timeout=60)
+    with manager.pause(), torch.no_grad():
+        model.lm_head.weight.neg_()
+    request = manager.add_request(prompt, max_new_tokens=3)
+    results = results_of(manager, 1)
+    assert results[request].generated_tokens == generated_alone(model, prompt, max_new_tokens=3)
+    manager.stop(hard_stop=True, block=True)
+
+
+def test_requests_with_a_temperature_of_their_own(model):
+    prompts = prompts_of(4)
+    config = ContinuousBatchingConfig(per_request_processors=True)
+    sampled = GenerationConfig(do_sample=True, temperature=0.9, top_k=20)
+    with model.continuous_batching_context_manager(sampled, continuous_batching_config=config) as manager:
+        ids = [manager.add_request(prompt, max_new_tokens=6, top_k=1) for prompt in prompts]
+        wild = manager.add_request(prompts[0], max_new_tokens=6, temperature=50.0)
+        results = results_of(manager, 5)
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert results[request_id].generated_tokens == generated_alone(model, prompt, max_new_tokens=6)
+    assert len(results[wild].generated_tokens) == 6
+
+
+def test_a_manager_that_is_kept(model):
+    prompts = prompts_of(2)
+    for _ in range(2):
+        results = model.generate_batch(prompts, greedy(max_new_tokens=4), persistent_manager=True)
+        assert [result.generated_tokens for result in results.values()] == [
+            generated_alone(model, prompt, max_new_tokens=4) for prompt in prompts
+        ]
+    kept = model.init_continuous_batching()
+    assert kept is model.init_continuous_batching()
+    model.destroy_cached_continuous_batching_manager()
+    assert kept is not model.init_continuous_batching()
+
+
+def test_what_a_batch_cannot_do_is_refused(model):
+    for option in ({"num_beams": 3}, {"stop_strings": ["a"]}, {"guidance_scale": 2.0}, {"min_new_tokens": 2}):
+        with pytest.raises(ValueError, match=f"no {next(iter(option))}"):
+            model.generate_batch([[1, 2]], greedy(max_new_tokens=2, **option))
+    with pytest.raises(ValueError, match="give max_new_tokens"):
+        model.generate_batch([[1, 2]], greedy())
+    assert model.generate_batch([]) == {}
