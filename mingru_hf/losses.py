@@ -14,6 +14,8 @@ from .linear import linear
 # At most this many logits exist at a time. At a vocabulary of 50,257 the logits of all tokens would be by far the
 # largest tensors of a small model's training step; at one of a few hundred characters this is the whole batch.
 PIECE_ELEMENTS = 2**23
+# Elsewhere more: a piece is a dozen launches, and reads and writes the whole gradient of the head (256 MB in float32).
+DEVICE_PIECE_ELEMENTS = 2**26
 
 
 def head_loss(
@@ -85,7 +87,7 @@ class _HeadLoss(torch.autograd.Function):
         rows_grad = torch.empty_like(rows) if need_rows else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if need_weight else None
         bias_grad = torch.zeros_like(bias, dtype=exact) if need_bias else None
-        size = max(1, PIECE_ELEMENTS // weight.shape[0])
+        size = max(1, (PIECE_ELEMENTS if weight.device.type == "cpu" else DEVICE_PIECE_ELEMENTS) // weight.shape[0])
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, rows.shape[0], size):
                 piece = slice(start, start + size)

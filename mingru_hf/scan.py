@@ -419,7 +419,7 @@ def _fails_trial(device: torch.device) -> str | None:
 @functools.cache
 def _trial(device: torch.device) -> str | None:
     # In one pass and in chunks, with and without all that is optional, in 32 and in 16 bits: other kernels each.
-    whole, chunked = ((16, 64), (130, 128)) if device.type == "cuda" else ((8, 4), (20, 4))  # the interpreter is slow
+    whole, chunked = ((20, 64), (521, 64)) if device.type == "cuda" else ((8, 4), (20, 4))  # the interpreter is slow
     problem = None
     with without_modes(), torch.inference_mode():
         try:

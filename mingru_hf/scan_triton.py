@@ -9,9 +9,14 @@ Where rows x channels alone fill the card, the chunk is the whole sequence: one 
 do not (long sequences, small batches), time is cut into chunks: a first pass composes the maps of each chunk into
 one, a second runs through these summaries for the state at each boundary, a third is the pass above from there.
 
+What a card needs most is many bytes on their way at a time. Triton keeps the next tiles of a loop on their way in
+shared memory (cp.async) if the loop says `num_stages`; and only where no step of a tile is masked does the compiler
+leave a tile's loads together. So the last tile of a chunk, where it is not whole, is run by itself.
+
 Where z is small, carry = 1 - z has few of its digits left, and a state that hardly changes forgets the error no
 faster than all else. So a map also holds less = 1 - carry, as precise as z itself; the state moves by drive - less h
-from tile to tile, and what rounding leaves out of the sum is added to the next one (Kahan).
+from tile to tile, and what rounding leaves out of the sum is added to the next one (Kahan). Within a tile
+carry h + drive is precise enough: a few roundings, which the next tile does not inherit.
 
 A reset is a map that forgets its input. It is marked by carry = -1, which no sigmoid gives, and selected instead of
 multiplied, so that not even a NaN crosses it.
@@ -19,9 +24,9 @@ multiplied, so that not even a NaN crosses it.
 State and accumulation are float32 (float64 for float64 inputs); the backward pass recomputes z and g and runs the
 same scan in reverse. Offsets are 64 bits wide.
 
-Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 (a
-thread spills at most 8 bytes of registers). Block sizes come from arithmetic and not from measurements: nothing here
-has been run or timed on a card yet.
+Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 and
+copies ahead. Block sizes come from arithmetic, the compiler's registers and a simulation of its instructions (LOG.md):
+nothing here has been run or timed on a card yet.
 
 Legend: B batch, T time steps, N channels (trailing axes flattened into them), C chunks of time.
 """
@@ -51,23 +56,26 @@ except Exception as error:  # a broken installation fails in many ways, and none
 
 _AVAILABLE = _import_problem is None
 
-# A tile of (steps, channels) is 1024 elements: one warp has 8 kB of float32 loads on their way at a time, and holds
-# a tile in 32 registers for each of its values. Narrower tiles are half as large, and so are those of rows that are
-# not aligned: otherwise registers spill.
-_TILE_ELEMENTS = 1024
-_MAX_BLOCK_N = 128
-_ALIGNED = 16
+# A tile of (steps, channels) is 512 elements, 8 by 64 where there are as many channels: each thread of the one warp
+# has two neighbouring channels and all steps of the tile, so that composing the maps needs no other thread.
+_TILE_ELEMENTS = 512
+_MAX_BLOCK_N = 64
 _MAX_BLOCK_T = 64
 _MIN_BLOCK_T = 8
-# Programs, of one warp each, that keep one multiprocessor's memory pipeline full; its registers have room for nine.
-_PROGRAMS_PER_PROCESSOR = 8
-# A chunk costs three values a channel beside its steps, so it has some tiles; and two chunks are no gain, since the
-# first pass reads the inputs once more.
+# Tiles in flight, counting the one at work: the next ones are copied into shared memory meanwhile. Two where a
+# multiprocessor has less shared memory than eight backward programs of three take.
+_STAGES = 3
+_SHARED_MEMORY_FOR_STAGES = 160_000  # bytes
+# Programs, of one warp each, that keep one multiprocessor busy.
+_PROGRAMS_PER_PROCESSOR = 12
+# Cutting time costs two kernels and three values a channel and chunk, and the first pass reads the inputs once more:
+# so neither short sequences nor two chunks are a gain, and a chunk has some tiles.
+_MIN_TILES_TO_CUT = 64
 _MIN_TILES_PER_CHUNK = 4
 _MIN_CHUNKS = 3
-# Tiles of the pass over the summaries, which has only rows x channels to run in parallel: few channels, many chunks.
-_SUMMARY_BLOCK_C = 128
-_SUMMARY_BLOCK_N = 8
+# Tiles (chunks, channels) of the pass over the summaries, from few chunks to many: it has only rows x channels to run
+# in parallel, and of these there are the fewer the more chunks there are.
+_SUMMARY_BLOCKS = ((32, 32), (128, 8), (512, 2))
 # Said aloud because Triton 3.9 warns where it is left open.
 _OPTIONS = {"enable_fp_fusion": True}
 
@@ -102,13 +110,20 @@ def _jit(function):
     return triton.jit(function, do_not_specialize=lengths)
 
 
-# --- Pieces of the kernels: all tiles are (BLOCK_T, BLOCK_N), time first.
+# --- Pieces of the kernels: all tiles are (BLOCK_T, BLOCK_N), time first. A tile is WHOLE if no step of it lies behind
+# --- the chunk's end: then nothing is masked in time, and the compiler keeps the loads of a tile together.
+
+
+@_jit
+def _exp_minus(x):
+    """exp(-x); 0 where that is below the normal numbers, which saves three instructions of four."""
+    return tl.exp2(x * -1.4426950408889634)
 
 
 @_jit
 def _update_gate(gate):
     """z = sigmoid(gate) and 1 - z, from one exponential that cannot overflow, neither by a subtraction."""
-    e = tl.exp(-tl.abs(gate))
+    e = _exp_minus(tl.abs(gate))
     large = 1.0 / (1.0 + e)
     small = e * large
     return tl.where(gate >= 0, large, small), tl.where(gate >= 0, small, large)
@@ -117,7 +132,7 @@ def _update_gate(gate):
 @_jit
 def _candidate(value):
     """g(value) = value + 0.5 where value >= 0, sigmoid(value) elsewhere, and its derivative."""
-    e = tl.exp(-tl.abs(value))
+    e = _exp_minus(tl.abs(value))
     inverse = 1.0 / (1.0 + e)
     small = e * inverse
     return tl.where(value >= 0, value + 0.5, small), tl.where(value >= 0, 1.0, small * inverse)
@@ -149,9 +164,9 @@ def _scan(carry, less, drive, HAS_RESET: tl.constexpr):
 
 
 @_jit
-def _apply(carry, less, drive, state, HAS_RESET: tl.constexpr):
-    """The maps, applied to a state."""
-    result = tl.where(carry >= 0.5, state + (drive - less * state), carry * state + drive)
+def _apply(carry, drive, state, HAS_RESET: tl.constexpr):
+    """The maps of a tile's steps, applied to the state before the tile."""
+    result = carry * state + drive
     if HAS_RESET:
         result = tl.where(carry < 0, drive, result)
     return result
@@ -164,7 +179,7 @@ def _advance(carry, less, drive, state, low, HAS_RESET: tl.constexpr):
     change = drive - less * state + low
     moved = state + change
     low = tl.where(slow, change - (moved - state), 0.0)
-    return tl.where(slow, moved, _apply(carry, less, drive, state, HAS_RESET)), low
+    return tl.where(slow, moved, _apply(carry, drive, state, HAS_RESET)), low
 
 
 @_jit
@@ -193,6 +208,12 @@ def _locate(num_chunks, num_blocks):
     """Row (64 bits, as all offsets that follow from it), chunk and channel block of this program."""
     pid = tl.program_id(0)
     return (pid // num_blocks // num_chunks).to(tl.int64), pid // num_blocks % num_chunks, pid % num_blocks
+
+
+@_jit
+def _channels(block, BLOCK_N: tl.constexpr):
+    """The channels of a block; no more than two neighbours go to a thread, see _TILE_ELEMENTS."""
+    return tl.max_contiguous(block * BLOCK_N + tl.arange(0, BLOCK_N), [2])
 
 
 @_jit
@@ -230,12 +251,13 @@ def _maps(
     stop,
     n,
     num_channels,
+    WHOLE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
     """The steps of a tile as maps h -> carry h + drive, less = 1 - carry; steps from `stop` on are the identity."""
-    valid = t < stop
+    valid = WHOLE | (t < stop)
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
     z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
@@ -264,13 +286,14 @@ def _carries(
     valid,
     n,
     num_channels,
+    WHOLE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The carries alone, and less = 1 - carry; 1 and 0 where a step is not valid."""
+    """The carries alone, and less = 1 - carry; 1 and 0 where a step is not valid, though it is there if WHOLE."""
     keep = valid[:, None]
-    inside = keep & (n < num_channels)[None, :]
+    inside = (WHOLE | valid)[:, None] & (n < num_channels)[None, :]
     z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
     if HAS_MASK:
         keep = keep & _flags(mask, t, mask_stride_t, valid)
@@ -281,6 +304,77 @@ def _carries(
 
 
 # --- The kernels.
+
+
+@_jit
+def _forward_tile(
+    x,
+    mask,
+    reset,
+    states,
+    x_stride_t,
+    mask_stride_t,
+    reset_stride_t,
+    t_0,
+    stop,
+    n,
+    num_channels,
+    h,
+    low,
+    WHOLE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Write the states of a tile; give the last of them and what rounding has left out of it."""
+    t = t_0 + tl.arange(0, BLOCK_T)
+    carry, less, drive = _maps(
+        x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
+        WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
+    )  # fmt: skip
+    carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+    tile = _apply(carry, drive, h[None, :], HAS_RESET)
+    offsets = t.to(tl.int64)[:, None] * num_channels + n[None, :]
+    inside = (WHOLE | (t < stop))[:, None] & (n < num_channels)[None, :]
+    tl.store(states + offsets, tile.to(states.dtype.element_ty), mask=inside)
+    carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
+    return _advance(carry, less, drive, h, low, HAS_RESET)
+
+
+@_jit
+def _forward_summary_tile(
+    x,
+    mask,
+    reset,
+    x_stride_t,
+    mask_stride_t,
+    reset_stride_t,
+    t_0,
+    stop,
+    n,
+    num_channels,
+    total_carry,
+    total_less,
+    total_drive,
+    low,
+    WHOLE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Append the map of a tile to that of the steps before it."""
+    t = t_0 + tl.arange(0, BLOCK_T)
+    carry, less, drive = _maps(
+        x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
+        WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
+    )  # fmt: skip
+    carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+    return _append(
+        total_carry, total_less, total_drive, low,
+        _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+    )  # fmt: skip
 
 
 @_jit
@@ -310,10 +404,11 @@ def _forward_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """States (B, T, N) of one chunk, from the state at its boundary."""
     row, chunk, block = _locate(num_chunks, num_blocks)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = _channels(block, BLOCK_N)
     x += row * x_stride_b
     mask += row * mask_stride_b
     reset += row * reset_stride_b
@@ -326,19 +421,17 @@ def _forward_kernel(
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
-    for t_0 in range(start, stop, BLOCK_T):
-        t = t_0 + tl.arange(0, BLOCK_T)
-        carry, less, drive = _maps(
-            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
-            HAS_MASK, HAS_RESET, ACCUMULATE,
+    whole = start + (stop - start) // BLOCK_T * BLOCK_T
+    for t_0 in tl.range(start, whole, BLOCK_T, num_stages=STAGES):
+        h, low = _forward_tile(
+            x, mask, reset, states, x_stride_t, mask_stride_t, reset_stride_t, t_0, stop, n, num_channels, h, low,
+            True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
-        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        tile = _apply(carry, less, drive, h[None, :], HAS_RESET)
-        offsets = t.to(tl.int64)[:, None] * num_channels + n[None, :]
-        inside = (t < stop)[:, None] & (n < num_channels)[None, :]
-        tl.store(states + offsets, tile.to(states.dtype.element_ty), mask=inside)
-        carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
-        h, low = _advance(carry, less, drive, h, low, HAS_RESET)
+    if whole < stop:
+        _forward_tile(
+            x, mask, reset, states, x_stride_t, mask_stride_t, reset_stride_t, whole, stop, n, num_channels, h, low,
+            False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
+        )  # fmt: skip
 
 
 @_jit
@@ -365,10 +458,11 @@ def _forward_summary_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One map for each chunk, state before it to state after it: carries, lesses and drives (B, C, N)."""
     row, chunk, block = _locate(num_chunks, num_blocks)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = _channels(block, BLOCK_N)
     x += row * x_stride_b
     mask += row * mask_stride_b
     reset += row * reset_stride_b
@@ -378,16 +472,16 @@ def _forward_summary_kernel(
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
-    for t_0 in range(start, stop, BLOCK_T):
-        t = t_0 + tl.arange(0, BLOCK_T)
-        carry, less, drive = _maps(
-            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
-            HAS_MASK, HAS_RESET, ACCUMULATE,
+    whole = start + (stop - start) // BLOCK_T * BLOCK_T
+    for t_0 in tl.range(start, whole, BLOCK_T, num_stages=STAGES):
+        total_carry, total_less, total_drive, low = _forward_summary_tile(
+            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t_0, stop, n, num_channels,
+            total_carry, total_less, total_drive, low, True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
-        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        total_carry, total_less, total_drive, low = _append(
-            total_carry, total_less, total_drive, low,
-            _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+    if whole < stop:
+        total_carry, total_less, total_drive, low = _forward_summary_tile(
+            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, whole, stop, n, num_channels,
+            total_carry, total_less, total_drive, low, False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
     tl.store(carries + offsets, total_carry, mask=n < num_channels)
@@ -415,7 +509,7 @@ def _boundary_kernel(
 ):
     """What crosses the boundaries of the chunks, (B, C + 1, N): states, or gradients from the end to the start."""
     row, _, block = _locate(1, num_blocks)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = _channels(block, BLOCK_N)
     carries += row * num_chunks * num_channels
     lesses += row * num_chunks * num_channels
     drives += row * num_chunks * num_channels
@@ -439,11 +533,83 @@ def _boundary_kernel(
         less = _load(lesses, chunk, num_channels, n, inside, ACCUMULATE)
         drive = _load(drives, chunk, num_channels, n, inside, ACCUMULATE)
         carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        tile = _apply(carry, less, drive, state[None, :], HAS_RESET)
+        tile, _rounding = _advance(carry, less, drive, state[None, :], 0.0, HAS_RESET)
         inside = (done <= num_chunks)[:, None] & (n < num_channels)[None, :]
         tl.store(boundaries + boundary.to(tl.int64)[:, None] * num_channels + n[None, :], tile, mask=inside)
         carry, less, drive = _last(carry, BLOCK_C), _last(less, BLOCK_C), _last(drive, BLOCK_C)
         state, low = _advance(carry, less, drive, state, low, HAS_RESET)
+
+
+@_jit
+def _backward_tile(
+    grad,
+    x,
+    states,
+    mask,
+    reset,
+    grad_x,
+    initial,
+    grad_stride_t,
+    x_stride_t,
+    states_stride_t,
+    mask_stride_t,
+    reset_stride_t,
+    t_0,
+    stop,
+    num_steps,
+    n,
+    num_channels,
+    flow,
+    low,
+    WHOLE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Write the gradients of a tile's pre-activations; give what flows to the state before it, and its rounding."""
+    index = tl.arange(0, BLOCK_T)
+    t = t_0 + BLOCK_T - 1 - index
+    valid = WHOLE | (t < stop)
+    keep = valid[:, None]
+    inside = keep & (n < num_channels)[None, :]
+
+    # The carry of the step after, from the tile itself: a second load that finds its data in the cache. For the
+    # tile's latest step it is in `flow` already.
+    after = tl.minimum(t + 1, num_steps - 1)
+    carry, less = _carries(
+        x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, after, (index > 0) & (WHOLE | (t + 1 < stop)), n,
+        num_channels, WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
+    )  # fmt: skip
+    carry, less, drive = _scan(carry, less, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
+    r = _apply(carry, drive, flow[None, :], HAS_RESET)
+
+    z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
+    g, slope = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
+    previous = _load(states, tl.maximum(t - 1, 0), states_stride_t, n, inside, ACCUMULATE)
+    previous = tl.where((t > 0)[:, None], previous, initial[None, :])
+    if HAS_MASK:
+        keep = keep & _flags(mask, t, mask_stride_t, valid)
+    step_carry = tl.where(keep, one_minus_z, 1.0)
+    step_less = tl.where(keep, z, 0.0)
+    if HAS_RESET:
+        forget = _flags(reset, t, reset_stride_t, valid)
+        previous = tl.where(forget, 0.5, previous)
+        step_carry = tl.where(forget, -1.0, step_carry)
+    # The map from this tile's end to the state before it.
+    carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
+    carry, less, drive, _ = _append(
+        carry, less, drive, 0.0, _last(step_carry, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
+    )
+    flow, low = _advance(carry, less, drive, flow, low, HAS_RESET)
+
+    r = r * z
+    grad_gate = tl.where(keep, r * one_minus_z * (g - previous), 0.0)
+    grad_candidate = tl.where(keep, r * slope, 0.0)
+    offsets = t.to(tl.int64)[:, None] * (2 * num_channels) + n[None, :]
+    tl.store(grad_x + offsets, grad_gate.to(grad_x.dtype.element_ty), mask=inside)
+    tl.store(grad_x + num_channels + offsets, grad_candidate.to(grad_x.dtype.element_ty), mask=inside)
+    return flow, low
 
 
 @_jit
@@ -480,13 +646,14 @@ def _backward_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients (B, T, 2N) of one chunk's pre-activations, from what flows back across its end.
 
     With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}; rows of a tile go back in time.
     """
     row, chunk, block = _locate(num_chunks, num_blocks)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = _channels(block, BLOCK_N)
     channel = n < num_channels
     grad += row * grad_stride_b
     x += row * x_stride_b
@@ -503,50 +670,63 @@ def _backward_kernel(
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
-    num_tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
-    for tile in range(num_tiles):
-        index = tl.arange(0, BLOCK_T)
-        t = start + (num_tiles - tile) * BLOCK_T - 1 - index
-        valid = t < stop
-        keep = valid[:, None]
-        inside = keep & channel[None, :]
-
-        # The carry of the step after, from the tile itself: a second load that finds its data in the cache. For the
-        # tile's latest step it is in `flow` already.
-        carry, less = _carries(
-            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t + 1, (index > 0) & (t + 1 < stop), n,
-            num_channels, HAS_MASK, HAS_RESET, ACCUMULATE,
+    whole = start + (stop - start) // BLOCK_T * BLOCK_T
+    if whole < stop:
+        flow, low = _backward_tile(
+            grad, x, states, mask, reset, grad_x, initial, grad_stride_t, x_stride_t, states_stride_t, mask_stride_t,
+            reset_stride_t, whole, stop, num_steps, n, num_channels, flow, low,
+            False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
-        carry, less, drive = _scan(carry, less, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
-        r = _apply(carry, less, drive, flow[None, :], HAS_RESET)
-
-        z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
-        g, slope = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
-        previous = _load(states, t - 1, states_stride_t, n, inside & (t > 0)[:, None], ACCUMULATE)
-        previous = tl.where((t > 0)[:, None], previous, initial[None, :])
-        if HAS_MASK:
-            keep = keep & _flags(mask, t, mask_stride_t, valid)
-        step_carry = tl.where(keep, one_minus_z, 1.0)
-        step_less = tl.where(keep, z, 0.0)
-        if HAS_RESET:
-            forget = _flags(reset, t, reset_stride_t, valid)
-            previous = tl.where(forget, 0.5, previous)
-            step_carry = tl.where(forget, -1.0, step_carry)
-        # The map from this tile's end to the state before it.
-        carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
-        carry, less, drive, _ = _append(
-            carry, less, drive, 0.0, _last(step_carry, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
-        )
-        flow, low = _advance(carry, less, drive, flow, low, HAS_RESET)
-
-        r = r * z
-        grad_gate = tl.where(keep, r * one_minus_z * (g - previous), 0.0)
-        grad_candidate = tl.where(keep, r * slope, 0.0)
-        offsets = t.to(tl.int64)[:, None] * (2 * num_channels) + n[None, :]
-        tl.store(grad_x + offsets, grad_gate.to(grad_x.dtype.element_ty), mask=inside)
-        tl.store(grad_x + num_channels + offsets, grad_candidate.to(grad_x.dtype.element_ty), mask=inside)
+    for tile in tl.range((whole - start) // BLOCK_T, num_stages=STAGES):
+        flow, low = _backward_tile(
+            grad, x, states, mask, reset, grad_x, initial, grad_stride_t, x_stride_t, states_stride_t, mask_stride_t,
+            reset_stride_t, whole - (tile + 1) * BLOCK_T, stop, num_steps, n, num_channels, flow, low,
+            True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
+        )  # fmt: skip
     if not CHUNKED:
         tl.store(grad_h0 + row * num_channels + n, flow, mask=channel)
+
+
+@_jit
+def _backward_summary_tile(
+    grad,
+    x,
+    mask,
+    reset,
+    grad_stride_t,
+    x_stride_t,
+    mask_stride_t,
+    reset_stride_t,
+    t_0,
+    stop,
+    n,
+    num_channels,
+    total_carry,
+    total_less,
+    total_drive,
+    low,
+    WHOLE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_RESET: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Append the map of a tile, back in time, to that of the steps after it."""
+    t = t_0 + BLOCK_T - 1 - tl.arange(0, BLOCK_T)
+    valid = WHOLE | (t < stop)
+    inside = valid[:, None] & (n < num_channels)[None, :]
+    carry, less = _carries(
+        x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, valid, n, num_channels,
+        WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
+    )  # fmt: skip
+    drive = carry * _load(grad, t, grad_stride_t, n, inside, ACCUMULATE)
+    if HAS_RESET:
+        drive = tl.where(carry < 0, 0.0, drive)
+    carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+    return _append(
+        total_carry, total_less, total_drive, low,
+        _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+    )  # fmt: skip
 
 
 @_jit
@@ -576,10 +756,11 @@ def _backward_summary_kernel(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One map for each chunk, of what flows into its end to what leaves its start: (B, C, N) as in the one before."""
     row, chunk, block = _locate(num_chunks, num_blocks)
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = _channels(block, BLOCK_N)
     grad += row * grad_stride_b
     x += row * x_stride_b
     mask += row * mask_stride_b
@@ -590,22 +771,17 @@ def _backward_summary_kernel(
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
-    num_tiles = (stop - start + BLOCK_T - 1) // BLOCK_T
-    for tile in range(num_tiles):
-        t = start + (num_tiles - tile) * BLOCK_T - 1 - tl.arange(0, BLOCK_T)
-        valid = t < stop
-        inside = valid[:, None] & (n < num_channels)[None, :]
-        carry, less = _carries(
-            x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, valid, n, num_channels,
-            HAS_MASK, HAS_RESET, ACCUMULATE,
+    whole = start + (stop - start) // BLOCK_T * BLOCK_T
+    if whole < stop:
+        total_carry, total_less, total_drive, low = _backward_summary_tile(
+            grad, x, mask, reset, grad_stride_t, x_stride_t, mask_stride_t, reset_stride_t, whole, stop, n,
+            num_channels, total_carry, total_less, total_drive, low, False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
-        drive = carry * _load(grad, t, grad_stride_t, n, inside, ACCUMULATE)
-        if HAS_RESET:
-            drive = tl.where(carry < 0, 0.0, drive)
-        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        total_carry, total_less, total_drive, low = _append(
-            total_carry, total_less, total_drive, low,
-            _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+    for tile in tl.range((whole - start) // BLOCK_T, num_stages=STAGES):
+        total_carry, total_less, total_drive, low = _backward_summary_tile(
+            grad, x, mask, reset, grad_stride_t, x_stride_t, mask_stride_t, reset_stride_t,
+            whole - (tile + 1) * BLOCK_T, stop, n, num_channels, total_carry, total_less, total_drive, low,
+            True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
     tl.store(carries + offsets, total_carry, mask=n < num_channels)
@@ -725,7 +901,8 @@ class _Call:
         )
         batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
         accumulate = torch.promote_types(x.dtype, torch.float32)
-        block_t, block_n, chunk_steps = _plan(batch, steps, channels, _processors(x.device), accumulate)
+        processors, stages = _processors(x.device)
+        block_t, block_n, chunk_steps = _plan(batch, steps, channels, processors, accumulate)
         self.num_chunks = triton.cdiv(steps, chunk_steps)
         num_blocks = triton.cdiv(channels, block_n)
         self.sizes = (steps, channels, chunk_steps, self.num_chunks, num_blocks)
@@ -735,6 +912,7 @@ class _Call:
             "ACCUMULATE": self.accumulate,
             "BLOCK_T": block_t,
             "BLOCK_N": block_n,
+            "STAGES": stages,
             "num_warps": 1,
             **_OPTIONS,
         }
@@ -750,37 +928,44 @@ class _Call:
     def boundaries(self, carries: Tensor, lesses: Tensor, drives: Tensor, boundaries: Tensor, reverse: bool) -> None:
         """Fill `boundaries` from the maps of the chunks."""
         batch, chunks, channels = carries.shape
-        block_n = min(
-            _SUMMARY_BLOCK_N if carries.dtype == torch.float32 else _SUMMARY_BLOCK_N // 2,
-            triton.next_power_of_2(channels),
-        )
+        block_c, block_n = _summary_blocks(chunks, channels, carries.dtype)
         num_blocks = triton.cdiv(channels, block_n)
         _boundary_kernel[(batch * num_blocks,)](
             carries, lesses, drives, self.h0, boundaries, self.h0_stride, channels, chunks, num_blocks,
             HAS_H0=self.has_h0, HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate,
-            BLOCK_C=_SUMMARY_BLOCK_C, BLOCK_N=block_n, num_warps=4, **_OPTIONS,
+            BLOCK_C=block_c, BLOCK_N=block_n, num_warps=4, **_OPTIONS,
         )  # fmt: skip
 
 
+@functools.lru_cache(1024)
 def _plan(batch: int, steps: int, channels: int, processors: int, accumulate: torch.dtype) -> tuple[int, int, int]:
     """Steps and channels of a tile (powers of 2), and steps of a chunk (all of them: a single pass)."""
     shrink = 4 if accumulate == torch.float64 else 1  # a double is two registers, and its exp needs more of them
-    widest, elements = _MAX_BLOCK_N // shrink, _TILE_ELEMENTS // shrink
-    if channels % _ALIGNED or channels < widest:
-        widest, elements = widest // 2, elements // 2
-    block_n = min(widest, triton.next_power_of_2(channels))
-    block_t = 1 if steps == 1 else min(max(elements // block_n, _MIN_BLOCK_T), _MAX_BLOCK_T)
+    block_n = min(_MAX_BLOCK_N // shrink, triton.next_power_of_2(channels))
+    block_t = min(max(_TILE_ELEMENTS // shrink // block_n, _MIN_BLOCK_T), _MAX_BLOCK_T) if steps > 1 else 1
     programs = batch * triton.cdiv(channels, block_n)
     chunks = max(processors * _PROGRAMS_PER_PROCESSOR // programs, 1)
     tiles = max(triton.cdiv(triton.cdiv(steps, chunks), block_t), _MIN_TILES_PER_CHUNK)
-    if triton.cdiv(steps, tiles * block_t) < _MIN_CHUNKS:
+    if steps < _MIN_TILES_TO_CUT * block_t or triton.cdiv(steps, tiles * block_t) < _MIN_CHUNKS:
         return block_t, block_n, steps
     return block_t, block_n, tiles * block_t
 
 
+def _summary_blocks(chunks: int, channels: int, accumulate: torch.dtype) -> tuple[int, int]:
+    """Chunks and channels of a tile of the pass over the summaries, whose boundaries are one more than the chunks."""
+    block_c, block_n = next((sizes for sizes in _SUMMARY_BLOCKS if chunks < sizes[0]), _SUMMARY_BLOCKS[-1])
+    shrink = 2 if accumulate == torch.float64 else 1
+    return block_c, min(max(block_n // shrink, 1), triton.next_power_of_2(channels))
+
+
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many multiprocessors there are, and the tiles that one can have in flight for a program."""
+    if device.type != "cuda":
+        return 1, _STAGES
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_multiprocessor", 0)
+    return properties.multi_processor_count, _STAGES if shared >= _SHARED_MEMORY_FOR_STAGES else 2
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ CHECKS = [
 ]
 
 
-def make_inputs(batch, steps, channels, flags="h0 mask reset", device="cpu"):
+def make_inputs(batch, steps, channels, flags="h0 mask reset", device=None):
     x = 2 * torch.randn(batch, steps, 2 * channels, device=device)
     if "slow" in flags:
         x[..., :channels] = -7.0
@@ -230,7 +230,7 @@ def check(name, chunk):
 
 def print_battery():
     assert scan_triton.unavailable_reason(torch.device("cpu")) is None
-    scan_triton._SUMMARY_BLOCK_C = 4
+    scan_triton._SUMMARY_BLOCKS = ((4, 8), (8, 2))
     torch.manual_seed(0)
     results = {"elementwise scan": measure((1, 5, 2), torch.float32, "h0 mask reset", (4, 2, 4))}
     combine_rows_at_once()
@@ -305,8 +305,10 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
     pointers |= dict.fromkeys(("mask", "reset"), "*u8")
     values = dict.fromkeys(("HAS_H0", "HAS_MASK", "HAS_RESET", "CHUNKED", "REVERSE"), flags)
     values |= {"ACCUMULATE": getattr(tl, f"float{accumulate[2:]}"), "BLOCK_T": block_t, "BLOCK_N": block_n}
-    values |= {"BLOCK_C": scan_triton._SUMMARY_BLOCK_C}
-    summary_block_n = scan_triton._SUMMARY_BLOCK_N if accumulate == "fp32" else scan_triton._SUMMARY_BLOCK_N // 2
+    values |= {"STAGES": scan_triton._STAGES}
+    values["BLOCK_C"], summary_block_n = scan_triton._summary_blocks(
+        1000 if flags else 20, channels, values["ACCUMULATE"]
+    )
     aligned = channels % 16 == 0
     if channels == 1:
         values["num_channels"] = 1  # as the launcher does with an argument of 1
@@ -327,24 +329,25 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
         options = {"num_warps": 4 if name == "boundary" else 1, **scan_triton._OPTIONS}
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         assert compiled.asm["cubin"]
-        if aligned:
-            assert "ld.global.v" in compiled.asm["ptx"]  # neighbouring channels in one load
+        if aligned and name != "boundary":
+            assert "cp.async" in compiled.asm["ptx"]  # the next tiles are on their way while one is at work
 
 
 @needs_triton
 def test_plan_fills_the_card_and_no_more():
     tile_t, tile_n, chunk = scan_triton._plan(64, 1024, 4096, 132, torch.float32)
-    assert (tile_t, tile_n, chunk) == (8, 128, 1024)  # rows x channels suffice: a single pass
-    assert scan_triton._plan(1, 16, 64, 132, torch.float32)[2] == 16  # too short to cut
-    assert scan_triton._plan(16, 1, 384, 132, torch.float32) == (1, 128, 1)  # decoding: no rows of padding
+    assert (tile_t, tile_n, chunk) == (8, 64, 1024)  # rows x channels suffice: a single pass
+    assert scan_triton._plan(1, 256, 64, 132, torch.float32)[2] == 256  # too short to cut
+    assert scan_triton._plan(2, 521, 64, 132, torch.float32)[2] < 521  # what the first use tries, see scan._trial
+    assert scan_triton._plan(16, 1, 384, 132, torch.float32) == (1, 64, 1)  # decoding: no rows of padding
     for shape in [(8, 1024, 512), (1, 65536, 64), (2, 100_000, 257), (1, 1_000_000, 1)]:
         for accumulate in (torch.float32, torch.float64):
             batch, steps, channels = shape
             tile_t, tile_n, chunk = scan_triton._plan(*shape, 132, accumulate)
             assert chunk < steps
             assert chunk % tile_t == 0
-            assert tile_t * tile_n <= 1024
-            assert batch * -(-channels // tile_n) * (steps // chunk) <= 132 * 8
+            assert tile_t * tile_n <= 512
+            assert batch * -(-channels // tile_n) * (steps // chunk) <= 132 * 12
 
 
 def test_a_missing_or_broken_triton_breaks_nothing(tmp_path):
@@ -474,7 +477,9 @@ def test_reason_on_a_cpu():
 @needs_card
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flags", ["", "h0 mask reset", "slow"])
-@pytest.mark.parametrize("shape", [(8, 1024, 512), (1, 16384, 64), (128, 256, 2048), (3, 1000, 257), (2, 63, 1)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1024, 512), (1, 16384, 64), (128, 256, 2048), (3, 1000, 257), (2, 63, 1), (16, 1, 384)]
+)
 def test_on_a_card(shape, flags, dtype):
     x, h0, mask, reset = make_inputs(*shape, flags, device="cuda")
     x, weight = x.to(dtype), torch.randn(shape, device="cuda").to(dtype)
@@ -487,6 +492,50 @@ def test_on_a_card(shape, flags, dtype):
     assert relative_error(triton_forward(x, h0, mask, reset, torch.float32), expected) <= wide
     assert error_over_largest(grad_x, expected_x) <= 2 * narrow
     assert error_over_largest(grad_h0, expected_h0) <= wide
+
+
+@pytest.mark.gpu
+@needs_card
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("chunk", [20, 4])
+def test_behaviour_on_a_card(name, chunk, monkeypatch):
+    monkeypatch.setattr(scan_triton, "_plan", scan_triton._plan)  # which the checks replace
+    with torch.device("cuda"):
+        check(name, chunk)
+
+
+@pytest.mark.gpu
+@needs_card
+def test_views_that_are_not_aligned_on_a_card():
+    x, h0, mask, reset = make_inputs(3, 200, 64, device="cuda")
+    weight = torch.randn(3, 200, 64, device="cuda")
+    wide = torch.empty(3, 200, 131, device="cuda")
+    wide[..., 1:129] = x
+    assert_same(run(wide[..., 1:129], h0, mask, reset, weight), run(x, h0, mask, reset, weight))
+
+
+@pytest.mark.gpu
+@needs_card
+@pytest.mark.parametrize("steps", [64, 2000])
+def test_in_a_graph_on_a_card(steps):
+    x, h0, mask, reset = make_inputs(2, steps, 64, device="cuda")
+    expected = mingru_scan(x, h0, mask, reset, backend="triton")  # compiles, too
+    fixed, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        states = mingru_scan(fixed, h0, mask, reset, backend="triton")
+    fixed.copy_(x)
+    graph.replay()
+    torch.testing.assert_close(states, expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@needs_card
+def test_on_a_card_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two cards")
+    x, h0, mask, reset = make_inputs(2, 700, 64, device="cuda:1")
+    states = triton_forward(x, h0, mask, reset, torch.float32)
+    assert relative_error(states, _torch_forward(x.double(), h0, mask, reset, torch.float64)) <= 1e-5
 
 
 @pytest.mark.gpu
