@@ -23,7 +23,6 @@ class MinGRUCacheLayer(CacheLayerMixin):
             first; None before the first step. R is 1 unless the past is recorded.
         windows: (B, R, W, E) last inputs of the convolution in front, after each of those steps; None without one.
         seq_length: steps (tokens, padding included) behind the newest state.
-        record_past: whether to keep more than the newest state.
     """
 
     _layer_type = "mingru"
@@ -38,7 +37,18 @@ class MinGRUCacheLayer(CacheLayerMixin):
         self.states: Tensor | None = None
         self.windows: Tensor | None = None
         self.seq_length = 0
-        self.record_past = False
+        self._record_past = False
+
+    @property
+    def record_past(self) -> bool:
+        """Whether to keep more than the newest state; set to False, the others are forgotten."""
+        return self._record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        if self._record_past and not value:
+            self.forget_past()
+        self._record_past = value
 
     @property
     def state(self) -> Tensor | None:
@@ -58,7 +68,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
 
     def num_to_record(self, requested: int | None, num_steps: int) -> int:
         """How many states of a call of `num_steps` steps to hand to `append`, if `requested` may be cropped."""
-        if not self.record_past:
+        if not self._record_past:
             return 1
         return num_steps if requested is None else min(num_steps, max(requested, self.min_recorded_steps))
 
@@ -71,7 +81,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
             num_steps: tokens of this call, padding included.
         """
         complete = states.shape[1] == num_steps
-        if self.record_past and self.states is not None and complete:  # no gap between the old states and the new
+        if self._record_past and self.states is not None and complete:  # no gap between the old states and the new
             limit = max(self.min_recorded_steps, num_steps)
             states = torch.cat([self.states, states], dim=1)[:, -limit:]
             windows = None if windows is None else torch.cat([self.windows, windows], dim=1)[:, -limit:]
@@ -109,11 +119,11 @@ class MinGRUCacheLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Keep the state after each step from now on, so that `crop` can go back to it."""
-        self.record_past = True
+        self._record_past = True
 
     def forget_past(self) -> None:
         """Keep the newest state alone from now on."""
-        self.record_past = False
+        self._record_past = False
         self._map(lambda tensor: tensor[:, -1:].clone())
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -206,11 +216,11 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
             return
         states, windows = states[:, -1:], None if windows is None else windows[:, -1:]
         if not torch.is_tensor(self.seq_length):  # the first call, or the first after the past was recorded
-            self._settle(states.clone(), None if windows is None else windows.clone())
+            self._settle(states.detach().clone(), None if windows is None else windows.detach().clone())
         else:
-            self.states.copy_(states)
+            self.states.copy_(states.detach())
             if windows is not None:
-                self.windows.copy_(windows)
+                self.windows.copy_(windows.detach())
         self.seq_length += num_steps
 
     def _settle(self, states: Tensor, windows: Tensor | None) -> None:

@@ -17,15 +17,25 @@ class ConfigurationMixin:
         cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
 
     @classmethod
+    def _code_to_load(cls, own: dict[str, str], given: dict[str, str]) -> dict[str, str]:
+        """The auto_map to save: the package's own, unless it is given and names the code of another repository.
+
+        A subclass that does not travel is saved without code, and promises none.
+        """
+        if cls._auto_class is not None:
+            return own | given
+        return {name: code for name, code in given.items() if code != own.get(name)}
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in PreTrainedConfig; another kind of model's is refused, and what is overridden is checked too.
 
         Raises:
-            ValueError: if its model_type is another.
+            ValueError: if its model_type is neither that of this class nor of a base.
             huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
         """
         model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
+        if model_type not in {getattr(base, "model_type", "") for base in cls.__mro__}:  # a subclass takes its base's
             raise ValueError(
                 f"This is the configuration of a {model_type!r} model, not of a {cls.model_type!r} one: load it with "
                 "AutoConfig, and its model with an Auto class."

@@ -76,8 +76,8 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
     }
 
     backbone_config: dict | PreTrainedConfig | None = None
-    feature_pooling: bool | list[bool] = False
-    hidden_sizes: list[int] | None = None
+    feature_pooling: bool | list[bool] | tuple[bool, ...] = False
+    hidden_sizes: list[int] | tuple[int, ...] | None = None
     num_hidden_layers: int = 2
     kernel_size: int = 3
     stride: int = 2
@@ -100,8 +100,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
                 "backbone_config as a dict needs a model_type that transformers knows, such as 'resnet', 'convnext' "
                 f"or 'timm_backbone'; got {self.backbone_config.get('model_type')!r}."
             )
-        # An entry that is given may name the code of another repository.
-        kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
+        kwargs["auto_map"] = self._code_to_load(AUTO_MAP, kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
 
     @property

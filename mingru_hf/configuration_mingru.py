@@ -84,7 +84,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
     vocab_size: int = 50257
     hidden_size: int = 768
     num_hidden_layers: int | None = None
-    hidden_sizes: list[int] | None = None
+    hidden_sizes: list[int] | tuple[int, ...] | None = None
     expand: float | int = 2
     use_out_proj: bool | None = None
     conv_kernel: int = 4
@@ -118,8 +118,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
             self.num_hidden_layers = 6 if self.hidden_sizes is None else len(self.hidden_sizes)
         if self.use_out_proj is None:
             self.use_out_proj = self.expand != 1
-        # An entry that is given may name the code of another repository.
-        kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
+        kwargs["auto_map"] = self._code_to_load(AUTO_MAP, kwargs.get("auto_map") or {})
         super().__post_init__(**kwargs)
 
     @property

@@ -1,8 +1,30 @@
-"""What the models of this package share when they are loaded and saved."""
+"""What the models of this package share when they are loaded, saved and called."""
 
 import warnings
 
 import torch
+from transformers.utils import TransformersKwargs
+
+# What callers in transformers may hand on to any model's forward, what tokenizers return, and what code for older
+# versions passes; anything else is a slip of the caller's.
+_KNOWN_KWARGS = {
+    *TransformersKwargs.__annotations__,
+    "shift_labels",
+    "ignore_index",
+    "token_type_ids",
+    "special_tokens_mask",
+    "offset_mapping",
+    "length",
+    "cache_position",
+    "num_logits_to_keep",
+}
+
+
+def refuse_unknown(kwargs: dict) -> None:
+    """Raise a TypeError if a forward pass was given an argument that no model takes."""
+    if not _KNOWN_KWARGS.issuperset(kwargs):
+        unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
+        raise TypeError(f"The model's forward() knows no argument {unknown}.")
 
 
 class LoadingMixin:
@@ -34,4 +56,4 @@ class LoadingMixin:
         return loaded
 
 
-__all__ = ["LoadingMixin"]
+__all__ = ["LoadingMixin", "refuse_unknown"]

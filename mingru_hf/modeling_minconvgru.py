@@ -24,12 +24,9 @@ from transformers.utils.import_utils import is_tracing
 
 from .configuration_minconvgru import MinConvGRUConfig
 from .layers import MinConv2dGRULayer
-from .loading import LoadingMixin
+from .loading import LoadingMixin, refuse_unknown
 from .losses import classification_loss
 from .scan import mingru_scan
-
-# What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's.
-_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "ignore_index"}
 
 
 class MinConvGRUCache:
@@ -372,9 +369,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
                 frame size, or the model is bidirectional.
             TypeError: if an argument is unknown.
         """
-        if not _KNOWN_KWARGS.issuperset(kwargs):
-            unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
-            raise TypeError(f"{type(self).__name__}.forward() knows no argument {unknown}.")
+        refuse_unknown(kwargs)
         if (pixel_values_videos is None) == (pixel_values is None):
             raise ValueError("Give exactly one of pixel_values_videos and pixel_values.")
         frames = pixel_values_videos if pixel_values is None else pixel_values

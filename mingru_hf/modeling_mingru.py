@@ -40,7 +40,7 @@ from .cache_mingru import MinGRUCacheLayer, own_layers
 from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
 from .linear import linear
-from .loading import LoadingMixin
+from .loading import LoadingMixin, refuse_unknown
 from .losses import classification_loss, head_loss
 from .observers import in_transform
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
@@ -53,10 +53,6 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
         return nn.RMSNorm(size, eps=config.norm_eps)
     return nn.Identity()
 
-
-# What callers in transformers may hand on to any model's forward; anything else is a slip of the caller's. (Tokenizers
-# of BERT's kind return token_type_ids, which mean nothing here.)
-_KNOWN_KWARGS = {*TransformersKwargs.__annotations__, "shift_labels", "ignore_index", "token_type_ids"}
 
 # What transformers' collators tell of the documents in packed rows, besides position_ids.
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -364,8 +360,8 @@ def _packed_starts(
         _check_places("seq_idx", seq_idx, batch, steps)
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
     if cu_seq_lens_q is not None:
-        columns = torch.arange(steps, device=cu_seq_lens_q.device)
-        listed = torch.isin(columns, cu_seq_lens_q[1:-1]).expand(batch, steps)
+        places = torch.arange(batch * steps, device=cu_seq_lens_q.device).view(batch, steps)
+        listed = F.pad(torch.isin(places, cu_seq_lens_q[1:-1])[:, 1:], (1, 0))
         starts = listed if starts is None else starts | listed
     return None if starts is None else _at_real_tokens(starts, mask)
 
@@ -419,9 +415,10 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 that is passed in comes back in any case.
             num_recorded: with a cache that records its past, the steps at the end of this call that `crop` may take
                 back. None: all.
-            **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,)
-                mark the documents of packed rows as transformers' collators do; a document may begin with padding.
-                Both speak of this call alone: with a cache the first document continues, whatever its number.
+            **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,),
+                places in the rows behind each other, mark the documents of packed rows as transformers' collators
+                do; a document may begin with padding. Both speak of this call alone: with a cache the first document
+                of a row continues, whatever its number.
 
         Returns:
             last_hidden_state (B, T, width of the last block), cache, hidden_states: the embeddings' and each
@@ -433,9 +430,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 kind of model or batch, or a cache is passed in training with activation checkpointing.
             TypeError: if an argument is unknown.
         """
-        if not _KNOWN_KWARGS.issuperset(kwargs):
-            unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
-            raise TypeError(f"{type(self).__name__}.forward() knows no argument {unknown}.")
+        refuse_unknown(kwargs)
         call = choose_call(input_ids if inputs_embeds is None else inputs_embeds)
         hidden_states, cache = self.run(
             call, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, num_recorded, **kwargs
@@ -698,14 +693,19 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         kwargs["prompt_length"] = input_ids.shape[1]
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
-    def _assisted_decoding(self, *args, **kwargs):
+    def _assisted_decoding(self, input_ids, *args, generation_config, **kwargs):
         """As in GenerationMixin; afterwards the cache is as constant in size as before."""
-        layers = [] if kwargs.get("cache") is None else kwargs["cache"].layers
+        cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
+        layers = [] if cache is None else cache.layers
         recorded = [layer.record_past for layer in layers]
-        output = super()._assisted_decoding(*args, **kwargs)
+        # The first step reads all ids that it is given. A mask as long says that these are the whole text: then what
+        # the cache has seen of it comes once more. (generate() keeps the length of a mask that hides nothing.)
+        length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if cache is not None and length == input_ids.shape[1]:
+            cache.reset()
+        output = super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
         for layer, record_past in zip(layers, recorded, strict=True):
-            if not record_past:
-                layer.forget_past()
+            layer.record_past = record_past
         return output
 
     @staticmethod
@@ -812,8 +812,13 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        fields = {"loss": loss, "logits": None if skip_logits else logits, "cache": cache}
-        fields |= {"hidden_states": all_hidden_states, "attentions": None}
+        fields = {
+            "loss": loss,
+            "logits": None if skip_logits else logits,
+            "cache": cache,
+            "hidden_states": all_hidden_states,
+            "attentions": None,
+        }
         if call is direct_call:
             return direct_output(CausalLMOutputWithPast, **fields)
         return CausalLMOutputWithPast(**fields)

@@ -264,6 +264,15 @@ def assisted(model, ids):
     return generate(model, ids[:1], assistant_model=assistant), greedy(model, ids[:1])
 
 
+def turn_after_prompt_lookup(model, ids):
+    first = generate(model, ids[:1], return_dict_in_generate=True)
+    second = torch.cat([first.sequences, ids[1:2, :4]], dim=1)
+    cache = returned_cache(first)
+    second = generate(model, second, cache=cache, prompt_lookup_num_tokens=3, return_dict_in_generate=True)
+    third = torch.cat([second.sequences, ids[2:3]], dim=1)
+    return generate(model, third, cache=returned_cache(second)), greedy(model, third)
+
+
 def static(model, ids):
     return generate(model, ids, cache_implementation="static"), greedy(model, ids)
 
@@ -318,6 +327,7 @@ FEATURES = {
     "rollback (`crop`)": rollback,
     "prompt lookup": prompt_lookup,
     "assisted decoding": assisted,
+    "next turns after prompt lookup": turn_after_prompt_lookup,
     "static cache": static,
     "continuous batching (`generate_batch`)": continuous_batching,
     "size of the cache": constant_memory,

@@ -299,3 +299,14 @@ def test_an_empty_cache_of_another_copy_is_replaced_in_kind(model, input_ids, mo
     model(input_ids, cache=cache)
     cache.crop(-3)
     assert cache.get_seq_length() == 9
+
+
+def test_recording_that_ends_leaves_the_newest_state(model, input_ids):
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=9)):
+        cache.activate_past_recording()
+        with torch.no_grad():
+            model(input_ids, cache=cache)
+            newest = cache.layers[0].state.clone()
+            cache.layers[0].record_past = False  # as transformers does on Apple's GPUs
+        assert cache.layers[0].states.shape[1] == 1
+        assert torch.equal(cache.layers[0].state, newest)

@@ -76,6 +76,29 @@ def test_bfloat16_scores_and_tokens(model, input_ids):
     assert torch.equal(logits.argmax(-1)[clear], whole.argmax(-1)[clear])
 
 
+@pytest.mark.parametrize(
+    "assisted", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=["lookup", "model"]
+)
+@pytest.mark.parametrize("new_ids_alone", [False, True])
+def test_turns_around_assisted_decoding(model, input_ids, assisted, new_ids_alone):
+    """The cache counts each token once, whatever a turn passes: the turns behind go by that."""
+    if "assistant_model" in assisted:
+        assisted = {"assistant_model": copy.deepcopy(model)}
+    ids, cache = input_ids[:1], None
+    for turn, options in enumerate(({}, assisted, {}, assisted)):
+        mask = torch.ones_like(ids)
+        passed = ids if cache is None or not new_ids_alone else ids[:, cache.get_seq_length() :]
+        output = model.generate(
+            passed, attention_mask=mask, cache=cache, max_new_tokens=5, return_dict_in_generate=True, **options
+        )
+        expected = model.generate(ids, attention_mask=mask, use_cache=False, max_new_tokens=5)
+        assert torch.equal(output.sequences[:, -5:], expected[:, -5:]), turn
+        ids, cache = expected, output.cache
+        assert cache.get_seq_length() == ids.shape[1] - 1
+        assert cache.layers[0].states.shape[1] == 1
+        ids = torch.cat([ids, torch.randint(1, 40, (1, 2 + turn))], dim=1)
+
+
 def test_hidden_states_of_each_generated_token(model, input_ids):
     output = model.generate(
         input_ids, max_new_tokens=4, output_hidden_states=True, return_dict_in_generate=True, do_sample=False

@@ -1,6 +1,7 @@
 """The text models: padding, packing, caching, generation, heads, saving, and parity with torch-mingru's models."""
 
 import copy
+import itertools
 import logging
 import subprocess
 import sys
@@ -312,7 +313,7 @@ def test_padding_starts_no_document(model, input_ids, marks):
 
 @torch.no_grad()
 def test_documents_told_in_two_ways_are_joined(model, input_ids):
-    both = {"seq_idx": torch.tensor([[0] * 4 + [1] * 8]), "cu_seq_lens_q": torch.tensor([0, 9, 12])}
+    both = {"seq_idx": torch.tensor([[0] * 4 + [1] * 8]), "cu_seq_lens_q": torch.tensor([0, 9, 12, 21, 24, 33, 36])}
     position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]])
     assert_close(model(input_ids, **both).logits, model(input_ids, position_ids=position_ids).logits)
 
@@ -807,6 +808,24 @@ def test_the_papers_block_written_by_hand(input_ids):
 def test_wrong_input_is_named(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model(**kwargs)
+
+
+def test_borders_of_documents_in_several_rows(model):
+    """cu_seq_lens_q counts through the rows, as for flash attention."""
+    ids = torch.randint(1, 40, (3, 7))
+    packed = model(ids, cu_seq_lens_q=torch.tensor([0, 3, 7, 14, 15, 20, 21])).logits
+    for row, borders in enumerate(([0, 3, 7], [0, 7], [0, 1, 6, 7])):
+        for first, last in itertools.pairwise(borders):
+            assert_close(packed[row, first:last], model(ids[row : row + 1, first:last]).logits[0])
+    cache = model(ids, use_cache=True).cache  # the first document of a row continues
+    whole = model(torch.cat([ids, ids], dim=1)).logits[:, 7:]
+    assert_close(model(ids, cache=cache, cu_seq_lens_q=torch.tensor([0, 7, 14, 21])).logits, whole)
+
+
+def test_what_tokenizers_and_older_code_pass_on_is_accepted(model, input_ids):
+    expected = model(input_ids).logits
+    extra = {"cache_position": torch.arange(12), "special_tokens_mask": torch.zeros_like(input_ids)}
+    assert_close(model(input_ids, **extra).logits, expected)
 
 
 def test_unknown_arguments_are_not_swallowed(model, input_ids):

@@ -78,10 +78,24 @@ def test_a_subclass_travels_only_if_it_asks(tmp_path):
 
     model = Mine(MyConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
     model.save_pretrained(tmp_path)
-    assert not (tmp_path / Path(__file__).name).exists()
+    assert not list(tmp_path.glob("*.py"))
+    assert not json.loads((tmp_path / "config.json").read_text())["auto_map"]  # which would name files
     with torch.no_grad():
         logits = model.eval()(torch.tensor([[1, 2]])).logits
         torch.testing.assert_close(MinGRUForCausalLM.from_pretrained(tmp_path)(torch.tensor([[1, 2]])).logits, logits)
+
+
+def test_a_variant_starts_from_trained_weights(directory):
+    class VariantConfig(MinGRUConfig):
+        model_type = "variant_of_mingru"
+
+    class Variant(MinGRUForCausalLM):
+        config_class = VariantConfig
+
+    variant, model = Variant.from_pretrained(directory), MinGRUForCausalLM.from_pretrained(directory)
+    assert type(variant.config) is VariantConfig
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(variant(ids).logits, model(ids).logits)
 
 
 def test_code_of_another_repository_stays_named(tmp_path):
