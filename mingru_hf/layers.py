@@ -41,7 +41,7 @@ def _check_sequence(x: Tensor, input_size: int) -> None:
 
 def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
     if len(h) != len(hidden_sizes):
-        raise ValueError(f"h must hold one state a layer, {len(hidden_sizes)} in all, got {len(h)}.")
+        raise ValueError(f"h must be a list of one state a layer, {len(hidden_sizes)} in all, got {len(h)}.")
     for i, state in enumerate(h):
         expected = [x.shape[0], 1, hidden_sizes[i]]
         if list(state.shape) != expected:
@@ -349,7 +349,7 @@ class MinConv2dGRUCell(nn.Module):
         if h is None:
             h = [initial_state(x, shape)]
         elif len(h) != 1:
-            raise ValueError(f"h must hold one state a layer, 1 in all, got {len(h)}.")
+            raise ValueError(f"h must be a list of one state a layer, 1 in all, got {len(h)}.")
         _check_frame_state(h[0], shape, 0)
         gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
         out, last_state = _scan(gate_and_candidate, h[0])
@@ -497,7 +497,7 @@ class MinConv2dGRU(nn.Module):
         if h is None:
             h = self.init_hidden_state(x)
         elif len(h) != self.num_layers:
-            raise ValueError(f"h must hold one state a layer, {self.num_layers} in all, got {len(h)}.")
+            raise ValueError(f"h must be a list of one state a layer, {self.num_layers} in all, got {len(h)}.")
         last_states: list[Tensor] = []
         out = x
         for i, layer in enumerate(self.layers):

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
@@ -130,6 +131,11 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     several = any(len(split) > 1 for split in text.values())
     if data_args.packing == "reset" and not (several and tokenizer.eos_token_id is not None):
         raise ValueError("packing reset needs several documents, and a tokenizer with an eos token between them")
+    if several and tokenizer.eos_token_id is None:
+        PartialState().print(
+            "warning: the tokenizer has no eos token, so the documents are joined with nothing between them, and the "
+            "model does not learn to end one"
+        )
     options = (tokenizer, data_args.block_size, data_args.preprocessing_num_workers)
     add_eos = several and tokenizer.eos_token_id is not None
     training = group_texts(text["train"], *options, add_eos)

@@ -9,6 +9,7 @@ the published result does. The best weights are saved in --output_dir with the v
 loss.png and a model card; test them on whole videos with scripts/evaluate_video_classification.py.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class ModelArguments:
 
     model_name_or_path: str | None = option(
         None, "start from this checkpoint (a directory, or a name on the Hub) and its processor", group="model"
+    )
+    ignore_mismatched_sizes: bool = option(
+        False, "draw new classifiers where model_name_or_path has other classes than the data"
     )
     config_name: str | None = option(
         None,
@@ -101,18 +105,29 @@ def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list
     return model, processor
 
 
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
     id2label = dict(enumerate(names))
+    values = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
     if model_args.model_name_or_path is not None:
         processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
         model = load_pretrained(AutoModelForVideoClassification, model_args.model_name_or_path)
         if list(model.config.id2label.values()) != names:
-            raise ValueError(
-                f"{model_args.model_name_or_path} has {model.config.num_labels} classes, which are not the data's "
-                f"{len(names)}: start from scratch, or with a backbone_name_or_path"
+            if not model_args.ignore_mismatched_sizes:
+                raise ValueError(
+                    f"{model_args.model_name_or_path} knows the classes {_listed(model.config.id2label.values())}, "
+                    f"and the data has {_listed(names)}: add --ignore_mismatched_sizes to draw new classifiers"
+                )
+            model = load_pretrained(
+                AutoModelForVideoClassification, model_args.model_name_or_path, ignore_mismatched_sizes=True, **values
             )
+            for classifier in getattr(model, "classifiers", None) or [model.classifier]:
+                classifier.reset_parameters()  # as many classes may be others, too
         return model, processor
-    values = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
     config = make_config(model_args.config_name or str(CONFIG), model_args.config_overrides, **values)
     if clip_args.num_frames is not None:
         config.num_frames = clip_args.num_frames

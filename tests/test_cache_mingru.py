@@ -205,6 +205,10 @@ def test_foreign_caches_are_refused(model, input_ids):
     for theirs in (DynamicCache(), DynamicCache(config=GPT2Config(n_layer=3))):
         with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
             model(input_ids, cache=theirs)
+    deeper = DynamicCache(config=model.config)
+    deeper.layers.append(MinGRUCacheLayer())
+    with pytest.raises(ValueError, match="holds no state for each of this model's 3 blocks"):
+        model(input_ids, cache=deeper)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=8, n_layer=3, n_head=2, n_positions=32))
     with pytest.raises(ValueError, match="recurrent states, not keys and values"):
         gpt2(input_ids, cache=DynamicCache(config=model.config))
@@ -256,6 +260,7 @@ def test_what_transformers_asks_of_a_cache(model, input_ids):
     for make in MAKERS:
         cache = make(config=model.config)
         model(input_ids, cache=cache)
+        assert cache.is_croppable
         assert cache.get_mask_sizes(3, 0) == (15, 0)
         assert cache.get_max_length() == -1
     assert cache.is_compileable
@@ -265,7 +270,8 @@ def test_what_transformers_asks_of_a_cache(model, input_ids):
 
 def test_a_static_cache_counts_anew_after_a_reset(model, input_ids):
     cache = StaticCache(config=model.config, max_cache_len=1)
-    cache.reset()  # nothing to forget yet
+    for forget in (cache.reset, cache.layers[0].forget_past):  # nothing to forget yet
+        forget()
     model(input_ids, cache=cache)
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -299,6 +305,10 @@ def test_an_empty_cache_of_another_copy_is_replaced_in_kind(model, input_ids, mo
     model(input_ids, cache=cache)
     cache.crop(-3)
     assert cache.get_seq_length() == 9
+    cache = DynamicCache(config=model.config)
+    cache.layers[-1].append(torch.rand(3, 1, 4), None, num_steps=1)  # a state whose form may be another
+    with pytest.raises(ValueError, match="whose code is another copy than this model's"):
+        model(input_ids, cache=cache)
 
 
 def test_recording_that_ends_leaves_the_newest_state(model, input_ids):

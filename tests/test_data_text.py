@@ -29,6 +29,7 @@ from mingru_hf.data.text import (
     group_texts,
     load_shakespeare,
     load_text_datasets,
+    load_text_split,
     load_text_stream,
     play_to_text,
     unknown_share,
@@ -1117,3 +1118,16 @@ def test_what_only_looks_like_a_split_is_none(min_folders, expected, tmp_path):
     files = sorted(file for part in expected.values() for file in part)
     splits = {name: [str(tmp_path / file) for file in part] for name, part in expected.items() if name}
     assert split_files(tmp_path, files, min_folders) == splits
+
+
+def test_the_split_to_evaluate_on(tmp_path):
+    for name, text in (("train", "a\nb\n"), ("test", "c\nd\n")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "text.txt").write_text(text * 20)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"words": "e"}))
+    source = {"dataset_name": str(tmp_path / "data"), "cache_dir": tmp_path / "cache"}
+    assert load_text_split("test", **source)["text"] == ["c\nd\n" * 20]
+    assert load_text_split("validation", **source)["text"] == load_text_datasets(**source)["validation"]["text"]
+    assert load_text_split("test", tmp_path / "other.jsonl", **source)["text"] == ["e"]
+    with pytest.raises(ValueError, match="no split 'dev', expected one of train, test"):
+        load_text_split("dev", **source)

@@ -149,7 +149,7 @@ def test_the_exported_scan_knows_masks_and_resets(dtype):
 
     class Scan(torch.nn.Module):
         def forward(self, x, h0, mask, reset):
-            return mingru_scan(x, h0, mask, reset)
+            return mingru_scan(x, h0, mask, reset, dtype=torch.float32)  # what is summed, before it is rounded
 
     x, h0 = torch.randn(2, 9, 12, dtype=dtype), torch.rand(6, 1, 2, dtype=torch.float64).transpose(0, 2)
     mask, reset = torch.rand(2, 9) < 0.7, torch.rand(2, 9) < 0.3
@@ -159,8 +159,18 @@ def test_the_exported_scan_knows_masks_and_resets(dtype):
     for length in (1, 9, 40):
         mask, reset = torch.rand(2, length) < 0.7, torch.rand(2, length) < 0.3
         x = torch.where(mask.unsqueeze(-1), torch.randn(2, length, 12), torch.nan).to(dtype)
-        expected = mingru_scan(x, h0, mask, reset, backend="reference")
+        expected = mingru_scan(x, h0, mask, reset, backend="reference", dtype=torch.float32)
         torch.testing.assert_close(program.module()(x, h0, mask, reset), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_backend_that_is_asked_for_is_exported_as_it_is(steps):
+    class Scan(torch.nn.Module):
+        def forward(self, x):
+            return mingru_scan(x, backend="torch")
+
+    program = torch.export.export(Scan(), (torch.randn(2, steps, 12),))
+    assert sum("mingru" in str(node.target) for node in program.graph.nodes) == 1
 
 
 def test_modules_kept_in_evaluation_stay_there(exported):
@@ -192,6 +202,12 @@ def test_a_model_without_a_head_is_refused(exported):
 def test_a_state_of_another_model_is_refused(exported):
     with pytest.raises(ValueError, match=r"The state of this model has \d tensors, got 1"):
         cache_of(exported[0], [torch.rand(1, 1, 4)])
+
+
+def test_a_prompt_is_a_scan_in_each_block_and_a_token_none(exported):
+    model, *programs = exported
+    operators = ([str(node.target) for node in p.graph.nodes if node.op == "call_function"] for p in programs)
+    assert [sum("scan" in name for name in names) for names in operators] == [model.config.num_hidden_layers, 0]
 
 
 def test_programs_are_made_for_contiguous_tokens(exported):

@@ -22,7 +22,7 @@ from mingru_hf import (
     MinGRUForCausalLM,
 )
 from mingru_hf.data.text import build_tokenizer
-from mingru_hf.training.hub import files_to_upload
+from mingru_hf.training.hub import files_to_upload, make_repository, push_directory
 
 ROOT = Path(__file__).parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog.\n"
@@ -208,6 +208,18 @@ def test_an_interrupted_upload_leaves_nothing_and_succeeds_when_repeated(hub, di
     assert not hub.repositories["model", "user/fox"]["private"]
 
 
+@pytest.mark.usefixtures("client")
+def test_a_new_repository_is_private_unless_asked_otherwise(hub, directory):
+    assert make_repository("fox") == "user/fox"
+    assert make_repository("user/open", private=False) == make_repository("open") == "user/open"
+    assert push_directory(directory, "cub") == f"{hub.endpoint}/user/cub"
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json missing"):
+        push_directory(directory, "half")  # nothing is made for it
+    private = {name: repository["private"] for (_, name), repository in hub.repositories.items()}
+    assert private == {"user/fox": True, "user/open": False, "user/cub": True}
+
+
 def test_a_dataset_of_the_hub_loads(hub, reader):
     files = {"train.txt": TEXT.encode() * 3, "README.md": b"---\nlanguage: en\n---\n"}
     repository = {"private": False, "refs": {"main": "a" * 40}, "commits": {"a" * 40: files}}
@@ -238,7 +250,9 @@ def test_without_a_login_nothing_happens(hub, client, directory, monkeypatch, ca
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SystemExit):
         push("--model_dir", directory)
-    assert "401" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the Hub did not make the repository fox: " in error
+    assert "401" in error
     monkeypatch.setattr("mingru_hf.training.hub.get_token", lambda: None)
     with pytest.raises(SystemExit):
         push("--model_dir", directory)
@@ -262,6 +276,24 @@ def test_what_is_no_whole_model_is_refused(directory, tmp_path):
     shards = sorted(path.name for path in directory.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert set(shards) < set(files_to_upload(directory))
-    (directory / shards[0]).unlink()
-    with pytest.raises(FileNotFoundError, match=shards[0]):
+    content = (directory / shards[-1]).read_bytes()
+    (directory / shards[-1]).write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"{shards[-1]} is damaged"):
         files_to_upload(directory)
+    (directory / shards[-1]).write_bytes(content)
+    (directory / shards[0]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no complete model: {shards[0]} missing"):
+        files_to_upload(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"no complete model: config\.json, {shards[0]} missing"):
+        files_to_upload(directory)
+
+
+def test_files_below_the_directory_are_uploaded_but_hidden_ones_and_caches(directory):
+    whole = files_to_upload(directory)
+    assert "runs/events" in whole
+    assert whole == sorted(whole)
+    for name in ("runs/.DS_Store", "__pycache__/modeling_mingru.cpython-311.pyc", ".cache/a"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).touch()
+    assert files_to_upload(directory) == whole

@@ -315,7 +315,11 @@ def test_padding_starts_no_document(model, input_ids, marks):
 def test_documents_told_in_two_ways_are_joined(model, input_ids):
     both = {"seq_idx": torch.tensor([[0] * 4 + [1] * 8]), "cu_seq_lens_q": torch.tensor([0, 9, 12, 21, 24, 33, 36])}
     position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]])
-    assert_close(model(input_ids, **both).logits, model(input_ids, position_ids=position_ids).logits)
+    expected = model(input_ids, position_ids=position_ids).logits
+    assert_close(model(input_ids, **both).logits, expected)
+    both["position_ids"] = torch.cat([torch.arange(9), torch.arange(3)]).unsqueeze(0)
+    del both["cu_seq_lens_q"]
+    assert_close(model(input_ids, **both).logits, expected)
 
 
 def test_training_builds_no_cache_unless_asked(model, input_ids):
@@ -337,6 +341,12 @@ def test_scan_backends_agree_in_the_model(model, input_ids, backend):
     assert_close(model(input_ids).logits, expected)
 
 
+def test_the_backend_of_the_configuration_is_what_runs(model, input_ids):
+    model.config.scan_backend = "log"
+    with pytest.raises(ValueError, match="The 'log' scan cannot reset"):
+        model(input_ids, position_ids=torch.arange(6).repeat(2).unsqueeze(0))
+
+
 def test_training_step_compiles_without_a_break(model, input_ids):
     model.train()
     eager = model(input_ids, labels=input_ids).loss
@@ -345,6 +355,15 @@ def test_training_step_compiles_without_a_break(model, input_ids):
     loss.backward()
     assert_close(loss, eager)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_packed_and_padded_rows_compile_without_a_break(model, input_ids):
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = 0
+    kwargs = {"attention_mask": mask, "position_ids": torch.arange(6).repeat(2).unsqueeze(0)}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(input_ids, **kwargs).logits[mask > 0], model(input_ids, **kwargs).logits[mask > 0])
 
 
 # --- generate()
@@ -534,6 +553,14 @@ def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
             model.generate(ids, max_new_tokens=20, assistant_early_exit=1)
 
 
+def test_early_exit_between_blocks_of_one_width(input_ids):
+    sizes = {"hidden_size": 16, "hidden_sizes": [24, 24, 24], "conv_kernel": 0}
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, initializer_range=0.3, **sizes)).eval()
+    settings = {"max_new_tokens": 10, "repetition_penalty": 1.3, "eos_token_id": 39, "pad_token_id": 0}
+    expected = model.generate(input_ids[:1], **settings)
+    assert torch.equal(model.generate(input_ids[:1], assistant_early_exit=1, **settings), expected)
+
+
 def test_generation_from_embeddings(model, input_ids):
     ids, mask = left_padded(input_ids, 2)
     settings = {"attention_mask": mask, "max_new_tokens": 8, "repetition_penalty": 1.0}
@@ -576,6 +603,8 @@ def test_sequence_classification_reads_the_last_real_token(input_ids):
         classifier(input_ids)
     classifier.config.pad_token_id = 0
     assert_close(classifier(right).logits, alone)
+    last = torch.ones_like(ids)  # without a mask all of them are read
+    assert_close(classifier(ids).logits, classifier(ids, attention_mask=last).logits)
     assert_close(classifier(inputs_embeds=classifier.get_input_embeddings()(input_ids[:1, :7])).logits, alone)
 
 
@@ -800,6 +829,11 @@ def test_the_papers_block_written_by_hand(input_ids):
             "attention_mask must have shape",
         ),
         (
+            {"input_ids": torch.ones(2, 1, dtype=torch.long), "attention_mask": torch.ones(2, 1, 1, 1)},
+            "attention_mask must have shape",
+        ),
+        ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2)}, "attention_mask must"),
+        (
             {"input_ids": torch.ones(2, 5, dtype=torch.long), "position_ids": torch.arange(4)[None]},
             "position_ids must",
         ),
@@ -923,8 +957,13 @@ def test_no_cache_where_the_configuration_says_so(model, input_ids):
 def test_sequence_classification_goes_on_from_its_cache(input_ids):
     model = MinGRUForSequenceClassification(MinGRUConfig(**CLASSIFIER)).eval()
     first = model(input_ids[:, :7], use_cache=True)
-    assert_close(model(input_ids[:, 7:], cache=first.cache).logits, model(input_ids).logits)
+    assert_close(model(input_ids[:, 7:], cache=copy.deepcopy(first.cache)).logits, model(input_ids).logits)
     assert model(input_ids, use_cache=False).cache is None
+    mask = torch.ones_like(input_ids)
+    mask[1, :3] = mask[2, 10:] = 0  # in columns that the cache has seen, and in those it has not
+    first = model(input_ids[:, :7], attention_mask=mask[:, :7], use_cache=True)
+    goes_on = model(input_ids[:, 7:], attention_mask=mask, cache=first.cache).logits
+    assert_close(goes_on, model(input_ids, attention_mask=mask).logits)
 
 
 @torch.no_grad()
@@ -956,3 +995,23 @@ def test_padding_inside_packed_rows_of_generate(model, input_ids):
     assert torch.equal(position_ids, torch.arange(12).unsqueeze(0) + 5)
     alone = model.generate(input_ids[1:2, 5:], max_new_tokens=6, do_sample=False)
     assert torch.equal(out[1, 12:], alone[0, 7:])
+
+
+@torch.no_grad()
+def test_generate_knows_where_the_last_packed_document_begins(model, input_ids):
+    """Behind its padding, in the columns of the mask that are of these tokens, and as positions tell as well."""
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = torch.cat([model.generate(row[None, 8:], **settings)[:, 4:] for row in input_ids])
+    seq_idx = torch.tensor([[0] * 4 + [1] * 8])
+    mask = torch.ones_like(input_ids)
+    mask[:, 4:8] = 0
+    generated = model.generate(input_ids, attention_mask=mask, seq_idx=seq_idx, **settings)
+    assert torch.equal(generated[:, 12:], expected)
+    cache = model(input_ids[:, :2], use_cache=True).cache
+    generated = model.generate(input_ids[:, 2:], cache=cache, attention_mask=mask, seq_idx=seq_idx[:, 2:], **settings)
+    assert torch.equal(generated[:, 10:], expected)
+    position_ids = torch.cat([torch.arange(8), torch.arange(4)]).repeat(3, 1)
+    given = position_ids.clone()
+    generated = model.generate(input_ids, position_ids=given, seq_idx=seq_idx, **settings)
+    assert torch.equal(generated[:, 12:], expected)
+    assert torch.equal(given, position_ids)

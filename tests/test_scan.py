@@ -634,6 +634,29 @@ def test_empty_batches_and_sequences(backend, shape):
     assert states.shape == (shape[0], shape[1], shape[2] // 2, *shape[3:])
     states.sum().backward()
     assert x.grad.shape == shape
+    assert mingru_scan(x.bfloat16(), dtype=torch.float32, backend=backend).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.uint8])
+@pytest.mark.parametrize("backend", ["reference", "auto", *FAST_BACKENDS])
+def test_flags_may_be_zeros_and_ones(backend, dtype):
+    """As an attention_mask is."""
+    x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
+    expected = mingru_scan(x, h0, mask, reset, backend=backend)
+    actual = mingru_scan(x, h0, mask.to(dtype), reset.to(dtype), backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    expected = mingru_scan(x, h0, mask, backend="log")
+    torch.testing.assert_close(mingru_scan(x, h0, mask.to(dtype), backend="log"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("steps", [1, 9])
+def test_states_of_any_dtype(steps, dtype):
+    """Where the kernels have none of these, another scan runs."""
+    x, h0, _, _ = make_inputs(2, steps, 3)
+    states = mingru_scan(x, h0, dtype=dtype)
+    assert states.dtype == dtype
+    torch.testing.assert_close(states, mingru_scan(x, h0, backend="reference", dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(2, 300, 5), (2, 50, 700)])
@@ -771,6 +794,8 @@ def test_impossible_choices_say_why(monkeypatch):
         mingru_scan(x, backend="triton")
     with pytest.raises(ValueError, match="'numba' cannot run here: "):
         mingru_scan(x.half(), backend="numba")
+    with pytest.raises(ValueError, match="'numba' cannot run here: it runs on the CPU, and the tensors are on meta"):
+        mingru_scan(x.to("meta"), backend="numba")
     monkeypatch.setattr(mingru_hf.scan, "numba_unavailable_reason", lambda: "there is no numba")
     with pytest.raises(ValueError, match="there is no numba"):
         mingru_scan(x, backend="numba")

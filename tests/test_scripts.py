@@ -28,6 +28,7 @@ from transformers import (
 
 from mingru_hf import MinGRUForCausalLM
 from mingru_hf.data.moving_shapes import CLASSES
+from mingru_hf.data.text import build_tokenizer
 
 VIDEO = all(map(importlib.util.find_spec, ("av", "torchvision")))
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -109,6 +110,64 @@ def test_training_leaves_a_model_that_loads_by_its_directory_alone(trained):
     assert 0 < final["eval_loss"] < metrics["history"][0]["loss"] - 1
     assert (trained / "loss.png").stat().st_size > 1000
     assert "text.txt" in (trained / "README.md").read_text()
+
+
+def test_evaluation_gives_the_loss_of_training(text_file, trained, tmp_path, capsys):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    file = tmp_path / "scores.json"
+    options = ("evaluate_causal_lm", "--model_name_or_path", trained, "--use_cpu", "--mixed_precision", "no")
+    held_out = (*options, "--train_file", text_file, "--split", "validation")
+    call(*held_out, "--block_size", 32, "--output_file", file)
+    scores = json.loads(file.read_text())
+    assert scores["eval_loss"] == pytest.approx(metrics["final"]["eval_loss"], rel=1e-5)
+    assert f"loss {scores['eval_loss']:.4f} nats per character, perplexity" in capsys.readouterr().out
+    assert "--overwrite_output_file" in error_of(capsys, *held_out, "--output_file", file)
+
+    # With the state carried on, the cut makes no difference: it is that of one pass over the whole text.
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    test = tmp_path / "test.txt"
+    test.write_text(TEXT[:1000])
+    ids = tokenizer(TEXT[:1000], return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = model(ids, labels=ids).loss.item()
+    for block_size in (32, 333, 5000):
+        more = ("--carry_state", "--block_size", block_size, "--output_file", file, "--overwrite_output_file")
+        call(*options, "--test_file", test, *more)
+        assert json.loads(file.read_text())["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert "no split 'test', expected one of train, validation" in error_of(
+        capsys, *options, "--train_file", text_file
+    )
+    assert "is a directory, expected a file: give it as dataset_name" in error_of(
+        capsys, *options, "--test_file", tmp_path
+    )
+
+
+def test_ctrl_c_says_how_to_go_on(text_file, tmp_path, capsys, monkeypatch):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    module = load("train_causal_lm")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "train", interrupt)
+    with pytest.raises(SystemExit) as end:
+        module.main([*map(str, ("--train_file", text_file, "--output_dir", tmp_path / "lm", *TINY, *FAST))])
+    assert end.value.code == 130
+    assert "interrupted; with --checkpointing_steps, the same command with" in capsys.readouterr().err
+
+
+def test_documents_without_an_end_are_announced(tmp_path, capsys):
+    tokenizer = build_tokenizer("char", [TEXT])
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": TEXT[: 300 + i]}) + "\n" for i in range(9)))
+    options = ("--tokenizer_name", tmp_path / "tokenizer", "--cache_dir", tmp_path / "cache", "--max_train_steps", 1)
+    call("train_causal_lm", "--train_file", documents, *options, "--output_dir", tmp_path / "lm", *TINY, *FAST)
+    printed = capsys.readouterr().out
+    assert "the tokenizer has no eos token" in printed
+    assert "training for 1 optimizer steps, 64 examples a step" in printed
 
 
 def test_training_prints_the_loss_and_where_the_model_is(text_file, tmp_path, capsys):
@@ -543,6 +602,27 @@ def test_the_backbone_of_a_checkpoint_is_frozen_too(video_model, shapes, tmp_pat
     for name, value in after.model.backbone.state_dict().items():
         torch.testing.assert_close(value, before.model.backbone.state_dict()[name], rtol=0, atol=0)
     assert not all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("names", [("left", "right"), tuple("abcdefgh")], ids=["fewer", "as many"])
+def test_a_trained_model_learns_other_classes(video_model, shapes, tmp_path, capsys, names):
+    for old, new in zip(CLASSES, names, strict=False):
+        for split in ("train", "validation"):
+            shutil.copytree(shapes / split / old, tmp_path / "other" / split / new)
+    train = ("train_video_classification", "--model_name_or_path", video_model, "--output_dir", tmp_path / "run")
+    train += ("--dataset_name", tmp_path / "other", "--cache_dir", tmp_path / "cache", "--use_cpu")
+    train += ("--max_train_steps", 1, "--learning_rate", 1e-9, "--dataloader_num_workers", 0)
+    error = error_of(capsys, *train)
+    assert f"and the data has {names[0]!r}, {names[1]!r}" in error.replace("\n", " ")
+    assert "add --ignore_mismatched_sizes" in error
+    call(*train, "--ignore_mismatched_sizes")
+    before, after = (AutoModelForVideoClassification.from_pretrained(d) for d in (video_model, tmp_path / "run"))
+    assert sorted(after.config.id2label.values()) == sorted(names)
+    for name, weight in before.model.named_parameters():
+        torch.testing.assert_close(after.get_parameter(f"model.{name}"), weight, rtol=1e-5, atol=1e-6)
+    for old, new in zip(before.classifiers, after.classifiers, strict=True):
+        assert new.weight.shape == (len(names), old.in_features)
+        assert old.weight.shape != new.weight.shape or not torch.allclose(old.weight, new.weight, atol=1e-3)
 
 
 def test_a_run_does_not_go_on_with_other_classes(shapes, tmp_path, capsys):

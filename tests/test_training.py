@@ -1,6 +1,7 @@
 """The training loop: what a step sees, what it updates, what is kept on disk, when it stops."""
 
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -346,9 +347,9 @@ def test_steps_end_a_budget_of_seconds_early(args):
     assert result["step"] == 3
 
 
-def test_early_stopping_and_the_best_weights(args, monkeypatch):
-    """Losses as if the second evaluation were the best: its weights are kept, and two worse ones end the run."""
-    losses, seen = iter([3.0, 2.0, 2.5, 2.0, 1.0]), []
+def test_early_stopping_and_the_best_weights(args, monkeypatch, capsys):
+    """Losses as if the third evaluation were the best: its weights are kept, and two more, worse ones end the run."""
+    losses, seen = iter([3.0, 3.5, 2.0, 2.5, 2.0, 1.0]), []
 
     def fake(model, *args, **kwargs):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
@@ -356,10 +357,13 @@ def test_early_stopping_and_the_best_weights(args, monkeypatch):
 
     monkeypatch.setattr(loop, "evaluate", fake)
     model, result = run(args(max_train_steps=50, eval_steps=1, early_stopping_patience=2))
-    assert result["step"] == 4
-    assert result["best"]["step"] == 2
-    torch.testing.assert_close(model.state_dict(), seen[1], rtol=0, atol=0)
-    assert (seen[1]["lm_head.weight"] != seen[3]["lm_head.weight"]).any()
+    assert result["step"] == 5
+    assert result["best"]["step"] == 3
+    torch.testing.assert_close(model.state_dict(), seen[2], rtol=0, atol=0)
+    assert (seen[2]["lm_head.weight"] != seen[4]["lm_head.weight"]).any()
+    out = capsys.readouterr().out
+    assert re.findall(r"step (\d+), .*\(best\)$", out, re.MULTILINE) == ["1", "3"]
+    assert "stopped early: no better loss in 2 evaluations" in out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
@@ -491,11 +495,12 @@ def test_training_asks_for_no_logits(args):
 
 def test_a_sample_at_every_evaluation_and_the_same_weights(args, tmp_path, capsys):
     tokenizer = build_tokenizer("char", ["abcde"])
-    plain, _ = run(args(output_dir=str(tmp_path / "plain"), eval_steps=2), processing_class=tokenizer)
+    plain, model = make_dropping_model(), make_dropping_model()
+    run(args(output_dir=str(tmp_path / "plain"), eval_steps=2), plain, processing_class=tokenizer)
     AcceleratorState._reset_state()
     capsys.readouterr()
     model, result = run(
-        args(output_dir=str(tmp_path / "talking"), eval_steps=2, sample_tokens=9), processing_class=tokenizer
+        args(output_dir=str(tmp_path / "talking"), eval_steps=2, sample_tokens=9), model, processing_class=tokenizer
     )
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
     samples = [record["sample"] for record in result["history"] if "eval_loss" in record]
@@ -534,6 +539,15 @@ def test_evaluation_is_the_mean_over_all_targets(args):
     assert scores["eval_loss_per_character"] == pytest.approx(expected / 2, rel=1e-6)
     assert 2 ** scores["eval_bits_per_character"] == pytest.approx(math.exp(expected / 2), rel=1e-6)
     assert scores["eval_constant"] == pytest.approx(0.25)
+
+
+def test_an_evaluation_draws_no_random_number(args):
+    """Which training's dropout would have drawn."""
+    arguments = args()
+    accelerator, model = start(arguments), make_model()
+    before = torch.get_rng_state()
+    evaluate(model, make_blocks(13), arguments, accelerator)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_evaluation_without_a_target_is_an_error(args):
@@ -597,6 +611,14 @@ def test_the_saved_model_evaluates_to_the_logged_loss(args, tmp_path):
     ):
         assert part in card
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_the_card_speaks_of_what_was_trained(args, tmp_path):
+    run(args(max_train_steps=1), unit="clip", auto_class="AutoModelForCausalLM", dataset_name="counting")
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "nats per clip" in card
+    assert f'AutoModelForCausalLM.from_pretrained("{tmp_path / "run"}")' in card
+    assert "trained on counting" in card
 
 
 def test_the_directory_of_another_run_is_refused_and_its_files_stay(args, tmp_path):
@@ -774,6 +796,17 @@ def test_streams_need_steps_and_may_not_end(args):
     arguments = args()
     with pytest.raises(ValueError, match="has ended"):
         train(make_model(), Short(), make_blocks(4), arguments, start(arguments))
+
+
+@pytest.mark.usefixtures("a_second_a_step")
+def test_a_stream_may_be_read_for_a_time(args):
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return ({"input_ids": (torch.arange(12) + i) % 7} for i in itertools.count())
+
+    arguments = args(max_train_steps=None, max_train_seconds=3.0)
+    result = train(make_model(), Endless(), make_blocks(4), arguments, start(arguments))
+    assert (result["step"], result["epoch"]) == (3, None)
 
 
 def test_empty_datasets_are_refused(args):
@@ -1109,6 +1142,9 @@ def test_a_sample_depends_on_its_seed_alone_and_ends_where_the_positions_do():
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
     assert [len(text) for text in texts] == [7] * 4  # after the token that it begins with
+    model = make_model().eval()
+    model.generation_config.suppress_tokens = [0, 1]
+    assert len(sample_text(model, tokenizer, 40)) == 40  # it counts no positions
 
 
 # ---- more of several processes ----

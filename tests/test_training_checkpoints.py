@@ -820,6 +820,8 @@ def test_a_run_does_not_go_on_with_more_or_fewer_examples(run):
     rows = [{"input_ids": torch.arange(10) % 7 + 2}] * 21
     with pytest.raises(SetupError, match="belongs to a run with training examples 20, not 21"):
         train_counting(run, rows)
+    with pytest.raises(SetupError, match="processes; changed: learning_rate .* -> 0.5"):  # what else is different
+        train_counting(run, rows, learning_rate=0.5)
 
 
 def test_a_run_with_settings_starts_again_before_its_first_checkpoint(tmp_path):
@@ -875,3 +877,46 @@ def test_a_file_that_could_not_be_written_to_its_end_is_as_it_was(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         checkpoints.write_whole(tmp_path / "metrics.json", write_half)
     assert (tmp_path / "metrics.json").read_text() == "whole"
+
+
+def test_a_checkpoint_whose_list_of_files_was_cut_short_does_not_stop_the_run(run):
+    path = run / "checkpoint-20" / "trainer_state.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.warns(UserWarning, match=r"checkpoint-20 .* is not JSON\): resuming from the one before"):
+        check_output_dir(run, resume="latest")
+
+
+@pytest.mark.parametrize(
+    "metrics", ["{ half", '{"arguments": {"seed": 1}}', '{"arguments": {"seed": 0}, "final": {}}']
+)
+def test_only_an_interrupted_run_of_the_same_arguments_begins_again(metrics, tmp_path):
+    (tmp_path / "metrics.json").write_text(metrics)
+    with pytest.raises(ValueError, match=r"holds another run \(metrics.json\)"):
+        check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
+    (tmp_path / "metrics.json").write_text('{"arguments": {"seed": 0}}')
+    check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_whole(tmp_path):
+    """They lie in a folder of their own."""
+    tokenizer = build_tokenizer("char", [LETTERS])
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool": "{{ 2 }}"}
+    for _ in range(2):
+        save_pretrained(tmp_path, tokenizer)
+    checkpoint = write_checkpoint(tmp_path, 1, (tokenizer,), {}, {"best": None})
+    restore_best(checkpoint, tmp_path / "elsewhere")  # where a run that resumes there begins
+    for directory in (tmp_path, checkpoint, tmp_path / "elsewhere"):
+        assert type(tokenizer).from_pretrained(directory).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("metrics", ["[]", "3", '{"arguments": null}'])
+def test_metrics_of_another_program_are_no_run_to_go_on_with(metrics, tmp_path):
+    (tmp_path / "metrics.json").write_text(metrics)
+    with pytest.raises(ValueError, match=r"holds another run \(metrics.json\)"):
+        check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
+
+
+@pytest.mark.parametrize("state", ["[]", "3", '{"files": []}', '{"files": null}'])
+def test_a_state_of_any_other_form_is_another_programs(state, tmp_path):
+    (tmp_path / "trainer_state.json").write_text(state)
+    assert "another program wrote it" in damage(tmp_path)

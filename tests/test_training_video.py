@@ -81,6 +81,31 @@ def test_the_mean_decides_a_tied_vote(clips, accelerator):
     assert result["vote"].tolist() == [1]
 
 
+def test_votes_are_counted_before_probabilities(clips, accelerator):
+    """Three views that prefer class 0 by little, against two that are sure of class 1."""
+    model = Reader({0: [0.1, 0.0], 1: [0.1, 0.0], 2: [0.0, 9.0]})
+    result = evaluate_videos(model, clips([0], clips_per_video=5), accelerator, views="center")
+    assert sorted(level for batch in model.seen for level in batch)[2:] == [1, 2, 2]
+    assert (result["vote"].tolist(), result["mean"].tolist()) == ([0], [1])
+
+
+@pytest.mark.parametrize("views", ["center", "five_crops"])
+def test_views_are_upright(clips, accelerator, tmp_path, views):
+    data, seen = clips([0], clips_per_video=1), []
+    brighter_to_the_right = np.linspace(0, 200, 16).astype(np.uint8)[None, None, :, None]
+    write_video(str(tmp_path / "0.mp4"), np.broadcast_to(brighter_to_the_right, (3, 16, 16, 3)).copy())
+
+    class Watching(Reader):
+        def forward(self, pixel_values_videos):
+            seen.append(pixel_values_videos)
+            return SimpleNamespace(logits=torch.zeros(len(pixel_values_videos), 2))
+
+    evaluate_videos(Watching({}), data, accelerator, views=views)
+    frames = torch.cat(seen).float()
+    assert (frames[..., -1] - frames[..., 0] > 50).all()
+    assert ((frames[..., -1, :] - frames[..., 0, :]).abs() < 20).all()
+
+
 @pytest.mark.parametrize(("views", "count"), [("center", 1), ("five_crops", 5), ("ten_crops", 10)])
 def test_each_clip_is_seen_in_every_view_in_bounded_batches(clips, accelerator, views, count):
     model = Reader({level: [0.0, 1.0] for level in range(3)})

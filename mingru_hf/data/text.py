@@ -242,6 +242,39 @@ def load_text_datasets(
     return splits
 
 
+def load_text_split(
+    split: str,
+    test_file: str | Path | None = None,
+    text_column_name: str | None = None,
+    cache_dir: str | Path | None = None,
+    **source: object,
+) -> Dataset:
+    """Load the text to evaluate a model on, with one string column, "text".
+
+    Args:
+        split: "validation", what training validates on and holds out if need be; "test", which training does not
+            read; or any other that the dataset has.
+        test_file: this file instead, as `train_file` of `load_text_datasets`.
+        text_column_name, cache_dir: as for `load_text_datasets`.
+        **source: its other arguments: where the text comes from.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: as `load_text_datasets`.
+        ValueError: as `load_text_datasets`, or if there is no such split.
+    """
+    options = {"text_column_name": text_column_name, "cache_dir": cache_dir}
+    if test_file is not None:
+        return _text_column(_load_file(test_file, "test_file", cache_dir), text_column_name, str(test_file))
+    name = source.get("dataset_name", SHAKESPEARE)
+    if split in ("train", "validation") or source.get("train_file") is not None or name == SHAKESPEARE:
+        splits = load_text_datasets(**source, **options)
+    else:
+        splits = name_splits(_load_named(name, source.get("dataset_config_name"), cache_dir), name)
+    if split not in splits:
+        raise ValueError(f"There is no split {split!r}, expected one of {', '.join(splits)}; or give a test_file.")
+    return _text_column(splits[split], "text" if isinstance(splits, DatasetDict) else text_column_name, str(name))
+
+
 def load_text_stream(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -404,7 +437,9 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{argument}={str(file)!r} does not exist or is no file. Give the path of a text file."
+            f"{argument}={str(file)!r} is a directory, expected a file: give it as dataset_name."
+            if path.is_dir()
+            else f"{argument}={str(file)!r} does not exist or is no file. Give the path of a text file."
         )
     suffix = path.suffix.lower()
     if suffix != ".txt" and suffix not in LOADERS:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import types
 import typing
@@ -159,7 +160,7 @@ class TrainArguments:
             "logging_steps",
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, not {value}")
         for name in (
             "checkpoints_total_limit",
@@ -192,7 +193,7 @@ class TrainArguments:
                 "follows the time: choose another one, or give max_train_steps alone"
             )
         steps = self.checkpointing_steps
-        if steps not in (None, "epoch") and not (steps.isdigit() and int(steps) > 0):
+        if steps not in (None, "epoch") and not (str(steps).isdigit() and int(steps) > 0):
             raise ValueError(f"checkpointing_steps must be a positive number of steps, or epoch, not {steps!r}")
         self.scheduler_kwargs()
 
@@ -256,9 +257,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextmanager
     def setup_errors(self) -> Iterator[None]:
-        """The same for SetupError alone: wrap the training in it."""
+        """The same for SetupError alone, and for Ctrl-C: wrap the training in it."""
         try:
             yield
+        except KeyboardInterrupt:
+            advice = "with --checkpointing_steps, the same command with --resume_from_checkpoint latest goes on"
+            self.exit(130, f"\n{self.prog}: interrupted; {advice} from the newest checkpoint\n")
         except SetupError as error:
             self.error(str(error))
 

@@ -23,7 +23,8 @@ RUN_FILES = (METRICS_FILE, "config.json", "model*.safetensors", "model.safetenso
 # Other files that a run writes: card and curve, tokenizer or processor, and the code that travels with the model.
 OTHER_FILES = (
     *("README.md", "loss.png", "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*processor_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
+    *("additional_chat_templates", "*processor_config.json"),
     *sorted(path.name for path in Path(__file__).parents[1].glob("[!_]*.py")),
 )
 
@@ -233,17 +234,19 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict, dict]:
 def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
     """Put a checkpoint's best weights so far, and its tokenizer, back into `output_dir`."""
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
-    best = {path.name: path for path in _files(checkpoint) if path.name not in (STATE_FILE, TENSORS_FILE)}
+    own = (path for path in _files(checkpoint) if path.name not in (STATE_FILE, TENSORS_FILE))
+    best = {path.relative_to(checkpoint): path for path in own if path.parent.name != BEST_DIRECTORY}
     if (checkpoint / BEST_DIRECTORY).is_dir():
-        best |= {path.name: path for path in _files(checkpoint / BEST_DIRECTORY)}
+        best |= {Path(path.name): path for path in _files(checkpoint / BEST_DIRECTORY)}
     output_dir.mkdir(parents=True, exist_ok=True)
     _sweep(output_dir)
     for name, path in best.items():
-        temporary = output_dir / f"{STAGING}-{name}"
-        with writing(output_dir / name):
+        temporary, target = output_dir / f"{STAGING}-{name.name}", output_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(target):
             _link(path, temporary)
             _sync(temporary)
-            os.replace(temporary, output_dir / name)
+            os.replace(temporary, target)
             temporary.unlink(missing_ok=True)  # two names of one file: os.replace did nothing
 
 
@@ -382,8 +385,10 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
         metrics = json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("arguments"), dict):  # another program's
+        return False
     ignored = {"resume_from_checkpoint": None, "overwrite_output_dir": None, "hub_model_id": None}
-    return "final" not in metrics and metrics.get("arguments", {}) | ignored == arguments | ignored
+    return "final" not in metrics and metrics["arguments"] | ignored == arguments | ignored
 
 
 def _fingerprint(path: Path) -> list[int]:

@@ -203,6 +203,10 @@ def train(
     elif args.resume_from_checkpoint is not None:
         accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
 
+    limits = [f"{max_steps:,} optimizer steps"] if max_steps else []
+    limits += [f"{args.max_train_seconds:,.0f} s"] if args.max_train_seconds is not None else []
+    accelerator.print(f"training for {' or '.join(limits)}, {examples_per_step:,} examples a step")
+
     rate, warmup = make_schedule(args, max_steps), make_warmup(args, max_steps)
     speed, per_second = ("tokens_per_second", "tokens/s") if unit == "token" else ("frames_per_second", "frames/s")
     if args.gradient_checkpointing:
@@ -613,7 +617,13 @@ def _load_checkpoint(
         SetupError: if it belongs to another run, or has another vocabulary, other labels or another model.
     """
     state, saved = read_checkpoint(checkpoint)
-    _check_identity(state["run"], identity, checkpoint)
+    changed = {
+        name: f"{name} {state['arguments'][name]} -> {value}"
+        for name, value in arguments.items()
+        if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
+    }
+    changes = f"; changed: {', '.join(changed.values())}" if changed else ""
+    _check_identity(state["run"], identity, checkpoint, changes)
     progress = state["progress"]
     if "evaluations" in progress:  # its name until November 2026
         progress["tenths"] = progress.pop("evaluations")
@@ -622,14 +632,9 @@ def _load_checkpoint(
     _load_weights(model, processing_class, checkpoint)
     if accelerator.is_main_process and now.best is not None:
         restore_best(checkpoint, args.output_dir)
-    changed = {
-        name: f"{name} {state['arguments'][name]} -> {value}"
-        for name, value in arguments.items()
-        if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
-    }
     if "early_stopping_patience" in changed:
         now.patience = args.early_stopping_patience
-    accelerator.print(f"resuming from {checkpoint}{'; changed: ' * bool(changed)}{', '.join(changed.values())}")
+    accelerator.print(f"resuming from {checkpoint}{changes}")
     return now, saved
 
 
@@ -661,8 +666,8 @@ def _batches_of_stream(
             yield batch
 
 
-def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:
-    """Refuse to resume with other data, or in another order, than the checkpoint's run saw.
+def _check_identity(saved: dict, present: dict, checkpoint: Path, changes: str) -> None:
+    """Refuse to resume with other data, or in another order, than the checkpoint's run saw; `changes` may say why.
 
     Raises:
         SetupError: if seed, examples per step, the size of the training set or a fixed setting differ.
@@ -671,7 +676,8 @@ def _check_identity(saved: dict, present: dict, checkpoint: Path) -> None:
         if saved.get(name, value) != value:
             raise SetupError(
                 f"{checkpoint} belongs to a run with {name.replace('_', ' ')} {saved[name]}, not {value}: resume with "
-                "the same data, seed and per_device_train_batch_size x gradient_accumulation_steps x processes"
+                "the same data, tokenizer, block_size, seed and per_device_train_batch_size x "
+                f"gradient_accumulation_steps x processes{changes}"
             )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .checkpoints import no_progress_bars
@@ -54,7 +55,8 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
     fields = {} if config_name is None else read_config_file(config_name)
     model_type = fields.pop("model_type", "mingru")
     changes = parse_overrides(overrides)
-    known = AutoConfig.for_model(model_type).to_dict().keys() | fields.keys()
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *fields, *getattr(default, "run_choices", ())}
     for name in changes:
         if name not in known:
             raise ValueError(f"config_overrides: {model_type} has no field {name!r}")
@@ -105,16 +107,17 @@ def parse_overrides(text: str | None) -> dict:
     return result
 
 
-def load_pretrained(cls: type, name: str | Path):
-    """Call `cls.from_pretrained(name)` without a progress bar and with a clear error.
+def load_pretrained(cls: type, name: str | Path, **kwargs: object):
+    """Call `cls.from_pretrained(name, **kwargs)` without a progress bar and with a clear error.
 
     Args:
         cls: an Auto class, or a class of models or tokenizers.
         name: a directory, or a name on the Hub (`name` or `owner/name`).
+        **kwargs: further arguments of from_pretrained.
 
     Raises:
-        OSError: if it is neither, or a directory without what is asked for; a name that can only be a path is not
-            looked up on the Hub.
+        OSError: if it is neither, or a directory without what is asked for or with damaged weights; a name that can
+            only be a path is not looked up on the Hub.
     """
     path = Path(name)
     if path.is_dir():
@@ -133,7 +136,9 @@ def load_pretrained(cls: type, name: str | Path):
             raise FileNotFoundError(f"no such model directory: {name}")
     try:
         with no_progress_bars():
-            return cls.from_pretrained(name)
+            return cls.from_pretrained(name, **kwargs)
+    except SafetensorError as error:  # no OSError, though a file that was cut short is the usual cause
+        raise OSError(f"the weights of {name} are damaged: {error}") from None
     except OSError as error:
         if path.is_dir():
             raise

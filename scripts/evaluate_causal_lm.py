@@ -1,0 +1,125 @@
+#!/usr/bin/env python
+"""Measure the loss of a language model on a text: nats per token and per character, and the perplexity.
+
+    python scripts/evaluate_causal_lm.py --model_name_or_path runs/mine --test_file test.txt
+    python scripts/evaluate_causal_lm.py --model_name_or_path runs/tiny --dataset_name Trelis/tiny-shakespeare
+
+Every token of the text but the first is predicted once. By default in blocks, as training validates: with the same
+block_size, and the validation split, the loss is training's. With --carry_state the model reads on from block to
+block, as it would as a stream, and each token is predicted from all before it.
+"""
+
+import dataclasses
+import math
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils.logging import tqdm
+
+import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
+from mingru_hf.data.text import characters_per_token, evaluation_blocks, load_text_split, unknown_share
+from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.checkpoints import write_json
+from mingru_hf.training.loop import evaluate, resolve_mixed_precision, summary
+from mingru_hf.training.models import load_pretrained
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """Options for the model and the text."""
+
+    model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
+    output_file: str | None = option(None, "write the numbers to this JSON file, too")
+    overwrite_output_file: bool = option(False, "replace it if it exists")
+    dataset_name: str = option(
+        "shakespeare", "as in training: the plays, a directory, or a name on the Hub", group="data"
+    )
+    dataset_config_name: str | None = option(None, "configuration of the dataset")
+    train_file: str | None = option(None, "the file that the model was trained on, with --split validation")
+    test_file: str | None = option(None, "evaluate on this file instead: txt, json, jsonl, csv or parquet")
+    split: str = option("test", "the split to evaluate on: test, or validation as held out in training")
+    validation_split_percentage: int = option(10, "as in training, for the validation split")
+    text_column_name: str | None = option(None, "the column with the text; default: found by its type")
+    cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
+    block_size: int = option(256, "tokens that the model reads at a time")
+    carry_state: bool = option(False, "keep the state from block to block, instead of starting anew")
+    per_device_eval_batch_size: int = option(64, "blocks per batch, unless the state is carried", group="machine")
+    dataloader_num_workers: int = option(0, "processes that prepare the batches; 0: the main process")
+    mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
+    use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
+
+    def __post_init__(self):
+        for name, least in (("block_size", 2), ("per_device_eval_batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
+
+def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArguments]:
+    """Read the command line."""
+    parser = ArgumentParser(description=__doc__)
+    add_arguments(parser, EvaluateArguments)
+    namespace = parser.parse_args(argv)
+    with parser.user_errors():
+        return parser, from_namespace(EvaluateArguments, namespace)
+
+
+@torch.no_grad()
+def loss_of_stream(model, blocks, accelerator: Accelerator) -> float:
+    """Nats per token of the text that `evaluation_blocks` has cut, read once from beginning to end."""
+    cache, total, count = DynamicCache(config=model.config), 0.0, 0
+    for row in tqdm(blocks.with_format("torch"), desc="blocks"):
+        ids, labels = (row[name].long().to(accelerator.device) for name in ("input_ids", "labels"))
+        # A block begins with the last token of the one before; the last one is filled up.
+        targets = F.pad(labels[1:], (0, 1), value=-100)[None, :-1]
+        number = int((targets != -100).sum())
+        with accelerator.autocast():
+            output = model(ids[None, :-1], labels=targets, shift_labels=targets, cache=cache, skip_logits=True)
+        total, count = total + number * output.loss.item(), count + number
+    return total / count
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse_args(argv)
+    with parser.user_errors():
+        if args.output_file is not None and Path(args.output_file).exists() and not args.overwrite_output_file:
+            raise ValueError(f"{args.output_file} exists: choose another output_file, or add --overwrite_output_file")
+        precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
+        accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
+        if args.carry_state and accelerator.num_processes > 1:
+            raise ValueError("carry_state reads one text from beginning to end: start one process")
+        tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
+        model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).to(accelerator.device).eval()
+        names = ("dataset_name", "dataset_config_name", "train_file", "validation_split_percentage")
+        source = {name: getattr(args, name) for name in names}
+        text = load_text_split(args.split, args.test_file, args.text_column_name, args.cache_dir, **source)
+        add_eos = len(text) > 1 and tokenizer.eos_token_id is not None
+        blocks = evaluation_blocks(text, tokenizer, args.block_size, add_eos=add_eos)
+
+    share = unknown_share(blocks, tokenizer)
+    if share > 0.001:
+        accelerator.print(
+            f"warning: {100 * share:.1f} % of the tokens are {tokenizer.unk_token}, unknown to the tokenizer"
+        )
+    ratio = characters_per_token(text, blocks)
+    if args.carry_state:
+        loss = loss_of_stream(model, blocks, accelerator)
+        scores = {
+            "eval_loss": loss,
+            "eval_perplexity": math.exp(loss),
+            "eval_loss_per_character": loss / ratio,
+            "eval_bits_per_character": loss / ratio / math.log(2),
+        }
+    else:
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        scores = evaluate(model, blocks, args, accelerator, characters_per_token=ratio)
+    accelerator.print(summary(scores).removeprefix("validation "))
+    if args.output_file is not None and accelerator.is_main_process:
+        write_json(args.output_file, scores | {"arguments": dataclasses.asdict(args)})
+
+
+if __name__ == "__main__":
+    main()
