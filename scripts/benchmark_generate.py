@@ -142,22 +142,30 @@ def same(actual: Tensor, expected: Tensor) -> bool:
     return bool((actual - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
-def served(prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int) -> list[list[int]]:
-    """Greedy tokens, counts[i] of them behind prompts[i], by continuous batching over `rows` requests at a time."""
+def served(
+    prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int
+) -> tuple[list[list[int]], float]:
+    """Greedy tokens, counts[i] of them behind prompts[i], by continuous batching over `rows` requests at a time.
+
+    Returns:
+        The tokens, and the seconds from the first request to the last result; starting and stopping is not counted.
+    """
     pages = 2 * rows * (max(map(len, prompts)) + max(counts)) // 16 + rows
     config = ContinuousBatchingConfig(
         max_requests_per_batch=rows, page_size=16, num_blocks=pages, max_batch_tokens=512
     )
-    settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    settings = GenerationConfig(do_sample=False, pad_token_id=0)
     results = {}
     with model.continuous_batching_context_manager(settings, continuous_batching_config=config) as manager:
+        began = time.perf_counter()
         requests = [manager.add_request(*pair) for pair in zip(prompts, [None] * len(prompts), counts, strict=True)]
         while len(results) < len(requests):
             result = manager.get_result(timeout=60)
             if result is None or result.error is not None:
                 raise RuntimeError("the request was not served" if result is None else result.error)
             results[result.request_id] = result.generated_tokens
-    return [results[request] for request in requests]
+        seconds = time.perf_counter() - began
+    return [results[request] for request in requests], seconds
 
 
 class NothingThere(Exception):
@@ -286,7 +294,7 @@ def packed_documents(model, ids):
 
 def continuous_batching(model, ids):
     prompts = [row[-n:] for row, n in zip(ids, (16, 5, 9, 1), strict=True)]
-    results = served([prompt.tolist() for prompt in prompts], [NEW_TOKENS] * len(prompts), model, rows=2)
+    results, _ = served([prompt.tolist() for prompt in prompts], [NEW_TOKENS] * len(prompts), model, rows=2)
     expected = [greedy(model, prompt[None])[0, len(prompt) :] for prompt in prompts]
     return torch.tensor(results), torch.stack(expected)
 
@@ -470,13 +478,18 @@ def print_speed(args: argparse.Namespace) -> None:
 # --- Batches
 
 
-def in_groups(prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int) -> None:
+def in_groups(
+    prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int
+) -> tuple[list[Tensor], float]:
     """The same requests by generate(): `rows` at a time, padded to the longest and run until the last has ended."""
+    began, results = time.perf_counter(), []
     for first in range(0, len(prompts), rows):
         group = prompts[first : first + rows]
         longest = max(map(len, group))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in group])
-        generate(model, ids, attention_mask=(ids != 0).long(), max_new_tokens=max(counts[first : first + rows]))
+        most = max(counts[first : first + rows])
+        results.append(generate(model, ids, attention_mask=(ids != 0).long(), max_new_tokens=most))
+    return results, time.perf_counter() - began
 
 
 def print_batch(args: argparse.Namespace) -> None:
@@ -493,7 +506,7 @@ def print_batch(args: argparse.Namespace) -> None:
         for model_name, model in models.items()
         for way_name, way in ways.items()
     }
-    seconds = interleave(runs, args.rounds)
+    seconds = interleave(runs, args.rounds, timed=lambda run, device: run()[1])
     print(f"{machine('cpu')}; 6 layers, 384 wide, float32")
     print(f"\n{args.requests} requests, {args.rows} at a time     seconds   tokens/s")
     for name, value in seconds.items():

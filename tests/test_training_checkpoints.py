@@ -820,7 +820,7 @@ def test_a_run_does_not_go_on_with_more_or_fewer_examples(run):
     rows = [{"input_ids": torch.arange(10) % 7 + 2}] * 21
     with pytest.raises(SetupError, match="belongs to a run with training examples 20, not 21"):
         train_counting(run, rows)
-    with pytest.raises(SetupError, match="processes; changed: learning_rate .* -> 0.5"):  # what else is different
+    with pytest.raises(SetupError, match=r"processes; changed: learning_rate .* -> 0.5"):  # what else is different
         train_counting(run, rows, learning_rate=0.5)
 
 
