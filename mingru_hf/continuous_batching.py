@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
+from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
@@ -284,7 +285,7 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
             others), or nothing would end generate_batch().
     """
 
-    def __init__(self, model, generation_config, continuous_batching_config, workload_hints=None):
+    def __init__(self, model, generation_config, continuous_batching_config=None, workload_hints=None):
         for name, off in _NOT_IN_A_BATCH.items():
             if getattr(generation_config, name, None) not in (None, off):
                 raise ValueError(f"A continuous batch has no {name}: leave it out, or call generate().")
@@ -293,6 +294,8 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
             raise ValueError("There is no eos_token_id, so nothing would end this: give max_new_tokens.")
         self.model, self.generation_config = model.eval(), copy.deepcopy(generation_config)
         model._prepare_special_tokens(self.generation_config, True, model.device)  # some processors read them
+        if continuous_batching_config is None:
+            continuous_batching_config = ContinuousBatchingConfig()
         self.continuous_batching_config = continuous_batching_config
         self.num_return_sequences = generation_config.num_return_sequences or 1
         self.input_queue = queue.Queue(maxsize=continuous_batching_config.max_queue_size)

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import (
-    ContinuousBatchingConfig,
-    ContinuousBatchingManager,
-    GenerationMixin,
-    StoppingCriteriaList,
-)
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -730,19 +725,16 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
                 # Twice: with another tokenizer than the main model's, more than the last round's may be taken back.
                 layer.min_recorded_steps = max(layer.min_recorded_steps, 2 * drafts)
 
-    def init_continuous_batching(
-        self, generation_config=None, continuous_batching_config=None, workload_hints=None
-    ) -> ContinuousBatchingManager:
+    def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
         """As in GenerationMixin, over recurrent states: what generate_batch() and servers go through."""
         # Here, so that a transformers with other parts inside can still do all else.
         from .continuous_batching import MinGRUBatchingManager
 
         manager = getattr(self, "_cached_continuous_batching_manager", None)
-        if manager is not None:
-            return manager
-        generation_config = self.generation_config if generation_config is None else generation_config
-        config = ContinuousBatchingConfig() if continuous_batching_config is None else continuous_batching_config
-        return MinGRUBatchingManager(self, generation_config, config, workload_hints)
+        if manager is None:
+            generation_config = self.generation_config if generation_config is None else generation_config
+            manager = MinGRUBatchingManager(self, generation_config, continuous_batching_config, workload_hints)
+        return manager
 
     def _get_static_cache_init_shape(self):
         return None  # there are no heads: the layers make their tensors themselves

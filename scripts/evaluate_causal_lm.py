@@ -21,7 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import tqdm
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
-from mingru_hf.data.text import characters_per_token, evaluation_blocks, load_text_split, unknown_share
+from mingru_hf.data.text import (
+    DocumentPositions,
+    characters_per_token,
+    evaluation_blocks,
+    load_text_split,
+    unknown_share,
+)
 from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
 from mingru_hf.training.checkpoints import write_json
 from mingru_hf.training.loop import evaluate, resolve_mixed_precision, summary
@@ -46,6 +52,9 @@ class EvaluateArguments:
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
     block_size: int = option(256, "tokens that the model reads at a time")
+    packing: str = option(
+        "concatenate", "as in training: the state at the start of a document", ("concatenate", "reset")
+    )
     carry_state: bool = option(False, "keep the state from block to block, instead of starting anew")
     per_device_eval_batch_size: int = option(64, "blocks per batch, unless the state is carried", group="machine")
     dataloader_num_workers: int = option(0, "processes that prepare the batches; 0: the main process")
@@ -56,6 +65,8 @@ class EvaluateArguments:
         for name, least in (("block_size", 2), ("per_device_eval_batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.carry_state and self.packing == "reset":
+            raise ValueError("carry_state keeps the state that packing reset starts anew: leave one of them out")
 
 
 def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArguments]:
@@ -97,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         source = {name: getattr(args, name) for name in names}
         text = load_text_split(args.split, args.test_file, args.text_column_name, args.cache_dir, **source)
         add_eos = len(text) > 1 and tokenizer.eos_token_id is not None
+        if args.packing == "reset" and tokenizer.eos_token_id is None:
+            raise ValueError("packing reset needs a tokenizer with an eos token")
         blocks = evaluation_blocks(text, tokenizer, args.block_size, add_eos=add_eos)
 
     share = unknown_share(blocks, tokenizer)
@@ -115,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         }
     else:
         model = accelerator.prepare_model(model, evaluation_mode=True)
-        scores = evaluate(model, blocks, args, accelerator, characters_per_token=ratio)
+        collate_fn = DocumentPositions(tokenizer.eos_token_id) if args.packing == "reset" else None
+        scores = evaluate(model, blocks, args, accelerator, collate_fn, characters_per_token=ratio)
     accelerator.print(summary(scores).removeprefix("validation "))
     if args.output_file is not None and accelerator.is_main_process:
         write_json(args.output_file, scores | {"arguments": dataclasses.asdict(args)})

@@ -142,6 +142,19 @@ def test_evaluation_gives_the_loss_of_training(text_file, trained, tmp_path, cap
     )
 
 
+def test_evaluation_separates_documents_as_training_did(tmp_path, capsys):
+    documents, directory, file = tmp_path / "documents.jsonl", tmp_path / "lm", tmp_path / "scores.json"
+    documents.write_text("".join(json.dumps({"text": TEXT[50 * i : 50 * i + 90]}) + "\n" for i in range(150)))
+    data = ("--train_file", documents, "--cache_dir", tmp_path / "cache", "--packing", "reset")
+    call("train_causal_lm", *data, "--output_dir", directory, "--max_train_steps", 10, *TINY, *FAST)
+    trained = json.loads((directory / "metrics.json").read_text())["final"]["eval_loss"]
+    options = ("evaluate_causal_lm", "--model_name_or_path", directory, "--block_size", 32, "--use_cpu", *data)
+    options += ("--split", "validation", "--mixed_precision", "no", "--output_file", file)
+    call(*options)
+    assert json.loads(file.read_text())["eval_loss"] == pytest.approx(trained, rel=1e-5)
+    assert "leave one of them out" in error_of(capsys, *options, "--carry_state")
+
+
 def test_ctrl_c_says_how_to_go_on(text_file, tmp_path, capsys, monkeypatch):
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

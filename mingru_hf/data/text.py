@@ -267,12 +267,12 @@ def load_text_split(
         return _text_column(_load_file(test_file, "test_file", cache_dir), text_column_name, str(test_file))
     name = source.get("dataset_name", SHAKESPEARE)
     if split in ("train", "validation") or source.get("train_file") is not None or name == SHAKESPEARE:
-        splits = load_text_datasets(**source, **options)
+        splits, text_column_name = load_text_datasets(**source, **options), "text"
     else:
         splits = name_splits(_load_named(name, source.get("dataset_config_name"), cache_dir), name)
     if split not in splits:
         raise ValueError(f"There is no split {split!r}, expected one of {', '.join(splits)}; or give a test_file.")
-    return _text_column(splits[split], "text" if isinstance(splits, DatasetDict) else text_column_name, str(name))
+    return _text_column(splits[split], text_column_name, str(name))
 
 
 def load_text_stream(
