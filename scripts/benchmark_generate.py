@@ -13,7 +13,7 @@ where no tokens are generated.
 speed: a decoding step against the model's matrix products alone, generate() against a raw loop, and the
 prefill of a long prompt, beside the log-space scan's model and transformers' Mamba and GPT-2. All take turns;
 medians are shown.
-batch: requests of unequal length, served by continuous batching and by generate() in groups, MinGRU and GPT-2.
+batch: requests of unequal length by MinGRU and GPT-2, with continuous batching and with generate() in groups.
 memory: a model reads and writes very many tokens; the memory of the process and the time per token are
 printed on the way.
 """
