@@ -40,6 +40,16 @@ def results_of(manager, count):
     return results
 
 
+def results_at_once(model, prompts, generation_config, config=None):
+    """Results in the order of the prompts, which are all there before the first step."""
+    manager = model.init_continuous_batching(generation_config, config)
+    ids = manager.add_requests(prompts)
+    manager.start()
+    results = results_of(manager, len(prompts))
+    manager.stop()
+    return [results[request_id] for request_id in ids]
+
+
 @pytest.mark.parametrize(
     ("options", "config"),
     [
@@ -98,17 +108,16 @@ def test_several_sequences_a_prompt(model):
 def test_sampling_follows_the_probabilities(model):
     prompt, count = prompts_of(1)[0], 400
     config = GenerationConfig(do_sample=True, max_new_tokens=1, temperature=0.7, top_k=3)
-    results = model.generate_batch(
-        [prompt] * count, config, continuous_batching_config=ContinuousBatchingConfig(seed=1)
-    )
-    tokens = torch.tensor([result.generated_tokens[0] for result in results.values()])
+    draws = [
+        [result.generated_tokens[0] for result in results_at_once(model, [prompt] * count, config, seeded)]
+        for seeded in (ContinuousBatchingConfig(seed=1), ContinuousBatchingConfig(seed=1))
+    ]
+    assert draws[0] == draws[1]
+    tokens = torch.tensor(draws[0])
     best = (model(torch.tensor([prompt])).logits[0, -1] / 0.7).topk(3)
     shares = torch.stack([(tokens == token).float().mean() for token in best.indices])
     assert shares.sum() == 1
     assert (shares - best.values.softmax(-1)).abs().max() < 4 * 0.5 / count**0.5  # four standard deviations
-
-    again = model.generate_batch([prompt] * count, config, continuous_batching_config=ContinuousBatchingConfig(seed=1))
-    assert [result.generated_tokens for result in again.values()] == tokens.unsqueeze(1).tolist()
 
 
 def test_the_same_prompt_is_run_once(model):
@@ -117,10 +126,10 @@ def test_the_same_prompt_is_run_once(model):
         lambda module, args, kwargs: tokens.append((args or (kwargs.get("input_ids"),))[0].shape), with_kwargs=True
     )
     prompt = prompts_of(1)[0]
-    results = model.generate_batch([prompt] * 8, greedy(max_new_tokens=3))
+    results = results_at_once(model, [prompt] * 8, greedy(max_new_tokens=3))
     assert tokens[0] == (1, len(prompt))
     assert set(tokens[1:]) == {(8, 1)}
-    assert len(results) == 8
+    assert all(result.generated_tokens == results[0].generated_tokens for result in results)
 
 
 def test_long_prompts_do_not_hold_up_those_that_generate(model):
@@ -130,7 +139,7 @@ def test_long_prompts_do_not_hold_up_those_that_generate(model):
         with_kwargs=True,
     )
     short, long = [5, 6], torch.randint(1, 40, (40,)).tolist()
-    results = list(model.generate_batch([short, long], greedy(max_new_tokens=9), TIGHT).values())
+    results = results_at_once(model, [short, long], greedy(max_new_tokens=9), TIGHT)
     pieces = [place for place, shape in enumerate(shapes) if shape[1] > 1]
     assert [shapes[place] for place in pieces] == [(1, 2), *[(1, 8)] * 5]
     assert pieces[1:] == [2, 4, 6, 8, 10]  # a step of the short request between each two
