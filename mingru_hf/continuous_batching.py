@@ -8,6 +8,7 @@ Legend: B rows that generate, R rows of a prefill, T tokens of a piece of it, V 
 """
 
 import copy
+import operator
 import queue
 import threading
 from types import SimpleNamespace
@@ -84,7 +85,10 @@ class _Scheduler(Scheduler):
         Raises:
             ValueError: for a prompt that the model cannot run.
         """
-        prompt = state.initial_tokens
+        try:
+            prompt = state.initial_tokens = [operator.index(token) for token in state.initial_tokens]
+        except TypeError:
+            raise ValueError("A prompt must be a list of token ids: give tokenizer(text).input_ids.") from None
         if not prompt or min(prompt) < 0 or max(prompt) >= self.vocab_size:
             got = f"{min(prompt)} to {max(prompt)}" if prompt else "none"
             raise ValueError(

@@ -29,7 +29,7 @@ from mingru_hf.data.text import (
     unknown_share,
 )
 from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
-from mingru_hf.training.checkpoints import write_json
+from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, resolve_mixed_precision, summary
 from mingru_hf.training.models import load_pretrained
 
@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         if args.output_file is not None and Path(args.output_file).exists() and not args.overwrite_output_file:
             raise ValueError(f"{args.output_file} exists: choose another output_file, or add --overwrite_output_file")
+        if args.output_file is not None:
+            check_writable(Path(args.output_file).parent)
         precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
         if args.carry_state and accelerator.num_processes > 1:
@@ -132,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         scores = evaluate(model, blocks, args, accelerator, collate_fn, characters_per_token=ratio)
     accelerator.print(summary(scores).removeprefix("validation "))
     if args.output_file is not None and accelerator.is_main_process:
+        Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output_file, scores | {"arguments": dataclasses.asdict(args)})
 
 

@@ -148,15 +148,31 @@ def test_long_prompts_do_not_hold_up_those_that_generate(model):
         assert result.generated_tokens == generated_alone(model, prompt, max_new_tokens=9)
 
 
-@pytest.mark.parametrize("prompt", [[], [3, 40], [-1, 3]], ids=["empty", "too high", "negative"])
-def test_a_prompt_that_cannot_be_run_fails_alone(model, prompt):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "each between 0 and 39; got none"),
+        ([3, 40], "each between 0 and 39; got 3 to 40"),
+        ([-1, 3], "each between 0 and 39; got -1 to 3"),
+        ("ROMEO:", "must be a list of token ids"),
+    ],
+    ids=["empty", "too high", "negative", "text"],
+)
+def test_a_prompt_that_cannot_be_run_fails_alone(model, prompt, message):
     good = prompts_of(2)
     results = list(model.generate_batch([good[0], prompt, good[1]], greedy(max_new_tokens=4)).values())
-    assert "each between 0 and 39" in results[1].error
+    assert message in results[1].error
     assert results[1].generated_tokens == []
     for place in (0, 2):
         assert results[place].error is None
         assert results[place].generated_tokens == generated_alone(model, good[place // 2], max_new_tokens=4)
+
+
+def test_a_prompt_may_be_a_tensor(model):
+    prompt = prompts_of(1)[0]
+    result = next(iter(model.generate_batch([torch.tensor(prompt)], greedy(max_new_tokens=4)).values()))
+    assert result.prompt_ids == prompt
+    assert result.generated_tokens == generated_alone(model, prompt, max_new_tokens=4)
 
 
 def test_requests_come_and_go_while_others_run(model, manager):

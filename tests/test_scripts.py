@@ -114,10 +114,10 @@ def test_training_leaves_a_model_that_loads_by_its_directory_alone(trained):
 
 def test_evaluation_gives_the_loss_of_training(text_file, trained, tmp_path, capsys):
     metrics = json.loads((trained / "metrics.json").read_text())
-    file = tmp_path / "scores.json"
+    file = tmp_path / "new" / "scores.json"
     options = ("evaluate_causal_lm", "--model_name_or_path", trained, "--use_cpu", "--mixed_precision", "no")
     held_out = (*options, "--train_file", text_file, "--split", "validation")
-    call(*held_out, "--block_size", 32, "--output_file", file)
+    call(*held_out, "--block_size", 32, "--output_file", file)  # whose directory is made
     scores = json.loads(file.read_text())
     assert scores["eval_loss"] == pytest.approx(metrics["final"]["eval_loss"], rel=1e-5)
     assert f"loss {scores['eval_loss']:.4f} nats per character, perplexity" in capsys.readouterr().out
@@ -134,6 +134,8 @@ def test_evaluation_gives_the_loss_of_training(text_file, trained, tmp_path, cap
         more = ("--carry_state", "--block_size", block_size, "--output_file", file, "--overwrite_output_file")
         call(*options, "--test_file", test, *more)
         assert json.loads(file.read_text())["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    (tmp_path / "plain").write_text("a file")
+    assert "plain" in error_of(capsys, *held_out, "--output_file", tmp_path / "plain" / "scores.json")
     assert "no split 'test', expected one of train, validation" in error_of(
         capsys, *options, "--train_file", text_file
     )
