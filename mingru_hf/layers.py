@@ -25,13 +25,10 @@ from .scan import draw_memory_, initial_state, mingru_scan, scan_reference
 
 def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states in their dtype; the last, unrounded."""
-    dtype = gate_and_candidate.dtype
     if torch.jit.is_scripting():
         states = scan_reference(gate_and_candidate, h0)
-    else:
-        states = mingru_scan(gate_and_candidate, h0, dtype=torch.promote_types(dtype, torch.float32))
-    # A copy: a slice would keep all the states in memory, and writing to it would change the outputs.
-    return states.to(dtype), states[:, -1:].clone()
+        return states.to(gate_and_candidate.dtype), states[:, -1:].clone()
+    return mingru_scan(gate_and_candidate, h0, return_last_state=True)
 
 
 def _check_sequence(x: Tensor, input_size: int) -> None:

@@ -167,17 +167,11 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
                 "it belongs to another model or to frames of another size."
             )
         gate_and_candidate, skip = self.project(x)
-        dtype = gate_and_candidate.dtype
-        states = mingru_scan(
-            gate_and_candidate,
-            state,
-            mask,
-            backend=self.config.scan_backend,
-            # The cache holds what a 16-bit state would round, so that a stream continues from the exact state.
-            dtype=torch.promote_types(dtype, torch.float32) if keep_state else dtype,
+        # The cache holds what a 16-bit state would round, so that a stream continues from the exact state.
+        states, last_state = mingru_scan(
+            gate_and_candidate, state, mask, backend=self.config.scan_backend, return_last_state=True
         )
-        out = states.to(dtype) + skip if self.config.residual else states.to(dtype)
-        return out, states[:, -1:] if keep_state else None
+        return states + skip if self.config.residual else states, last_state if keep_state else None
 
 
 class MinConvGRUStack(nn.Module):

@@ -179,11 +179,15 @@ class MinGRUMixer(nn.Module):
         state: Tensor | None,
         mask: Tensor | None,
         reset: Tensor | None,
-        keep_states: bool,
+        num_recorded: int,
         backend: str,
         call: Callable = module_call,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B, T, E), state (B, 1, D) -> outputs (B, T, F) and, if `keep_states`, the states (B, T, D) in float32."""
+    ) -> tuple[Tensor, Tensor]:
+        """Run the recurrence over x (B, T, E) from state (B, 1, D).
+
+        Returns:
+            (B, T, F) outputs, and the last R = `num_recorded` states (B, R, D) in at least float32, one if R = 0.
+        """
         modules = self._modules
         gate_hidden, out_proj = modules["gate_hidden"], modules["out_proj"]
         parameters = plain_linear(gate_hidden) if adds_bias(backend, x) else None
@@ -195,17 +199,27 @@ class MinGRUMixer(nn.Module):
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
         # The cache holds what a 16-bit state would round, so that decoding continues from the exact state.
-        states_dtype = torch.promote_types(out_dtype, torch.float32) if keep_states else out_dtype
-        if call is direct_call and mask is None and reset is None:
-            states = mingru_step(gate_and_candidate, state, bias=bias, backend=backend, dtype=states_dtype)
+        wide_dtype = torch.promote_types(out_dtype, torch.float32)
+        if call is direct_call and mask is None and reset is None and x.shape[1] == 1:
+            recorded = mingru_step(gate_and_candidate, state, bias=bias, backend=backend, dtype=wide_dtype)
+            out = recorded if out_dtype == wide_dtype else recorded.to(out_dtype)
         else:
-            states = mingru_scan(
-                gate_and_candidate, state, mask, reset, bias=bias, backend=backend, dtype=states_dtype
+            many = num_recorded > 1
+            out, recorded = mingru_scan(
+                gate_and_candidate,
+                state,
+                mask,
+                reset,
+                bias=bias,
+                backend=backend,
+                dtype=wide_dtype if many else out_dtype,
+                return_last_state=True,
             )
-        out = states if states_dtype == out_dtype else states.to(out_dtype)
+            if many:
+                recorded, out = out[:, -num_recorded:], out.to(out_dtype)
         if out_proj is not None:
             out = call(out_proj, out)
-        return out, states if keep_states else None
+        return out, recorded
 
 
 @calls_directly
@@ -287,9 +301,9 @@ class MinGRUBlock(GradientCheckpointingLayer):
             conv, windows = call(modules["conv"], hidden_states, window, mask, reset, num_recorded, call)
             hidden_states = hidden_states + conv
         normed = call(modules["norm"], hidden_states)
-        mixed, states = call(modules["mixer"], normed, state, mask, reset, layer is not None, backend, call)
+        mixed, states = call(modules["mixer"], normed, state, mask, reset, num_recorded, backend, call)
         if layer is not None:
-            layer.append(states if num_recorded == steps else states[:, -num_recorded:], windows, num_steps=steps)
+            layer.append(states, windows, num_steps=steps)
         # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
         branch_dropout, block_dropout = modules["branch_dropout"], modules["block_dropout"]
         if branch_dropout.training:

@@ -49,7 +49,8 @@ def mingru_scan(
     bias: Tensor | None = None,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
-) -> Tensor:
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Run the MinGRU recurrence over time, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t).
 
     Args:
@@ -65,13 +66,15 @@ def mingru_scan(
             package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch" (blocks
             of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
             implementations use, for states above 0; both are kept for comparison.
-        dtype: of the returned states; the inputs' dtype if None. float32 keeps all of the state that bfloat16
-            would round.
+        dtype: of the returned states; the inputs' dtype if None.
+        return_last_state: whether to return h_T beside the states as well: the `h0` of the steps that follow, which
+            16 bits do not round.
 
     Returns:
-        (B, T, D, *) states h_1..h_T. Differentiable in `gate_and_candidate`, `h0` and `bias`; the kernels in reverse
-        mode alone, so that "auto" takes the loop of "reference" in forward mode. Second and higher derivatives come
-        from that loop, too. Under `torch.vmap` all samples run as one batch.
+        (B, T, D, *) states h_1..h_T; with `return_last_state` these and (B, 1, D, *) the last one, in float32 for
+        16-bit inputs and else in the inputs' dtype, in memory of its own. Differentiable in `gate_and_candidate`,
+        `h0` and `bias`; the kernels in reverse mode alone, so that "auto" takes the loop of "reference" in forward
+        mode. Second and higher derivatives come from that loop, too. Under `torch.vmap` all samples run as one batch.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
@@ -95,17 +98,30 @@ def mingru_scan(
     empty = 0 in gate_and_candidate.shape
     if bias is not None and (empty or backend != "numba"):
         gate_and_candidate, bias = _add_bias(gate_and_candidate, bias), None
-    if empty and backend != "exported":
-        return gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
     mask = None if mask is None else mask.bool()
     reset = None if reset is None else reset.bool()
-    if backend in _IN_OPERATORS_OF_TORCH:
-        return _IN_OPERATORS_OF_TORCH[backend](gate_and_candidate, h0, mask, reset).to(out_dtype)
-    if not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
+    if empty and backend != "exported":
+        states = gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
+        last = _first_state(gate_and_candidate, h0).clone()
+    elif backend in _IN_OPERATORS_OF_TORCH:
+        wide = _IN_OPERATORS_OF_TORCH[backend](gate_and_candidate, h0, mask, reset)
+        # A copy: a slice would keep all the states in memory, and writing to it would change them.
+        states, last = wide.to(out_dtype), wide[:, -1:].clone() if return_last_state else None
+    elif not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
         # The operator's dispatch would cost as much as a short scan.
-        return _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
-    scan = _Scan.apply if differentiates_in_transform() else _scan_op
-    return scan(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+        states, last = _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+    else:
+        scan = _Scan.apply if differentiates_in_transform() else _scan_op
+        states, last = scan(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+    return (states, last) if return_last_state else states
+
+
+def _first_state(x: Tensor, h0: Tensor | None) -> Tensor:
+    """(B, 1, D, *) the state before the first step of x (B, T, 2D, *), in the accumulation dtype."""
+    if h0 is None:
+        shape = [x.shape[0], 1, x.shape[2] // 2, *x.shape[3:]]
+        return x.new_full(shape, INITIAL_STATE, dtype=accumulation_dtype(x))
+    return h0.to(accumulation_dtype(x))
 
 
 def _add_bias(x: Tensor, bias: Tensor) -> Tensor:
@@ -450,12 +466,12 @@ def _trial_error(device: torch.device, steps: int, channels: int, dtype: torch.d
         h0 = x[:, :1, :channels].float().abs()
         place = numbers[: 2 * steps].reshape(2, steps)
         mask, reset = place % 3 > 0, place % 5 == 1
-    states = _torch_forward(x, h0, mask, reset, dtype)
-    expected = states, *_torch_backward(grad, x, h0, states, mask, reset)
+    states, last = _torch_forward(x, h0, mask, reset, dtype)
+    expected = states, last, *_torch_backward(grad, h0, x, h0, states, mask, reset)
     x, grad, h0, mask, reset = (t if t is None else t.to(device) for t in (x, grad, h0, mask, reset))
     forward, backward = _KERNELS["triton"]
-    states = forward(x, h0, mask, reset, dtype)
-    actual = states, *backward(grad, x, h0, states, mask, reset)
+    states, last = forward(x, h0, mask, reset, dtype)
+    actual = states, last, *backward(grad, h0, x, h0, states, mask, reset)
     errors = [(a.cpu().float() - e).abs().max() / e.float().abs().max() for a, e in zip(actual, expected, strict=True)]
     return torch.stack(errors).max().item() / (1e-4 if dtype == torch.float32 else 2.0**-5)
 
@@ -702,18 +718,12 @@ def _recurrence_dtype(x: Tensor, mask: Tensor | None) -> torch.dtype:
     return torch.float64 if (total < _LONG_MEMORY_Z * count).any() else accumulate
 
 
-def _initial_state(x: Tensor, h0: Tensor | None, mask: Tensor | None) -> Tensor:
-    """(B, N), in the dtype of the recurrence."""
-    shape, dtype = (x.shape[0], x.shape[2] // 2), _recurrence_dtype(x, mask)
-    return x.new_full(shape, INITIAL_STATE, dtype=dtype) if h0 is None else h0.reshape(shape).to(dtype)
-
-
 def _torch_forward(
     x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """x (B, T, 2N), h0 (B, 1, N) or None -> states (B, T, N) in `dtype`."""
+) -> tuple[Tensor, Tensor]:
+    """x (B, T, 2N), h0 (B, 1, N) or None -> states (B, T, N) in `dtype`, the last one (B, 1, N) unrounded."""
     batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
-    h = _initial_state(x, h0, mask)  # (B, N)
+    h = _first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
     layouts = _layouts(batch, steps, channels)
     # Chunks come back to their states, which must not be rounded until then.
     states = x.new_empty((batch, steps, channels), dtype=accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
@@ -727,16 +737,22 @@ def _torch_forward(
             ends = _forward_steps(*inputs, torch.zeros_like(products), out, products)
             starts, h = _chain(h, ends, products, None if reset is None else inputs[2].any(0))
             _add_start(*inputs, starts, out)
-    return states.to(dtype)
+    return states.to(dtype), h.unsqueeze(1).to(accumulation_dtype(x))
 
 
 def _torch_backward(
-    grad: Tensor, x: Tensor, h0: Tensor | None, states: Tensor, mask: Tensor | None, reset: Tensor | None
+    grad: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    states: Tensor,
+    mask: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (B, T, 2N) and (B, 1, N) for the pre-activations and the initial state; z and g are recomputed."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    first = _initial_state(x, h0, mask)  # (B, N)
-    inflow = torch.zeros_like(first)
+    first = _first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
+    inflow = torch.zeros_like(first) if grad_last is None else grad_last.squeeze(1).to(first.dtype)
     for layout in reversed(_layouts(*states.shape)):
         inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
         grad_piece, states_piece = layout.time_first(grad), layout.time_first(states)
@@ -764,7 +780,7 @@ _KERNELS = {
 
 # The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
 # installed package) finds the operator and uses it.
-_NAMESPACE = "mingru_hf_v2"
+_NAMESPACE = "mingru_hf_v3"
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
@@ -786,16 +802,19 @@ def _forward_impl(
     reset: Tensor | None,
     backend: str,
     dtype: torch.dtype,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     forward, _ = _KERNELS[backend]
     x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
     if x.dim() == 3:
         return forward(x, h0, mask, reset, dtype, **more)
-    return forward(_flat(x), _flat(h0), mask, reset, dtype, **more).unflatten(2, (x.shape[2] // 2, *x.shape[3:]))
+    states, last = forward(_flat(x), _flat(h0), mask, reset, dtype, **more)
+    sizes = x.shape[2] // 2, *x.shape[3:]
+    return states.unflatten(2, sizes), last.unflatten(2, sizes)
 
 
 def _backward_impl(
     grad: Tensor,
+    grad_last: Tensor | None,
     gate_and_candidate: Tensor,
     bias: Tensor | None,
     h0: Tensor | None,
@@ -806,16 +825,18 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor]:
     _, backward = _KERNELS[backend]
     x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
-    grad_x, grad_h0 = backward(_flat(grad), _flat(x), _flat(h0), _flat(states), mask, reset, **more)
+    grads = _flat(grad), _flat(grad_last)
+    grad_x, grad_h0 = backward(*grads, _flat(x), _flat(h0), _flat(states), mask, reset, **more)
     return grad_x.reshape(x.shape), grad_h0.reshape(states[:, :1].shape)
 
 
 def _forward_fake(gate_and_candidate, bias, h0, mask, reset, backend, dtype):
     x = gate_and_candidate
-    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2, *x.shape[3:]), dtype=dtype)
+    shapes = ((x.shape[0], steps, x.shape[2] // 2, *x.shape[3:]) for steps in (x.shape[1], 1))
+    return tuple(x.new_empty(s, dtype=d) for s, d in zip(shapes, (dtype, accumulation_dtype(x)), strict=True))
 
 
-def _backward_fake(grad, gate_and_candidate, bias, h0, states, mask, reset, backend):
+def _backward_fake(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, backend):
     accumulate = accumulation_dtype(gate_and_candidate)
     return (
         torch.empty_like(gate_and_candidate, memory_format=torch.contiguous_format),
@@ -825,14 +846,17 @@ def _backward_fake(grad, gate_and_candidate, bias, h0, states, mask, reset, back
 
 def _setup_context(ctx, inputs, output):
     gate_and_candidate, bias, h0, mask, reset, backend, _ = inputs
-    ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, output)
+    states, _ = output
+    ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, states)
     ctx.backend = backend
+    ctx.set_materialize_grads(False)  # the last state's is seldom there
 
 
-def _autograd_backward(ctx, grad, backward=None):
+def _autograd_backward(ctx, grad, grad_last, backward=None):
     gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
     backward = getattr(torch.ops, _NAMESPACE).scan_backward if backward is None else backward
-    grad_x, grad_h0 = backward(grad, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
+    grad = torch.zeros_like(states) if grad is None else grad
+    grad_x, grad_h0 = backward(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
     grad_bias = None
     if bias is not None and ctx.needs_input_grad[1]:
         # torch sums a matrix by columns faster than the first two axes of three; and flatten has no batching rule.
@@ -842,8 +866,8 @@ def _autograd_backward(ctx, grad, backward=None):
 
 
 def _setup_second(ctx, inputs, output):
-    grad, gate_and_candidate, bias, h0, _, mask, reset, _ = inputs
-    ctx.save_for_backward(grad, gate_and_candidate, bias, h0, mask, reset)
+    grad, grad_last, gate_and_candidate, bias, h0, _, mask, reset, _ = inputs
+    ctx.save_for_backward(grad, grad_last, gate_and_candidate, bias, h0, mask, reset)
 
 
 def _second_backward(ctx, *grads):
@@ -853,13 +877,16 @@ def _second_backward(ctx, *grads):
     """
     *inputs, mask, reset = ctx.saved_tensors
 
-    def first(grad, x, bias, h0):
+    def first(grad, grad_last, x, bias, h0):
         wide = x.to(accumulation_dtype(x))
         wide = wide if bias is None else _add_bias(wide, bias)
         start = initial_state(wide, grad[:, :1].shape) if h0 is None else h0
         # A list of states, not a stack: see `_reference_states` about indices.
         _, pull = torch.func.vjp(lambda x, h0: _reference_states(x, h0, mask, reset), wide, start)
-        grad_x, grad_h0 = pull(list(grad.to(wide.dtype).unbind(1)))
+        of_states = list(grad.to(wide.dtype).unbind(1))
+        if grad_last is not None:
+            of_states[-1] = of_states[-1] + grad_last[:, 0]
+        grad_x, grad_h0 = pull(of_states)
         return grad_x.to(x.dtype), grad_h0.to(wide.dtype)
 
     wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
@@ -871,7 +898,7 @@ def _second_backward(ctx, *grads):
     results, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
     grads = tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in zip(results, grads, strict=True))
     second = dict(zip(wanted, pull(grads), strict=True))
-    return *(second.get(i) for i in range(4)), None, None, None, None
+    return *(second.get(i) for i in range(len(inputs))), None, None, None, None
 
 
 class _ScanBackward(torch.autograd.Function):
@@ -897,8 +924,8 @@ class _Scan(torch.autograd.Function):
         return _scan_op(*args)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _autograd_backward(ctx, grad, _ScanBackward.apply)
+    def backward(ctx, grad, grad_last):
+        return _autograd_backward(ctx, grad, grad_last, _ScanBackward.apply)
 
 
 def _fold(args, in_dims, size, bias_at):
@@ -921,13 +948,13 @@ def _fold(args, in_dims, size, bias_at):
 
 
 def _forward_vmap(info, in_dims, *args):
-    states = _scan_op(*_fold(args, in_dims, info.batch_size, bias_at=1))
-    return states.unflatten(0, (info.batch_size, -1)), 0
+    results = _scan_op(*_fold(args, in_dims, info.batch_size, bias_at=1))
+    return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0)
 
 
 def _backward_vmap(info, in_dims, *args):
     backward = getattr(torch.ops, _NAMESPACE).scan_backward
-    grads = backward(*_fold(args, in_dims, info.batch_size, bias_at=2))
+    grads = backward(*_fold(args, in_dims, info.batch_size, bias_at=3))
     return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0)
 
 
@@ -938,8 +965,9 @@ def _register() -> torch.library.Library | None:
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
     inputs = "Tensor gate_and_candidate, Tensor? bias, Tensor? h0, "
     flags = "Tensor? mask, Tensor? reset, str backend"
-    library.define(f"scan({inputs}{flags}, ScalarType dtype) -> Tensor")
-    library.define(f"scan_backward(Tensor grad, {inputs}Tensor states, {flags}) -> (Tensor, Tensor)")
+    library.define(f"scan({inputs}{flags}, ScalarType dtype) -> (Tensor, Tensor)")
+    grads = "Tensor grad, Tensor? grad_last"
+    library.define(f"scan_backward({grads}, {inputs}Tensor states, {flags}) -> (Tensor, Tensor)")
     library.impl("scan", _forward_impl, "CompositeExplicitAutograd")
     library.impl("scan_backward", _backward_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::scan", _forward_fake, lib=library)

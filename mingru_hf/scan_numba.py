@@ -339,6 +339,7 @@ _H0, _MASK, _RESET = 16, 17, 18
 _CARRY, _LOW = 19, 20
 _BIAS = 21  # (2N,), added to gates and candidates
 _GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 22, 23, 24, 25, 26  # half: a row of N times 0.5
+_GRAD_LAST = 27  # (B, N), the gradient of the last state in its own right
 
 # Rows are worked through in chunks of _CHUNK channels, and the same chunk _AHEAD steps ahead is prefetched: the
 # processor's own prefetcher starts anew with every row.
@@ -449,7 +450,8 @@ def _repair_forward(a, b, first, count, X, Y, A, W):
     """Make pieces that began with a guess exact: run them again from the true state until nothing changes.
 
     Two states under the same gates approach each other, and rounding makes them equal after some tens of steps for
-    usual gates. From there on the piece is right as it stands; where they never meet, all of it is done again.
+    usual gates. From there on the piece is right as it stands; where they never meet, all of it is done again. The
+    last state ends up in the last piece's carry.
     """
     batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
     carry = _argument(a, _CARRY)
@@ -465,8 +467,11 @@ def _repair_forward(a, b, first, count, X, Y, A, W):
             if _same(guess_row, h_row, _argument(a, _LOW), count, A):
                 met = True
                 break
+        piece_row = _address(carry, (piece * batch + b) * channels + first, A)
         if met:
-            h_row = _address(carry, (piece * batch + b) * channels + first, A)
+            h_row = piece_row
+        elif piece == _argument(a, _PIECES) - 1:
+            _copy(h_row, piece_row, count, A)
 
 
 @_compiled
@@ -601,9 +606,11 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A, W):
 @_compiled
 def _backward_piece(a, b, piece, first, count, X, Y, A, W):
     """A piece of time, backwards; all but the last one begin with a guess, a gradient of 0 from later steps."""
-    batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
+    batch, channels, grad_last = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _GRAD_LAST)
     r_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
     _fill(r_row, _address(r_row, _argument(a, _LOW), A), count, 0.0, A)
+    if piece == _argument(a, _PIECES) - 1 and grad_last != 0:
+        _copy(_address(grad_last, b * channels + first, A), r_row, count, A)
     start = piece * _argument(a, _PIECE)
     for t in range(min(start + _argument(a, _PIECE), _argument(a, _STEPS)) - 1, start - 1, -1):
         _backward_step(a, b, t, first, count, r_row, X, Y, A, W)
@@ -946,7 +953,7 @@ def numba_forward(
     dtype: torch.dtype,
     out: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """States h_1..h_T of the recurrence; the contract is that of `mingru_scan`.
 
     Args:
@@ -960,7 +967,7 @@ def numba_forward(
         bias: (2N,) added to the pre-activations, unrounded; None for none.
 
     Returns:
-        (B, T, N) states.
+        (B, T, N) states; (B, 1, N) the last one in float32 (float64 for float64), a tensor of its own.
 
     Raises:
         ValueError: if numba is missing or the dtypes have no kernel.
@@ -972,23 +979,23 @@ def numba_forward(
     if mask is None and reset is None and out is None:
         states = numba_step(gate_and_candidate, h0, bias, dtype)
         if states is not None:
-            return states
+            return states, states.clone()
     forward, _ = _require_variant(gate_and_candidate, dtype, bias)
     x = _rows(gate_and_candidate)
     batch, steps, width = x.shape
     states = x.new_empty((batch, steps, width // 2), dtype=dtype) if out is None else out
-    if states.numel() == 0:
-        return states
-    arguments, _, threads, memory = _prepare(x, h0, states, mask, reset, bias)
+    assert states.numel() > 0
+    arguments, carry, threads, memory = _prepare(x, h0, states, mask, reset, bias)
     entry, blocks, pieces = _compiled_entry(forward), arguments[_BLOCKS], arguments[_PIECES]
     _run(entry, arguments, memory, 0, batch * blocks * pieces, threads)
     if pieces > 1:
         _run(entry, arguments, memory, 1, batch * blocks, threads)
-    return states
+    return states, carry[pieces - 1].unsqueeze(1).clone()  # without the rest of the carry
 
 
 def numba_backward(
     grad: Tensor,
+    grad_last: Tensor | None,
     gate_and_candidate: Tensor,
     h0: Tensor | None,
     states: Tensor,
@@ -1001,6 +1008,7 @@ def numba_backward(
 
     Args:
         grad: (B, T, N) gradient of the states, in their dtype.
+        grad_last: (B, 1, N) gradient of the last state that was returned beside them; None for 0.
         gate_and_candidate, h0, mask, reset, bias: as given to `numba_forward`.
         states: (B, T, N) what it returned.
         out: (B, T, 2N) contiguous tensor of the inputs' dtype to write to; a new one if None.
@@ -1016,12 +1024,13 @@ def numba_backward(
     x, states, grad = _rows(gate_and_candidate), _rows(states), _rows(grad.to(states.dtype))
     batch, steps, channels = states.shape
     grad_x = x.new_empty((batch, steps, 2 * channels)) if out is None else out
-    if states.numel() == 0:
-        return grad_x, grad.new_zeros((batch, 1, channels), dtype=accumulation_dtype(x))
+    assert states.numel() > 0
     arguments, carry, threads, memory = _prepare(x, h0, states, mask, reset, bias)
     half = carry.new_full((channels,), _INITIAL_STATE)
-    arguments.extend((grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()))
-    memory = (*memory, grad, grad_x, half)
+    grad_last = None if grad_last is None else grad_last.to(carry.dtype).contiguous()
+    gradients = grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()
+    arguments.extend((*gradients, _data_ptr(grad_last)))
+    memory = (*memory, grad, grad_last, grad_x, half)
     entry, blocks, pieces = _compiled_entry(backward), arguments[_BLOCKS], arguments[_PIECES]
     _run(entry, arguments, memory, 0, batch * blocks * pieces, threads)
     if pieces > 1:

@@ -230,12 +230,12 @@ def _flags(pointer, t, stride_t, valid):
 
 
 @_jit
-def _initial(h0, n, inside, HAS_H0: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The state before the first step (BLOCK_N)."""
-    if HAS_H0:
-        state = tl.load(h0 + n, mask=inside, other=0.0).to(ACCUMULATE)
+def _initial(start, n, inside, HAS_START: tl.constexpr, DEFAULT: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """What a scan begins with, n's shape: g(0) = 0.5 by default where it is a state, 0 where it is a gradient."""
+    if HAS_START:
+        state = tl.load(start + n, mask=inside, other=0.0).to(ACCUMULATE)
     else:
-        state = tl.full([BLOCK_N], 0.5, ACCUMULATE)  # g(0)
+        state = tl.full(n.shape, DEFAULT, ACCUMULATE)
     return state
 
 
@@ -385,6 +385,7 @@ def _forward_kernel(
     reset,
     boundaries,
     states,
+    last,
     x_stride_b,
     x_stride_t,
     h0_stride_b,
@@ -406,7 +407,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """States (B, T, N) of one chunk, from the state at its boundary."""
+    """States (B, T, N) of one chunk, from the state at its boundary; and the last of all, (B, N), as it is."""
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
     x += row * x_stride_b
@@ -417,7 +418,7 @@ def _forward_kernel(
         boundaries += (row * (num_chunks + 1) + chunk) * num_channels
         h = tl.load(boundaries + n, mask=n < num_channels, other=0.0)
     else:
-        h = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, ACCUMULATE, BLOCK_N)
+        h = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, 0.5, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
@@ -428,10 +429,12 @@ def _forward_kernel(
             True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     if whole < stop:
-        _forward_tile(
+        h, low = _forward_tile(
             x, mask, reset, states, x_stride_t, mask_stride_t, reset_stride_t, whole, stop, n, num_channels, h, low,
             False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
+    if stop == num_steps:
+        tl.store(last + row * num_channels + n, h, mask=n < num_channels)
 
 
 @_jit
@@ -494,13 +497,13 @@ def _boundary_kernel(
     carries,
     lesses,
     drives,
-    h0,
+    start,
     boundaries,
-    h0_stride_b,
+    start_stride_b,
     num_channels,
     num_chunks,
     num_blocks,
-    HAS_H0: tl.constexpr,
+    HAS_START: tl.constexpr,
     HAS_RESET: tl.constexpr,
     REVERSE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -514,10 +517,8 @@ def _boundary_kernel(
     lesses += row * num_chunks * num_channels
     drives += row * num_chunks * num_channels
     boundaries += row * (num_chunks + 1) * num_channels
-    if REVERSE:
-        state = tl.full([BLOCK_N], 0.0, ACCUMULATE)
-    else:
-        state = _initial(h0 + row * h0_stride_b, n, n < num_channels, HAS_H0, ACCUMULATE, BLOCK_N)
+    start += row * start_stride_b
+    state = _initial(start, n, n < num_channels, HAS_START, 0.0 if REVERSE else 0.5, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     for first in range(0, num_chunks + 1, BLOCK_C):
         done = first + tl.arange(0, BLOCK_C)  # chunks behind us at this boundary, so the last of them is done - 1
@@ -615,6 +616,7 @@ def _backward_tile(
 @_jit
 def _backward_kernel(
     grad,
+    grad_last,
     x,
     h0,
     states,
@@ -639,6 +641,7 @@ def _backward_kernel(
     chunk_steps,
     num_chunks,
     num_blocks,
+    HAS_GRAD_LAST: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_RESET: tl.constexpr,
@@ -661,12 +664,12 @@ def _backward_kernel(
     mask += row * mask_stride_b
     reset += row * reset_stride_b
     grad_x += row * num_steps * 2 * num_channels
-    initial = _initial(h0 + row * h0_stride_b, n, channel, HAS_H0, ACCUMULATE, BLOCK_N)
+    initial = _initial(h0 + row * h0_stride_b, n, channel, HAS_H0, 0.5, ACCUMULATE)
     if CHUNKED:
         boundaries += (row * (num_chunks + 1) + chunk + 1) * num_channels
         flow = tl.load(boundaries + n, mask=channel, other=0.0)  # dL/dh_{t-1} less grad_{t-1}, for the last t done
     else:
-        flow = tl.full([BLOCK_N], 0.0, ACCUMULATE)
+        flow = _initial(grad_last + row * num_channels, n, channel, HAS_GRAD_LAST, 0.0, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     start = chunk * chunk_steps
     stop = tl.minimum(start + chunk_steps, num_steps)
@@ -798,7 +801,7 @@ def triton_forward(
     mask: Tensor | None,
     reset: Tensor | None,
     dtype: torch.dtype,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """States of the MinGRU recurrence, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t), fused into one to three kernels.
 
     Args:
@@ -810,15 +813,15 @@ def triton_forward(
         dtype: of the returned states.
 
     Returns:
-        (B, T, N) states h_1..h_T, contiguous.
+        (B, T, N) states h_1..h_T, contiguous; (B, 1, N) the last one in float32 (float64 for float64 inputs).
 
     Cost: reads the inputs once and writes the states once; time in chunks reads the inputs once more.
     """
     x = _channels_last(gate_and_candidate)
     states = x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2), dtype=dtype)
-    if states.numel() == 0:
-        return states
+    assert states.numel() > 0
     call = _Call(x, h0, mask, reset)
+    last = x.new_empty((x.shape[0], 1, states.shape[2]), dtype=call.dtype)
     with call.device:
         boundaries = states
         if call.num_chunks > 1:
@@ -827,17 +830,18 @@ def triton_forward(
                 x, call.mask, call.reset, carries, lesses, drives, *call.x_strides, *call.flag_strides,
                 *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
             )  # fmt: skip
-            call.boundaries(carries, lesses, drives, boundaries, reverse=False)
+            call.boundaries(carries, lesses, drives, call.h0 if call.has_h0 else None, boundaries, reverse=False)
         _forward_kernel[call.grid](
-            x, call.h0, call.mask, call.reset, boundaries, states, *call.x_strides, call.h0_stride, *call.flag_strides,
-            *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
+            x, call.h0, call.mask, call.reset, boundaries, states, last, *call.x_strides, call.h0_stride,
+            *call.flag_strides, *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
             CHUNKED=call.num_chunks > 1, **call.blocks,
         )  # fmt: skip
-    return states
+    return states, last
 
 
 def triton_backward(
     grad: Tensor,
+    grad_last: Tensor | None,
     gate_and_candidate: Tensor,
     h0: Tensor | None,
     states: Tensor,
@@ -848,6 +852,7 @@ def triton_backward(
 
     Args:
         grad: (B, T, N) gradient of the states.
+        grad_last: (B, 1, N) gradient of the last state that was returned beside them; None for 0.
         gate_and_candidate, h0, mask, reset: as given to `triton_forward`.
         states: (B, T, N) what it returned.
 
@@ -860,10 +865,12 @@ def triton_backward(
     """
     x, grad, states = (_channels_last(tensor) for tensor in (gate_and_candidate, grad, states))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_h0 = x.new_empty((x.shape[0], 1, x.shape[2] // 2), dtype=torch.promote_types(x.dtype, torch.float32))
-    if states.numel() == 0:
-        return grad_x, grad_h0.zero_()
+    assert states.numel() > 0
     call = _Call(x, h0, mask, reset)
+    grad_h0 = x.new_empty((x.shape[0], 1, states.shape[2]), dtype=call.dtype)
+    has_grad_last = grad_last is not None
+    if has_grad_last:
+        grad_last = grad_last.contiguous()
     with call.device:
         boundaries = grad_h0
         if call.num_chunks > 1:
@@ -873,13 +880,13 @@ def triton_backward(
                 *call.x_strides, *call.flag_strides, *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
                 **call.blocks,
             )  # fmt: skip
-            call.boundaries(carries, lesses, drives, boundaries, reverse=True)
+            call.boundaries(carries, lesses, drives, grad_last, boundaries, reverse=True)
             grad_h0.copy_(boundaries[:, :1])
         _backward_kernel[call.grid](
-            grad, x, call.h0, states, call.mask, call.reset, boundaries, grad_x, grad_h0, grad.stride(0),
-            grad.stride(1), *call.x_strides, call.h0_stride, states.stride(0), states.stride(1), *call.flag_strides,
-            *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
-            CHUNKED=call.num_chunks > 1, **call.blocks,
+            grad, grad_last if has_grad_last else grad, x, call.h0, states, call.mask, call.reset, boundaries, grad_x,
+            grad_h0, grad.stride(0), grad.stride(1), *call.x_strides, call.h0_stride, states.stride(0),
+            states.stride(1), *call.flag_strides, *call.sizes, HAS_GRAD_LAST=has_grad_last, HAS_H0=call.has_h0,
+            HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, CHUNKED=call.num_chunks > 1, **call.blocks,
         )  # fmt: skip
     return grad_x, grad_h0
 
@@ -900,14 +907,14 @@ class _Call:
             *(self.reset.stride() if self.has_reset else (0, 0)),
         )
         batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
-        accumulate = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
         processors, stages = _processors(x.device)
-        block_t, block_n, chunk_steps = _plan(batch, steps, channels, processors, accumulate)
+        block_t, block_n, chunk_steps = _plan(batch, steps, channels, processors, self.dtype)
         self.num_chunks = triton.cdiv(steps, chunk_steps)
         num_blocks = triton.cdiv(channels, block_n)
         self.sizes = (steps, channels, chunk_steps, self.num_chunks, num_blocks)
         self.grid = (batch * self.num_chunks * num_blocks,)
-        self.accumulate = tl.float64 if accumulate == torch.float64 else tl.float32
+        self.accumulate = tl.float64 if self.dtype == torch.float64 else tl.float32
         self.blocks = {
             "ACCUMULATE": self.accumulate,
             "BLOCK_T": block_t,
@@ -921,18 +928,20 @@ class _Call:
     def summaries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Memory for the maps of the chunks, (B, C, N) three times, and for what crosses boundaries, (B, C + 1, N)."""
         batch, channels = self.x.shape[0], self.x.shape[2] // 2
-        dtype = torch.promote_types(self.x.dtype, torch.float32)
-        maps = self.x.new_empty((3, batch, self.num_chunks, channels), dtype=dtype)
-        return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=dtype)
+        maps = self.x.new_empty((3, batch, self.num_chunks, channels), dtype=self.dtype)
+        return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=self.dtype)
 
-    def boundaries(self, carries: Tensor, lesses: Tensor, drives: Tensor, boundaries: Tensor, reverse: bool) -> None:
-        """Fill `boundaries` from the maps of the chunks."""
+    def boundaries(
+        self, carries: Tensor, lesses: Tensor, drives: Tensor, start: Tensor | None, boundaries: Tensor, reverse: bool
+    ) -> None:
+        """Fill `boundaries` from the maps of the chunks and what the scan starts with, (B, 1, N) or None."""
         batch, chunks, channels = carries.shape
         block_c, block_n = _summary_blocks(chunks, channels, carries.dtype)
         num_blocks = triton.cdiv(channels, block_n)
         _boundary_kernel[(batch * num_blocks,)](
-            carries, lesses, drives, self.h0, boundaries, self.h0_stride, channels, chunks, num_blocks,
-            HAS_H0=self.has_h0, HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate,
+            carries, lesses, drives, carries if start is None else start, boundaries,
+            0 if start is None else start.stride(0), channels, chunks, num_blocks,
+            HAS_START=start is not None, HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate,
             BLOCK_C=block_c, BLOCK_N=block_n, num_warps=4, **_OPTIONS,
         )  # fmt: skip
 

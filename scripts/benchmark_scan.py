@@ -211,9 +211,9 @@ def make_calls(functions: dict[str, Callable], shape: tuple[int, int, int], x: T
     out, grad_out = torch.empty_like(a), torch.empty_like(x)
     calls: dict[tuple[str, str], Call] = {("add", "floor"): (None, lambda _: torch.add(a, b, out=out))}
     if NUMBA_AVAILABLE and x.device.type == "cpu":
-        states = numba_forward(x, h0, None, None, x.dtype)
+        states, _ = numba_forward(x, h0, None, None, x.dtype)
         calls["kernel", "forward"] = (None, lambda _: numba_forward(x, h0, None, None, x.dtype, out))
-        calls["kernel", "backward"] = (None, lambda _: numba_backward(b, x, h0, states, None, None, grad_out))
+        calls["kernel", "backward"] = (None, lambda _: numba_backward(b, None, x, h0, states, None, None, grad_out))
     leaves = x.clone().requires_grad_(), h0.clone().requires_grad_()
 
     for name, function in functions.items():

@@ -42,6 +42,12 @@ def run(x, h0, mask, reset, weight, function, **kwargs):
     return states.detach(), x.grad, h0.grad
 
 
+def scan_and_last(*args, **kwargs):
+    """States plus twice the last one: a function of both results."""
+    states, last = mingru_scan(*args, return_last_state=True, **kwargs)
+    return states + 2 * last
+
+
 def relative_error(actual, expected):
     return ((actual.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
 
@@ -138,7 +144,7 @@ def test_vmap_runs_the_samples_as_one_batch(mapped, trailing, backend):
         in_dims.append(0 if name in mapped else None)
 
     def scan(x, h0, bias, mask, reset):
-        return mingru_scan(x, h0, mask, reset, bias=bias, backend=backend)
+        return scan_and_last(x, h0, mask, reset, bias=bias, backend=backend)
 
     def sample(i):
         return [many if axis is None else many[i] for many, axis in zip(inputs, in_dims, strict=True)]
@@ -271,12 +277,59 @@ def test_bfloat16_rounds_only_its_inputs_and_outputs(backend, steps):
     assert relative_error(exact, expected[0]) <= FLOAT32_RELATIVE
 
 
+@pytest.mark.parametrize("wanted", ["states and last", "last"])
+@pytest.mark.parametrize("shape", [(3, 1, 7), (2, 63, 5, (2, 3)), (1, 1000, 3), (1, 3000, 64)])
+@pytest.mark.parametrize("flags", ["", "mask", "mask reset", "slow"])
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_last_state_and_its_gradients(backend, shape, flags, wanted):
+    x, h0, mask, reset = make_inputs(*shape, flags=flags)
+    if flags == "slow":
+        x[:, :, : shape[2]] -= 12  # pieces of time that begin with a guess never meet the true state
+    if reset is not None:
+        reset[:, shape[1] // 2 :] = False  # else little flows back
+    of_states, of_last = torch.randn(shape[0], shape[1], *h0.shape[2:]), 10 * torch.randn_like(h0)
+
+    def run(x, h0, scan):
+        x, h0 = x.clone().requires_grad_(), h0.clone().requires_grad_()
+        states, last = scan(x, h0)
+        loss = (last * of_last).sum() + (0 if wanted == "last" else (states * of_states).sum())
+        return last.detach(), *torch.autograd.grad(loss, (x, h0))
+
+    def loop(x, h0):
+        states = scan_reference(x, h0, mask, reset)
+        return states, states[:, -1:]
+
+    expected = run(x.double(), h0.double(), loop)
+    actual = run(x, h0, lambda x, h0: mingru_scan(x, h0, mask, reset, backend=backend, return_last_state=True))
+    assert relative_error(actual[0], expected[0]) <= FLOAT32_RELATIVE
+    for result, other in zip(actual[1:], expected[1:], strict=True):
+        assert error_over_largest(result, other) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("backend", ["reference", "auto", "torch"])
+def test_the_last_state_is_not_rounded_and_has_memory_of_its_own(backend, dtype, grad, steps):
+    x, h0, _, _ = make_inputs(2, steps, 3)
+    x = x.to(dtype).requires_grad_(grad)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = mingru_scan(x.to(wide), h0, backend=backend)
+    states, last = mingru_scan(x, h0, backend=backend, return_last_state=True)
+    assert (states.dtype, last.dtype) == (dtype, wide)
+    torch.testing.assert_close(last, expected[:, -1:], rtol=1e-6, atol=1e-6)
+    before = states.detach().clone()
+    last.detach().zero_()
+    assert torch.equal(states, before)
+
+
 @pytest.mark.parametrize("flags", ["", "mask reset"])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_gradcheck(backend, flags):
     x, h0, mask, reset = make_inputs(2, 9, 3, flags=flags)
     inputs = (x.double().requires_grad_(), h0.double().requires_grad_())
     assert torch.autograd.gradcheck(lambda x, h0: mingru_scan(x, h0, mask, reset, backend=backend), inputs)
+    assert torch.autograd.gradcheck(lambda x, h0: scan_and_last(x, h0, mask, reset, backend=backend), inputs)
 
 
 @pytest.mark.parametrize("flags", ["", "mask reset"])
@@ -293,6 +346,9 @@ def test_second_derivatives(backend, shape, flags):
 
     assert torch.autograd.gradgradcheck(scan, inputs)
     assert torch.autograd.gradgradcheck(scan, inputs[:1])
+    assert torch.autograd.gradgradcheck(
+        lambda *args: scan_and_last(args[0], args[1], mask, reset, backend=backend), inputs[:2]
+    )
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -320,7 +376,7 @@ def test_a_penalty_on_gradients_and_third_derivatives(backend):
 
     def derivatives(backend):
         inputs = [tensor.clone().requires_grad_() for tensor in originals]
-        value = (mingru_scan(inputs[0], inputs[1], bias=inputs[2], backend=backend) ** 3).sum()
+        value = (scan_and_last(inputs[0], inputs[1], bias=inputs[2], backend=backend) ** 3).sum()
         results = []
         for _ in range(3):
             grads = torch.autograd.grad(value, inputs, create_graph=True)
@@ -361,7 +417,7 @@ def test_torch_func_differentiates_the_kernels(flags, backend):
 
     def results(backend):
         def loss(x, h0, bias=shared):
-            return (mingru_scan(x[None], h0[None], mask, reset, bias=bias, backend=backend) ** 3).sum()
+            return (scan_and_last(x[None], h0[None], mask, reset, bias=bias, backend=backend) ** 3).sum()
 
         def penalty(x, h0, bias=shared):
             return sum((g**2).sum() for g in grad(loss, argnums=(0, 1, 2))(x, h0, bias))
@@ -446,7 +502,7 @@ def test_nan_in_padding_reaches_no_derivative_through_the_loop(monkeypatch):
 def test_batched_gradients(backend, trailing):
     x, h0, _, _ = make_inputs(2, 5, 3, *([trailing] if trailing else []))
     inputs = [tensor.requires_grad_() for tensor in (x, h0, torch.randn(6))]
-    states = mingru_scan(x, h0, bias=inputs[2], backend=backend)
+    states = scan_and_last(x, h0, bias=inputs[2], backend=backend)
     many = torch.randn(4, *states.shape)
     batched = torch.autograd.grad(states, inputs, many, is_grads_batched=True, retain_graph=True)
     for i, weight in enumerate(many):
@@ -630,10 +686,13 @@ def test_strided_and_expanded_tensors(backend, steps):
 @pytest.mark.parametrize("shape", [(0, 5, 4), (2, 0, 4), (2, 5, 0), (0, 5, 4, 3)])
 def test_empty_batches_and_sequences(backend, shape):
     x = torch.randn(*shape, requires_grad=True)
-    states = mingru_scan(x, backend=backend)
+    h0 = torch.rand(shape[0], 1, shape[2] // 2, *shape[3:], requires_grad=True)
+    states, last = mingru_scan(x, h0, backend=backend, return_last_state=True)
     assert states.shape == (shape[0], shape[1], shape[2] // 2, *shape[3:])
-    states.sum().backward()
+    assert torch.equal(last, h0)  # where there is one, no step changes it
+    (states.sum() + last.sum()).backward()
     assert x.grad.shape == shape
+    assert torch.equal(h0.grad, torch.ones_like(h0))
     assert mingru_scan(x.bfloat16(), dtype=torch.float32, backend=backend).dtype == torch.float32
 
 
@@ -726,7 +785,7 @@ def test_environment_variable_forces_a_backend(monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
 def test_operator_passes_opcheck():
     x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
-    operator = torch.ops.mingru_hf_v2.scan.default
+    operator = torch.ops.mingru_hf_v3.scan.default
     options = mask, reset, "torch", torch.float32
     torch.library.opcheck(operator, (x.requires_grad_(), None, h0.requires_grad_(), *options))
     torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, None, "torch", torch.bfloat16))
@@ -743,7 +802,7 @@ def test_tracers_and_transforms_see_the_operator(grad, backend):
     x, other = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
 
     def function(x):
-        return mingru_scan(x, backend=backend)
+        return scan_and_last(x, backend=backend)
 
     with torch.set_grad_enabled(grad):
         programs = [torch.jit.trace(function, x), make_fx(function)(x), make_fx(function, tracing_mode="fake")(x)]

@@ -94,19 +94,20 @@ def make_inputs(batch, steps, channels, flags="h0 mask reset", device=None):
 
 
 def reference(x, h0, mask, reset, weight):
-    """States and gradients of a weighted sum of them, from the float64 loop."""
+    """States, the last one, and gradients of a weighted sum of both, from the float64 loop."""
     x = x.double().requires_grad_()
     h0 = torch.full((x.shape[0], 1, x.shape[2] // 2), 0.5) if h0 is None else h0
     h0 = h0.double().requires_grad_()
     states = scan_reference(x, h0, mask, reset)
-    (states * weight.double()).sum().backward()
-    return states.detach(), x.grad, h0.grad
+    (states * weight.double()).sum().add(states[:, -1:].sum()).backward()
+    return states.detach(), states[:, -1:].detach(), x.grad, h0.grad
 
 
 def run(x, h0, mask, reset, weight, dtype=None):
     """The same from the kernels."""
-    states = triton_forward(x, h0, mask, reset, x.dtype if dtype is None else dtype)
-    return states, *triton_backward(weight.to(states.dtype), x, h0, states, mask, reset)
+    states, last = triton_forward(x, h0, mask, reset, x.dtype if dtype is None else dtype)
+    grads = weight.to(states.dtype), torch.ones_like(last[..., :1]).expand_as(last)
+    return states, last, *triton_backward(*grads, x, h0, states, mask, reset)
 
 
 def relative_error(actual, expected):
@@ -131,16 +132,17 @@ def measure(shape, dtype, flags, sizes):
     x, h0, mask, reset = make_inputs(*shape, flags)
     x, weight = x.to(dtype), torch.randn(shape).to(dtype)
     expected = reference(x, h0, mask, reset, weight)
-    states, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
+    states, last, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
     wide = dtype if dtype == torch.float64 else torch.float32
     assert states.dtype == grad_x.dtype == dtype
-    assert grad_h0.dtype == wide
-    wide_states = states if dtype == wide else triton_forward(x, h0, mask, reset, wide)
+    assert last.dtype == grad_h0.dtype == wide
+    wide_states = states if dtype == wide else triton_forward(x, h0, mask, reset, wide)[0]
     return {
         "states": relative_error(states, expected[0]),
         "wide states": relative_error(wide_states, expected[0]),
-        "grad_x": error_over_largest(grad_x, expected[1]),
-        "grad_h0": error_over_largest(grad_h0, expected[2]),
+        "last": relative_error(last, expected[1]),
+        "grad_x": error_over_largest(grad_x, expected[2]),
+        "grad_h0": error_over_largest(grad_h0, expected[3]),
     }
 
 
@@ -178,36 +180,37 @@ def check(name, chunk):
         x[:, 6:11] = float("nan")
         dirty = run(x, h0, mask, reset, weight)
         assert_same(dirty, clean)
-        assert not dirty[1][:, 6:11].any()
+        assert not dirty[2][:, 6:11].any()
     elif name == "NaN and Inf stay where they are":
         clean = run(x, h0, None, None, weight)
         for bad in (float("nan"), float("inf")):
             spoilt = x.clone()
             spoilt[1, 9, 3] = bad  # the candidate of channel 0
-            states, grad_x, grad_h0 = run(spoilt, h0, None, None, weight)
+            states, last, grad_x, grad_h0 = run(spoilt, h0, None, None, weight)
             assert not states[1, 9:, 0].isfinite().any()
-            states[1, 9:, 0] = clean[0][1, 9:, 0]
-            grad_x[1, 9:, ::3] = clean[1][1, 9:, ::3]
-            assert_same((states, grad_x, grad_h0), clean)
+            assert not last[1, 0, 0].isfinite()
+            states[1, 9:, 0], last[1, 0, 0] = clean[0][1, 9:, 0], clean[1][1, 0, 0]
+            grad_x[1, 9:, ::3] = clean[2][1, 9:, ::3]
+            assert_same((states, last, grad_x, grad_h0), clean)
     elif name == "a reset stops NaN":
         reset[:, 7], reset[:, 13] = False, True
         mask[:, 7] = True
         clean = run(x, h0, mask, reset, weight)
         x[:, 7] = float("nan")
-        states, grad_x, _ = run(x, h0, mask, reset, weight)
+        states, last, grad_x, _ = run(x, h0, mask, reset, weight)
         assert states[:, 7].isnan().all()
-        assert_same((states[:, 13:], grad_x[:, 13:]), (clean[0][:, 13:], clean[1][:, 13:]))
+        assert_same((states[:, 13:], last, grad_x[:, 13:]), (clean[0][:, 13:], clean[1], clean[2][:, 13:]))
         weight[:, 16] = float("nan")  # and one in the gradient, on its way back
         for step in (12, 13):  # the first of a tile and one inside
             x, h0, _, _ = make_inputs(2, 20, 3)
             reset = (torch.arange(20) == step).expand(2, 20)
             clean = run(x, h0, None, reset, weight.nan_to_num())
-            _, grad_x, grad_h0 = run(x, h0, None, reset, weight)
+            _, _, grad_x, grad_h0 = run(x, h0, None, reset, weight)
             assert grad_x[:, step:17].isnan().all()
-            assert_same((grad_x[:, :step], grad_h0), (clean[1][:, :step], clean[2]))
+            assert_same((grad_x[:, :step], grad_h0), (clean[2][:, :step], clean[3]))
     elif name == "a masked reset leaves 0.5":
         mask[:, 9], reset[:, 9] = False, True
-        states, grad_x, _ = run(x, h0, mask, reset, weight)
+        states, _, grad_x, _ = run(x, h0, mask, reset, weight)
         assert (states[:, 9] == 0.5).all()
         assert not grad_x[:, 9].any()
     elif name == "saturated gates":
@@ -220,7 +223,8 @@ def check(name, chunk):
             weight = torch.ones(*x.shape[:2], 1)
             # Not autograd's gradients: they subtract sigmoids from 1 and lose the smallest ones, signs included.
             wide = x.double(), h0.double(), scan_reference(x.double(), h0.double())
-            expected = wide[-1], *_torch_backward(weight.double(), *wide, None, None)
+            ones = torch.ones_like(wide[-1][:, -1:])
+            expected = wide[-1], wide[-1][:, -1:], *_torch_backward(weight.double(), ones, *wide, None, None)
             for result, other in zip(run(x, h0, None, None, weight), expected, strict=True):
                 assert result.isfinite().all()
                 assert error_over_largest(result, other) <= TOLERANCE[torch.float32]
@@ -267,7 +271,7 @@ def test_kernels_equal_the_float64_loop(battery, name):
     wide = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
     narrow = {torch.bfloat16: INTERPRETED_BFLOAT16, torch.float16: 2.0**-10}.get(dtype, wide)
     assert errors["states"] <= narrow
-    assert errors["wide states"] <= wide
+    assert max(errors["wide states"], errors["last"]) <= wide
     assert errors["grad_x"] <= (2 * narrow if dtype.itemsize == 2 else wide)
     assert errors["grad_h0"] <= wide
 
@@ -301,9 +305,11 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     block_t, block_n, _ = scan_triton._plan(8, 1024, channels, 132, getattr(torch, f"float{accumulate[2:]}"))
     pointers = dict.fromkeys(("x", "states", "grad", "grad_x"), f"*{dtype}")
-    pointers |= dict.fromkeys(("h0", "boundaries", "carries", "lesses", "drives", "grad_h0"), f"*{accumulate}")
+    wide = "h0", "last", "start", "boundaries", "carries", "lesses", "drives", "grad_last", "grad_h0"
+    pointers |= dict.fromkeys(wide, f"*{accumulate}")
     pointers |= dict.fromkeys(("mask", "reset"), "*u8")
-    values = dict.fromkeys(("HAS_H0", "HAS_MASK", "HAS_RESET", "CHUNKED", "REVERSE"), flags)
+    switches = "HAS_H0", "HAS_START", "HAS_GRAD_LAST", "HAS_MASK", "HAS_RESET", "CHUNKED", "REVERSE"
+    values = dict.fromkeys(switches, flags)
     values |= {"ACCUMULATE": getattr(tl, f"float{accumulate[2:]}"), "BLOCK_T": block_t, "BLOCK_N": block_n}
     values |= {"STAGES": scan_triton._STAGES}
     values["BLOCK_C"], summary_block_n = scan_triton._summary_blocks(
@@ -385,7 +391,8 @@ def one_off(*args):
     return grad_x, grad_h0
 
 def nothing_written(*args):
-    return torch.full_like(forward(*args), torch.nan)
+    states, last = forward(*args)
+    return torch.full_like(states, torch.nan), last
 
 scan._KERNELS["triton"] = {
     "none": (forward, backward),
@@ -483,13 +490,15 @@ def test_reason_on_a_cpu():
 def test_on_a_card(shape, flags, dtype):
     x, h0, mask, reset = make_inputs(*shape, flags, device="cuda")
     x, weight = x.to(dtype), torch.randn(shape, device="cuda").to(dtype)
-    states, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
-    expected = _torch_forward(x.double(), h0, mask, reset, torch.float64)
-    expected_x, expected_h0 = _torch_backward(weight.double(), x.double(), h0, expected, mask, reset)
+    states, last, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
+    expected, expected_last = _torch_forward(x.double(), h0, mask, reset, torch.float64)
+    grads = weight.double(), torch.ones_like(expected_last)
+    expected_x, expected_h0 = _torch_backward(*grads, x.double(), h0, expected, mask, reset)
     narrow = {torch.float16: 2.0**-11}.get(dtype, TOLERANCE[dtype]) * 1.01
     wide = TOLERANCE[torch.float32]
     assert relative_error(states, expected) <= narrow
-    assert relative_error(triton_forward(x, h0, mask, reset, torch.float32), expected) <= wide
+    assert relative_error(last, expected_last) <= wide
+    assert relative_error(triton_forward(x, h0, mask, reset, torch.float32)[0], expected) <= wide
     assert error_over_largest(grad_x, expected_x) <= 2 * narrow
     assert error_over_largest(grad_h0, expected_h0) <= wide
 
@@ -534,8 +543,8 @@ def test_on_a_card_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two cards")
     x, h0, mask, reset = make_inputs(2, 700, 64, device="cuda:1")
-    states = triton_forward(x, h0, mask, reset, torch.float32)
-    assert relative_error(states, _torch_forward(x.double(), h0, mask, reset, torch.float64)) <= 1e-5
+    states, _ = triton_forward(x, h0, mask, reset, torch.float32)
+    assert relative_error(states, _torch_forward(x.double(), h0, mask, reset, torch.float64)[0]) <= 1e-5
 
 
 @pytest.mark.gpu
@@ -544,13 +553,13 @@ def test_more_than_31_bits_of_elements_on_a_card():
     if torch.cuda.mem_get_info()[0] < 30e9:
         pytest.skip("needs 30 GB on the card")
     x = torch.randn(1, 1 << 20, 2 * 1088, device="cuda", dtype=torch.bfloat16)
-    states = triton_forward(x, None, None, None, torch.bfloat16)
-    tail = triton_forward(x[:, -64:].contiguous(), states[:, -65:-64], None, None, torch.float32)
+    states, _ = triton_forward(x, None, None, None, torch.bfloat16)
+    tail, _ = triton_forward(x[:, -64:].contiguous(), states[:, -65:-64], None, None, torch.float32)
     assert relative_error(states[:, -64:], tail.double()) <= 3 * TOLERANCE[torch.bfloat16]
-    grad_x, _ = triton_backward(torch.ones_like(states), x, None, states, None, None)
+    grad_x, _ = triton_backward(torch.ones_like(states), None, x, None, states, None, None)
     ones = torch.ones_like(states[:, -64:])
     expected, _ = triton_backward(
-        ones, x[:, -64:].contiguous(), states[:, -65:-64], states[:, -64:].contiguous(), None, None
+        ones, None, x[:, -64:].contiguous(), states[:, -65:-64], states[:, -64:].contiguous(), None, None
     )
     assert error_over_largest(grad_x[:, -64:], expected.double()) <= 2 * TOLERANCE[torch.bfloat16]
 
