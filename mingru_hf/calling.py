@@ -1,9 +1,10 @@
 """A single token's way through a model's modules, where torch's and transformers' detours outweigh the arithmetic.
 
 `nn.Module.__call__` looks for hooks and compilers, every `self.weight` goes through `__getattr__`, and a ModelOutput
-checks its fields one by one: together that was more than half of a small model's decoding step. `direct_call` goes
-straight to the operator where nothing hangs on a module (no hook, no adapter, no quantisation, no offloading), and is
-`module(x)` everywhere else.
+checks its fields one by one: together that was two fifths of a small model's decoding step (LOG.md). `direct_call`
+goes straight to the operator where nothing hangs on a module (no hook, no adapter, no quantisation, no offloading),
+and is `module(x)` everywhere else. Which of the two it is, `choose_call` decides once a pass; the models hand it on
+as `call`.
 """
 
 import inspect
@@ -52,7 +53,7 @@ def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
     return torch.embedding(parameters["weight"], ids)
 
 
-# class: the forward that it had when it was entered here (a later one is somebody's patch), and what stands in for it.
+# class -> (its forward when it was registered here, the direct replacement). A forward that differs has been patched.
 _DIRECT: dict[type, tuple[Callable, Callable]] = {
     nn.Linear: (nn.Linear.forward, _linear),
     nn.LayerNorm: (nn.LayerNorm.forward, _layer_norm),

@@ -18,9 +18,9 @@ class ConfigurationMixin:
 
     @classmethod
     def _code_to_load(cls, own: dict[str, str], given: dict[str, str]) -> dict[str, str]:
-        """The auto_map to save: the package's own, unless it is given and names the code of another repository.
+        """The auto_map to save: the package's `own`, overridden by what was `given`, as by another repository's code.
 
-        A subclass that does not travel is saved without code, and promises none.
+        A subclass that is not registered for the Auto classes is saved without code, so that our entries are dropped.
         """
         if cls._auto_class is not None:
             return own | given

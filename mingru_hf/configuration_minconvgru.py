@@ -122,7 +122,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
             raise ValueError(f"The backbone has {len(stages)} depths, {', '.join(stages)}; out_indices is {indices}.")
         for name in ("feature_pooling", "hidden_sizes"):
             value = getattr(self, name)
-            if isinstance(value, list) and len(value) != self.num_depths:
+            if isinstance(value, (list, tuple)) and len(value) != self.num_depths:
                 raise ValueError(
                     f"{name} must have one entry for each of the backbone's {self.num_depths} depths, got {value}."
                 )

@@ -167,8 +167,8 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
             raise ValueError(
                 f"use_out_proj=False needs expand=1: a state {self.expand} times as wide has to be mapped back."
             )
-        if self.initial_memory < 1:
-            raise ValueError(f"initial_memory must be at least 1 step, got {self.initial_memory}.")
+        if not 1 <= self.initial_memory < float("inf"):
+            raise ValueError(f"initial_memory must be at least 1 step and finite, got {self.initial_memory}.")
         if self.initial_memory > 1 and not self.use_bias:
             raise ValueError(f"initial_memory={self.initial_memory} is set by biases: it needs use_bias=True.")
         if self.hidden_act not in ACT2FN:

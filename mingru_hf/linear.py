@@ -1,8 +1,8 @@
 """Linear maps of many rows in float32, where the library that torch takes for them leaves half of the processor idle.
 
-On x86 torch multiplies float32 matrices with MKL, which knows AMD's processors of 2024 and later (Zen 5) only by the
-vectors of 256 bits of their predecessors. Convolutions it gives to oneDNN, which uses all of the 512; and a linear map
-is a convolution with a kernel of 1 x 1. The numbers agree to rounding; LOG.md has the speeds of both, and
+On x86 torch multiplies float32 matrices with MKL, which uses only 256 of the 512 bits of the vectors of AMD's Zen 5
+(2024). Convolutions it gives to oneDNN, which uses all of them; and a linear map is a convolution with a kernel of
+1 x 1. The numbers agree to rounding; LOG.md has the speeds of both, and
 `scripts/benchmark_lm.py` shows them.
 """
 
@@ -111,7 +111,7 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
 
 def _is_float32_here(tensor: Tensor) -> bool:
-    """Whether these are float32 numbers in this machine's memory; not quantised, fake, or spread over machines."""
+    """Whether this is a plain float32 tensor on the CPU: not quantised, not fake, not a DTensor."""
     return tensor.dtype == torch.float32 and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
 
 

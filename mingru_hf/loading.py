@@ -16,7 +16,6 @@ _KNOWN_KWARGS = {
     "offset_mapping",
     "length",
     "cache_position",
-    "num_logits_to_keep",
 }
 
 
@@ -36,7 +35,7 @@ class LoadingMixin:
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in PreTrainedModel, with a warning that names the weights that hold NaN; one look at each is cheap."""
+        """As in PreTrainedModel, with a warning that names the weights that hold NaN."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         damaged = [

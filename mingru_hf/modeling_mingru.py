@@ -115,6 +115,11 @@ class MinGRUConv(nn.Module):
         """
         steps = x.shape[1]
         taps = self.kernel_size
+        if window is not None and window.shape[1:] != (taps - 1, x.shape[2]):
+            raise ValueError(
+                f"cache holds a window of {tuple(window.shape[1:])} (taps - 1, channels) where this model needs "
+                f"{(taps - 1, x.shape[2])}: it belongs to another model."
+            )
         if mask is not None:  # real tokens first, in order: then they are each other's neighbours
             num_real = mask.cumsum(1)  # (B, T)
             places = torch.where(mask, num_real, num_real[:, -1:] + (~mask).cumsum(1)) - 1
@@ -297,6 +302,8 @@ class MinGRUBlock(GradientCheckpointingLayer):
             layer = cache.layers[self.layer_idx]
             num_recorded = layer.num_to_record(num_recorded, steps)
             state, window = layer.state, layer.window
+            if state is not None and (window is None) != (modules["conv"] is None):
+                raise ValueError("cache is another model's: one of the two has a convolution, the other has none.")
         if modules["conv"] is not None:
             conv, windows = call(modules["conv"], hidden_states, window, mask, reset, num_recorded, call)
             hidden_states = hidden_states + conv
@@ -338,7 +345,7 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
-            # Of the size of torch's default: four taps with the matrices' deviation would hardly be heard.
+            # PyTorch's default: drawn like the matrices, with a deviation of 0.02, four taps would add almost nothing.
             init.kaiming_uniform_(module.weight, a=5**0.5)
         memory = getattr(module, "initial_memory", 1)
         if memory > 1:
@@ -441,12 +448,12 @@ class MinGRUModel(MinGRUPreTrainedModel):
         """
         refuse_unknown(kwargs)
         call = choose_call(input_ids if inputs_embeds is None else inputs_embeds)
-        hidden_states, cache = self.run(
+        hidden_states, cache = self._run(
             call, input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, num_recorded, **kwargs
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, cache=cache)
 
-    def run(
+    def _run(
         self,
         call: Callable,
         input_ids: torch.LongTensor | None,
@@ -545,7 +552,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 f"already; got {tuple(shape)}."
             )
         mask = attention_mask[:, -steps:].bool()
-        # One look saves the masked path. Not while tracing, and not for single steps of a GPU, where it would wait.
+        # Looking at the mask here may save the masked path. Not while tracing, and not for single steps on a GPU,
+        # where waiting for the answer costs more.
         if not is_tracing(mask) and (mask.device.type == "cpu" or steps > 1) and bool(mask.all()):
             return None
         return mask
@@ -602,7 +610,7 @@ class _EndedRows(StoppingCriteriaList):
         """(B, 1) False where the last token is padding; None if there is none, unless `always` asks for a mask."""
         if self.padded is None:
             return torch.ones_like(self.ended).unsqueeze(1) if always else None
-        # One look saves the masked path. generate() itself has just waited for this token, except on Apple's GPUs.
+        # As above; generate() itself has just waited for this token, except on Apple's GPUs.
         if not always and self.padded.device.type != "mps" and not self.padded.any():
             return None
         return ~self.padded.unsqueeze(1)
@@ -804,7 +812,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         modules = self._modules
         model, all_hidden_states = modules["model"], None
         if call is direct_call and not kwargs and is_plain(model) and not self.config.output_hidden_states:
-            hidden_states, cache = model.run(call, **arguments)
+            hidden_states, cache = model._run(call, **arguments)
         else:
             outputs = model(**arguments, return_dict=True, **kwargs)
             hidden_states, cache = outputs.last_hidden_state, outputs.cache

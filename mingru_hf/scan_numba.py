@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from .scan_torch import INITIAL_STATE, accumulation_dtype
+
 _MIN_VERSION = (0, 61)
 
 try:
@@ -347,8 +349,6 @@ _CHUNK = 64
 _AHEAD = 3
 _CACHE_LINE = 64  # bytes
 
-_INITIAL_STATE = 0.5
-
 
 @_compiled
 def _fill(row, low_row, count, number, A):
@@ -411,7 +411,7 @@ def _forward_step(a, b, t, first, count, h_row, X, Y, A, W):
     out_row = _address(_argument(a, _STATES), states, Y)
     low_row = _address(h_row, _argument(a, _LOW), A)
     if reset != 0 and _flag(reset, flag):
-        _fill(h_row, low_row, count, _INITIAL_STATE, A)
+        _fill(h_row, low_row, count, INITIAL_STATE, A)
     if mask != 0 and not _flag(mask, flag):
         for c in range(count):
             _store(out_row, c, _load(h_row, c, A, "state"), Y, "write")
@@ -437,7 +437,7 @@ def _forward_piece(a, b, piece, first, count, X, Y, A, W):
     """A piece of time from the true state if it is the first one, from a guess if not."""
     batch, channels, h0 = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _H0)
     h_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
-    _fill(h_row, _address(h_row, _argument(a, _LOW), A), count, _INITIAL_STATE, A)
+    _fill(h_row, _address(h_row, _argument(a, _LOW), A), count, INITIAL_STATE, A)
     if piece == 0 and h0 != 0:
         _copy(_address(h0, b * channels + first, A), h_row, count, A)
     start = piece * _argument(a, _PIECE)
@@ -458,7 +458,7 @@ def _repair_forward(a, b, first, count, X, Y, A, W):
     h_row = _address(carry, b * channels + first, A)  # the true state; that of piece 0 is
     guess_row = _address(carry, (_argument(a, _PIECES) * batch + b) * channels + first, A)
     for piece in range(1, _argument(a, _PIECES)):
-        _fill(guess_row, _address(guess_row, _argument(a, _LOW), A), count, _INITIAL_STATE, A)
+        _fill(guess_row, _address(guess_row, _argument(a, _LOW), A), count, INITIAL_STATE, A)
         start = piece * _argument(a, _PIECE)
         met = False
         for t in range(start, min(start + _argument(a, _PIECE), _argument(a, _STEPS))):
@@ -652,7 +652,8 @@ def _backward(a, X, Y, A, W):
         more, b, piece, first, count = _take_task(a)
 
 
-# Functions of this file, not closures: numba finds closures in its cache on disk never again.
+# Functions of this module, not closures: numba's cache on disk cannot find closures again. What follows `a` says which
+# types there are: of the inputs, of the states, of the state at work, and of the bias.
 _F32, _F64, _BF16 = (numba.float32, numba.float64, numba.uint16) if NUMBA_AVAILABLE else (float, float, int)
 
 
@@ -830,11 +831,6 @@ def _plan(batch: int, steps: int, channels: int, threads: int) -> tuple[int, int
         width = -(-width // 16) * 16  # whole cache lines
     length = -(-steps // pieces)
     return -(-channels // width), width, -(-steps // length), length
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """What the state is kept and summed in: float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _data_ptr(tensor: Tensor | None) -> int:
@@ -1026,7 +1022,7 @@ def numba_backward(
     grad_x = x.new_empty((batch, steps, 2 * channels)) if out is None else out
     assert states.numel() > 0
     arguments, carry, threads, memory = _prepare(x, h0, states, mask, reset, bias)
-    half = carry.new_full((channels,), _INITIAL_STATE)
+    half = carry.new_full((channels,), INITIAL_STATE)
     grad_last = None if grad_last is None else grad_last.to(carry.dtype).contiguous()
     gradients = grad.data_ptr(), grad.stride(0), grad.stride(1), grad_x.data_ptr(), half.data_ptr()
     arguments.extend((*gradients, _data_ptr(grad_last)))
@@ -1040,7 +1036,6 @@ def numba_backward(
 
 __all__ = [
     "NUMBA_AVAILABLE",
-    "accumulation_dtype",
     "numba_backward",
     "numba_forward",
     "numba_step",

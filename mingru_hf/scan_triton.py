@@ -39,6 +39,8 @@ import functools
 import torch
 from torch import Tensor
 
+from .scan_torch import accumulation_dtype
+
 _OLDEST_TRITON = (3, 5)  # what torch 2.9 comes with
 
 try:
@@ -122,7 +124,7 @@ def _exp_minus(x):
 
 @_jit
 def _update_gate(gate):
-    """z = sigmoid(gate) and 1 - z, from one exponential that cannot overflow, neither by a subtraction."""
+    """z = sigmoid(gate) and 1 - z, from one exponential: without overflow, and without subtracting from 1."""
     e = _exp_minus(tl.abs(gate))
     large = 1.0 / (1.0 + e)
     small = e * large
@@ -907,7 +909,7 @@ class _Call:
             *(self.reset.stride() if self.has_reset else (0, 0)),
         )
         batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
-        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.dtype = accumulation_dtype(x)
         processors, stages = _processors(x.device)
         block_t, block_n, chunk_steps = _plan(batch, steps, channels, processors, self.dtype)
         self.num_chunks = triton.cdiv(steps, chunk_steps)

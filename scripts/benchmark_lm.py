@@ -6,8 +6,9 @@
     python scripts/benchmark_lm.py --dtype bfloat16 --device cuda
 
 The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
-Freed memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's text
-model, rebuilt here over the log-space scan that it uses.
+"MinGRU" has neither MLP nor convolution, like torch-mingru's; "MinGRU, default block" is what MinGRUConfig
+makes. Freed memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's
+text model, rebuilt here over the log-space scan that it uses.
 """
 
 import argparse
@@ -15,7 +16,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from benchmarking import HelpFormatter, at_least_one, device_name, interleave, is_cuda, machine, write_json
+from benchmarking import (
+    HelpFormatter,
+    at_least_one,
+    device_name,
+    interleave,
+    is_cuda,
+    machine,
+    new_file,
+    write_json,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
@@ -89,6 +99,9 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
                 conv_kernel=0,
                 use_mlp=False,
             )
+        ),
+        "MinGRU, default block": lambda: MinGRUForCausalLM(
+            MinGRUConfig(**common, hidden_size=args.hidden_size, num_hidden_layers=args.num_layers)
         ),
         "log scan": lambda: LogScanLM(*sizes),
         "torch.nn.GRU": lambda: GRULM(*sizes),
@@ -182,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="times each step is timed; the median is shown")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(argv)
     keep_freed_memory()
     torch.manual_seed(0)
@@ -207,14 +220,14 @@ def main(argv: list[str] | None = None) -> None:
     seconds = interleave(steps, args.rounds, args.device)
     reference = next(iter(models))
     report: dict[str, dict] = {"training": {}, "decoding": {}}
-    print(f"\ntraining           parameters   tokens/s   time per step over {reference}'s")
+    print(f"\ntraining               parameters   tokens/s   time per step over {reference}'s")
     for name, value in seconds.items():
         module = models[name] if name in models else products[name]
         count = sum(parameter.numel() for parameter in module.parameters())
         tokens = ids.numel() / value
         ratio = value / seconds[reference]
         report["training"][name] = {"parameters": count, "tokens_per_second": tokens, "ratio": ratio}
-        print(f"{name:18} {count:10,} {tokens:10,.0f}   {ratio:8.2f}")
+        print(f"{name:22} {count:10,} {tokens:10,.0f}   {ratio:8.2f}")
     if reference == "MinGRU" and not is_cuda(args.device):
         report["share_of_scan"] = share_of_scan(steps["MinGRU"])
         print(f"MinGRU: {100 * report['share_of_scan']:.0f} % of a step's CPU time in the scan")
@@ -226,13 +239,15 @@ def main(argv: list[str] | None = None) -> None:
         decoders = {name: decoder(model, batch_size, args.decode_steps) for name, model in models.items()}
         decoders = {name: decode for name, decode in decoders.items() if decode is not None}
         decoding[batch_size] = interleave(decoders, args.rounds, args.device)
-    print(f"\ndecoding, ms per step    B=1   B={args.batch_size}   over {args.decode_steps} steps from an empty cache")
+    print(
+        f"\ndecoding, ms per step      B=1   B={args.batch_size}   over {args.decode_steps} steps from an empty cache"
+    )
     for name in decoding[1]:
         times = [1e3 * decoding[batch_size][name] / args.decode_steps for batch_size in (1, args.batch_size)]
         report["decoding"][name] = dict(zip(("ms_1", f"ms_{args.batch_size}"), times, strict=True))
-        print(f"{name:20} {times[0]:8.3f} {times[1]:6.3f}")
+        print(f"{name:22} {times[0]:8.3f} {times[1]:6.3f}")
     if args.json:
-        write_json(args.json, {"arguments": vars(args), **report})
+        write_json(args.json, {"arguments": vars(args) | {"json": str(args.json)}, **report})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from benchmarking import (
     device_name,
     interleave,
     is_cuda,
+    new_file,
     peak_megabytes,
     seconds_of,
     synchronize,
@@ -168,8 +169,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--rounds", type=at_least_one, default=11, help="interleaved rounds, of which the median is shown"
     )
     parser.add_argument("--max_seconds", type=float, default=20.0, help="fewer rounds where a shape takes longer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw time against T to this file (log-log)")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--png", type=new_file, metavar="FILE", help="draw time against T to this file (log-log)")
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmarking import HelpFormatter, at_least_one, interleave, machine, peak_megabytes, write_json
+from benchmarking import HelpFormatter, at_least_one, interleave, machine, new_file, peak_megabytes, write_json
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="times each step is timed; the median is shown")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers to this file")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     return parser
 
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.json:
         report = {"parameters": counts, "multiply_adds": work, "seconds": seconds, "peak_mb": memory, "shares": shares}
-        write_json(args.json, {"arguments": vars(args), **report})
+        write_json(args.json, {"arguments": vars(args) | {"json": str(args.json)}, **report})
 
 
 if __name__ == "__main__":

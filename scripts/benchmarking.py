@@ -39,6 +39,14 @@ def device_name(name: str) -> str:
     return name
 
 
+def new_file(name: str) -> Path:
+    """Check the value of an option that names a file to write: for argparse's `type`."""
+    path = Path(name)
+    if path.exists():
+        raise argparse.ArgumentTypeError(f"{name} is there already: give another name, or remove it first")
+    return path
+
+
 def at_least_one(text: str) -> int:
     """Check the value of --rounds or --threads: for argparse's `type`."""
     number = int(text)
@@ -133,10 +141,10 @@ def peak_megabytes(step: Callable[[], Any], device: str | torch.device = "cpu") 
     return max(0.0, process_megabytes("VmHWM") - before)
 
 
-def write_json(path: str | Path, report: dict) -> None:
+def write_json(path: Path, report: dict) -> None:
     """Write a report. NaN and infinity, which JSON does not have, become strings."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(_finite(report), indent=2) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite(report), indent=2) + "\n")
 
 
 def _finite(value):

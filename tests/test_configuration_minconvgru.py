@@ -47,6 +47,8 @@ def test_scan_backend_is_a_choice_for_one_run(tmp_path):
         ({"backbone_config": ResNetConfig(out_indices=[1]), "hidden_sizes": [8, 8]}, "backbone's 1 depths"),
         ({"hidden_sizes": [8, 8, 8, 0]}, "hidden_sizes must be at least 1"),
         ({"feature_pooling": [True]}, "backbone's 4 depths"),
+        ({"feature_pooling": (True,)}, "backbone's 4 depths"),
+        ({"hidden_sizes": (8, 8)}, "backbone's 4 depths"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"kernel_size": 0}, "kernel_size must be at least 1"),
         ({"stride": 0}, "stride must be at least 1"),

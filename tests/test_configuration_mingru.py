@@ -57,6 +57,8 @@ def test_a_dynamic_cache_can_be_built_from_it():
         ({"use_out_proj": False, "expand": 2}, "needs expand=1"),
         ({"residual_dropout": 1.5}, "residual_dropout is a probability"),
         ({"initial_memory": 0.5}, "initial_memory must be at least 1 step"),
+        ({"initial_memory": float("nan")}, "initial_memory must be at least 1 step and finite, got nan"),
+        ({"initial_memory": float("inf")}, "initial_memory must be at least 1 step and finite, got inf"),
         ({"initial_memory": 64, "use_bias": False}, "needs use_bias=True"),
         ({"hidden_size": 4, "hidden_sizes": [4, 8], "tie_word_embeddings": True}, "got 8 and 4"),
         ({"norm_type": "batch_norm"}, "norm_type"),

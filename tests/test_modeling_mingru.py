@@ -947,6 +947,23 @@ def test_caches_and_embeddings_that_do_not_fit_are_refused(model, input_ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conv_kernel": 0}, "one of the two has a convolution, the other has none"),
+        ({"conv_kernel": 3}, r"a window of \(2, 8\) .* needs \(3, 8\): it belongs to another model"),
+        ({"hidden_size": 16}, r"a window of \(3, 16\) .* needs \(3, 8\): it belongs to another model"),
+        ({"expand": 3}, r"h0 must have shape \(3, 1, 16\)"),
+    ],
+)
+def test_a_cache_of_a_model_of_other_sizes_is_refused(input_ids, change, message):
+    sizes = {"vocab_size": 40, "hidden_size": 8, "num_hidden_layers": 1}
+    theirs = MinGRUForCausalLM(MinGRUConfig(**sizes | change))(input_ids, use_cache=True).cache
+    with pytest.raises(ValueError, match=message):
+        MinGRUForCausalLM(MinGRUConfig(**sizes))(input_ids, cache=theirs)
+
+
+@torch.no_grad()
 def test_no_cache_where_the_configuration_says_so(model, input_ids):
     model.config.use_cache = False
     assert model(input_ids).cache is None

@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 from triton_interpreter import combine_rows_at_once
 
 from mingru_hf import mingru_scan, scan, scan_triton
-from mingru_hf.scan import _torch_backward, _torch_forward, scan_reference
+from mingru_hf.scan import scan_reference
+from mingru_hf.scan_torch import torch_backward, torch_forward
 from mingru_hf.scan_triton import triton_backward, triton_forward
 
 ROOT = Path(__file__).parent.parent
@@ -224,7 +225,7 @@ def check(name, chunk):
             # Not autograd's gradients: they subtract sigmoids from 1 and lose the smallest ones, signs included.
             wide = x.double(), h0.double(), scan_reference(x.double(), h0.double())
             ones = torch.ones_like(wide[-1][:, -1:])
-            expected = wide[-1], wide[-1][:, -1:], *_torch_backward(weight.double(), ones, *wide, None, None)
+            expected = wide[-1], wide[-1][:, -1:], *torch_backward(weight.double(), ones, *wide, None, None)
             for result, other in zip(run(x, h0, None, None, weight), expected, strict=True):
                 assert result.isfinite().all()
                 assert error_over_largest(result, other) <= TOLERANCE[torch.float32]
@@ -491,9 +492,9 @@ def test_on_a_card(shape, flags, dtype):
     x, h0, mask, reset = make_inputs(*shape, flags, device="cuda")
     x, weight = x.to(dtype), torch.randn(shape, device="cuda").to(dtype)
     states, last, grad_x, grad_h0 = run(x, h0, mask, reset, weight)
-    expected, expected_last = _torch_forward(x.double(), h0, mask, reset, torch.float64)
+    expected, expected_last = torch_forward(x.double(), h0, mask, reset, torch.float64)
     grads = weight.double(), torch.ones_like(expected_last)
-    expected_x, expected_h0 = _torch_backward(*grads, x.double(), h0, expected, mask, reset)
+    expected_x, expected_h0 = torch_backward(*grads, x.double(), h0, expected, mask, reset)
     narrow = {torch.float16: 2.0**-11}.get(dtype, TOLERANCE[dtype]) * 1.01
     wide = TOLERANCE[torch.float32]
     assert relative_error(states, expected) <= narrow
@@ -544,7 +545,7 @@ def test_on_a_card_that_is_not_the_current_one():
         pytest.skip("needs two cards")
     x, h0, mask, reset = make_inputs(2, 700, 64, device="cuda:1")
     states, _ = triton_forward(x, h0, mask, reset, torch.float32)
-    assert relative_error(states, _torch_forward(x.double(), h0, mask, reset, torch.float64)[0]) <= 1e-5
+    assert relative_error(states, torch_forward(x.double(), h0, mask, reset, torch.float64)[0]) <= 1e-5
 
 
 @pytest.mark.gpu

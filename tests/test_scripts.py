@@ -1036,15 +1036,32 @@ def test_head_benchmark_compares_pieces_with_all_logits(benchmarking, capsys):
     assert re.search(r"bfloat16; 1 layers.*\nall logits +.* MB +\S+ s per step\nin pieces", capsys.readouterr().out)
 
 
-def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path):
+def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path, capsys):
     words = ["--hidden_size", 8, "--num_layers", 1, "--num_heads", 2, "--sequence_length", 9, "--batch_size", 2]
-    words += ["--threads", 1, "--rounds", 1, "--decode_steps", 2, "--models", "MinGRU", "log scan", "GPT-2"]
+    words += [
+        "--threads",
+        1,
+        "--rounds",
+        1,
+        "--decode_steps",
+        2,
+        "--models",
+        "MinGRU",
+        "MinGRU, default block",
+        "log scan",
+        "GPT-2",
+    ]
     call("benchmark_lm", *words, "--json", tmp_path / "lm.json")
     report = json.loads((tmp_path / "lm.json").read_text())
-    assert list(report["training"]) == ["MinGRU", "log scan", "GPT-2", "products, torch's", "products, ours"]
-    assert set(report["decoding"]) == {"MinGRU", "GPT-2"}
+    models = ["MinGRU", "MinGRU, default block", "log scan", "GPT-2"]
+    assert list(report["training"]) == [*models, "products, torch's", "products, ours"]
+    assert set(report["decoding"]) == {"MinGRU", "MinGRU, default block", "GPT-2"}
     assert report["decoding"]["MinGRU"]["ms_2"] > 0
     assert 0 < report["share_of_scan"] < 1
+    with pytest.raises(SystemExit):
+        call("benchmark_lm", *words, "--json", tmp_path / "lm.json")
+    assert "lm.json is there already: give another name, or remove it first" in capsys.readouterr().err
+    assert json.loads((tmp_path / "lm.json").read_text()) == report
 
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):

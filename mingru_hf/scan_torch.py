@@ -1,0 +1,308 @@
+"""The MinGRU scan in torch's own operators: runs on any device and needs no other package.
+
+The equation is that of `scan_reference` in scan.py. Blocks of steps are copied time first into buffers that stay in
+cache from one block to the next, so that each step is one in-place operator on a contiguous row.
+
+Where a row is so small that calling an operator takes longer than its arithmetic, time is cut into chunks that run
+side by side, as if they were more rows of the batch. Arrays are (steps, B, chunks, N) and flags (steps, B, chunks, 1)
+below; one chunk is all of the time.
+
+Legend: B batch, T time steps, N channels (trailing axes flattened into them).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# h_0 = g(0): the state before the first step when no other is given.
+INITIAL_STATE = 0.5
+
+# Elements of a buffer: on a CPU, for each thread, few enough for its cache, so many that Python's cost does not show.
+_BLOCK_ELEMENTS = 1 << 16
+_DEVICE_BLOCK_ELEMENTS = 1 << 22
+# Rows (B x N) of at most _SMALL_ROW elements are cut into about sqrt(T) chunks of time that run side by side; for
+# longer rows the second look at every step costs more than it saves. Chunks x row stays within _CHUNKED_ROW.
+_SMALL_ROW = 512
+_CHUNKED_ROW = 1 << 14
+_MIN_CHUNKS = 4
+# A channel has a long memory where its z is below that on average of some steps: 16 are looked at, up to 17 steps
+# apart (an odd number: inputs may have a period).
+_LONG_MEMORY_Z = 1 / 128
+_LOOKS, _FARTHEST = 16, 17
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """What the state is kept and summed in: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def first_state(x: Tensor, h0: Tensor | None) -> Tensor:
+    """(B, 1, D, *) the state before the first step of x (B, T, 2D, *), in the accumulation dtype."""
+    if h0 is None:
+        shape = [x.shape[0], 1, x.shape[2] // 2, *x.shape[3:]]
+        return x.new_full(shape, INITIAL_STATE, dtype=accumulation_dtype(x))
+    return h0.to(accumulation_dtype(x))
+
+
+class _Layout:
+    """One piece of time as views (steps, B, chunks, ...)."""
+
+    def __init__(self, start: int, stop: int, chunks: int):
+        self.start, self.stop, self.chunks = start, stop, chunks
+
+    def time_first(self, tensor: Tensor) -> Tensor:
+        """(B, T, ...) -> (steps, B, chunks, ...)."""
+        return tensor[:, self.start : self.stop].unflatten(1, (self.chunks, -1)).movedim(2, 0)
+
+    def halves_first(self, x: Tensor) -> Tensor:
+        """(B, T, 2N) -> (2, steps, B, chunks, N)."""
+        return self.time_first(x.unflatten(2, (2, -1))).movedim(3, 0)
+
+    def flags(self, flags: Tensor | None) -> Tensor | None:
+        """(B, T) -> (steps, B, chunks, 1)."""
+        return None if flags is None else self.time_first(flags.unsqueeze(-1))
+
+
+def _layouts(batch: int, steps: int, channels: int) -> list[_Layout]:
+    """All of the time, or the longest part that divides into chunks, and the rest."""
+    row = batch * channels
+    chunks = min(_CHUNKED_ROW // row, math.isqrt(steps)) if row <= _SMALL_ROW else 1
+    if chunks < _MIN_CHUNKS:
+        return [_Layout(0, steps, 1)]
+    length = steps // chunks
+    chunks = steps // length
+    rest = [] if chunks * length == steps else [_Layout(chunks * length, steps, 1)]
+    return [_Layout(0, chunks * length, chunks), *rest]
+
+
+def _fill(array: Tensor, flags: Tensor | None, number: float) -> None:
+    """Write the number into the rows that are flagged, whatever lies there."""
+    if flags is not None:
+        array.view(-1, array.shape[-1]).index_fill_(0, flags.flatten().nonzero().squeeze(1), number)
+
+
+class _Block:
+    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype; carry and drive in `dtype`."""
+
+    def __init__(self, steps: int, like: Tensor, dtype: torch.dtype):
+        shape = (2, steps, *like.shape[2:])
+        self.inputs, self.sigmoids = (like.new_empty(shape, dtype=accumulation_dtype(like)) for _ in range(2))
+        self.one_minus_z, self.candidate = self.inputs.unbind(0)
+        self.z, self.sigmoid_candidate = self.sigmoids.unbind(0)
+        self.carry, self.drive = self.one_minus_z, self.sigmoid_candidate
+        self.is_wide = dtype != self.z.dtype
+        if self.is_wide:
+            self.carry, self.drive = like.new_empty(shape, dtype=dtype).unbind(0)
+        # A row each step, so that the loops over time need not make them anew for every block.
+        self.carry_rows, self.drive_rows = self.carry.unbind(0), self.drive.unbind(0)
+        self.cuts: list[Tensor | None] = [None] * steps
+        self.passing: Tensor | None = None
+
+    def load(self, x: Tensor, mask: Tensor | None, reset: Tensor | None, carry_only: bool) -> None:
+        if not carry_only:
+            torch.sigmoid(self.inputs.copy_(x), out=self.sigmoids)
+            self.one_minus_z.neg_().sigmoid_()
+        if carry_only or self.is_wide:
+            self.carry.copy_(x[0]).neg_().sigmoid_()
+        self.passing = None if mask is None else ~mask
+        _fill(self.carry, self.passing, 1.0)
+        if reset is not None:
+            any_reset = reset.flatten(1).any(1).tolist()
+            self.cuts = [cut if any_ else None for cut, any_ in zip(reset.unbind(0), any_reset, strict=True)]
+
+
+def _blocks(x, mask, reset, dtype, *, backwards=False, carry_only=False):
+    """Yield slices of time and their gates, in buffers that the next block overwrites.
+
+    carry_t = 1 - z_t is the factor of h_{t-1}, in `dtype`, 1 where the step is masked (`passing`). `cuts` holds for
+    each step the rows that a reset cuts off from their past, None where it cuts none: a factor of 0 would let NaN and
+    Inf through.
+    """
+    steps, row_elements = x.shape[1], x[0, 0].numel()
+    block_elements = _BLOCK_ELEMENTS * torch.get_num_threads() if x.is_cpu else _DEVICE_BLOCK_ELEMENTS
+    length = max(1, min(steps, block_elements // row_elements))
+    starts = range(0, steps, length)
+    block = None
+    for start in reversed(starts) if backwards else starts:
+        now = slice(start, min(steps, start + length))
+        if block is None or len(block.cuts) != now.stop - start:
+            block = _Block(now.stop - start, x, dtype)
+        flags = (None if flags is None else flags[now] for flags in (mask, reset))
+        block.load(x[:, now], *flags, carry_only)
+        yield now, block
+
+
+def _forward_steps(x, mask, reset, h, states, product=None):
+    """Write the states, beginning with h (B, chunks, N); return the last one. Multiply `product` by all carries."""
+    for now, block in _blocks(x, mask, reset, h.dtype):
+        # g(v) = max(v + 0.5, sigmoid(v)): the two curves touch at v = 0 and nowhere else.
+        drive = block.sigmoid_candidate
+        torch.maximum(drive, block.candidate.add_(0.5), out=drive).mul_(block.z)
+        _fill(drive, block.passing, 0.0)
+        if block.is_wide:
+            drive = block.drive.copy_(drive)
+        if product is not None:
+            product *= block.carry.prod(0)
+        for carry_t, drive_t, cut in zip(block.carry_rows, block.drive_rows, block.cuts, strict=True):
+            if cut is not None:
+                h = torch.where(cut, INITIAL_STATE, h)
+            h = drive_t.addcmul_(carry_t, h)
+        states[now] = drive
+        h = h.clone()  # the next block overwrites it
+    return h
+
+
+def _add_start(x, mask, reset, start, states):
+    """Add to states that began with 0 what comes from another start (B, chunks, N)."""
+    negligible = torch.finfo(states.dtype).eps / 8
+    for now, block in _blocks(x, mask, reset, start.dtype, carry_only=True):
+        for carry_t, cut in zip(block.carry_rows, block.cuts, strict=True):
+            if cut is not None:
+                start = torch.where(cut, 0.0, start)
+            start = carry_t.mul_(start)
+        states[now] += block.carry
+        # Its share of the state only falls, and rounding swallows it from here on.
+        if (start.abs() <= states[now.stop - 1] * negligible).all():
+            return
+        start = start.clone()
+
+
+def _copy(array: Tensor, dtype: torch.dtype) -> Tensor:
+    return array.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _flow_back(block, grad, inflow):
+    """Turn gradients of the outputs into those of the states, in place; return what flows to the step before.
+
+    With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}: the same scan, run backwards.
+    """
+    r = grad.unbind(0)
+    r_next = r[-1].add_(inflow)
+    for r_t, carry_next, cut_next in zip(r[-2::-1], block.carry_rows[:0:-1], block.cuts[:0:-1], strict=True):
+        if cut_next is None:
+            r_next = r_t.addcmul_(carry_next, r_next)
+        else:
+            r_next = r_t.copy_(torch.where(cut_next, r_t, torch.addcmul(r_t, carry_next, r_next)))
+    outflow = block.carry_rows[0] * r_next
+    return outflow if block.cuts[0] is None else torch.where(block.cuts[0], 0.0, outflow)
+
+
+def _outflows(grad, x, mask, reset, inflow):
+    """What flows (B, chunks, N) to the state before the first step, and the product of all carries."""
+    product = torch.ones_like(inflow)
+    for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True, carry_only=True):
+        inflow = _flow_back(block, _copy(grad[now], inflow.dtype), inflow)
+        product *= block.carry.prod(0)
+    return inflow, product
+
+
+def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
+    """Write the gradients of the inputs; return what flows (B, chunks, N) to the state before the first step."""
+    for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True):
+        r = _copy(grad[now], inflow.dtype)
+        inflow = _flow_back(block, r, inflow)
+        dz = r.to(block.z.dtype).mul_(block.z)
+
+        before = (start if now.start == 0 else states[now.start - 1]).to(block.z.dtype)
+        previous = torch.cat([before.unsqueeze(0), states[now.start : now.stop - 1]])
+        if reset is not None:
+            _fill(previous, reset[now], INITIAL_STATE)
+        rising = torch.ge(block.candidate, 0.0, out=block.z)
+        sigmoid = block.sigmoid_candidate
+        difference = torch.maximum(sigmoid, block.candidate.add_(0.5), out=block.candidate).sub_(previous)
+        # g' = 1 for v >= 0, else s - s^2, which is less.
+        slope = torch.maximum(sigmoid.addcmul_(sigmoid, sigmoid, value=-1.0), rising, out=sigmoid)
+
+        slope.mul_(dz)
+        torch.mul(difference, block.one_minus_z, out=block.z).mul_(dz)
+        _fill(block.z, block.passing, 0.0)
+        _fill(slope, block.passing, 0.0)
+        grad_x[:, now] = block.sigmoids
+    return inflow
+
+
+def _chain(first, ends, products, cut):
+    """The recurrence h = end + product h from chunk to chunk, from `first` (B, N) on; a chunk that is cut forgets h.
+
+    Returns what comes into each chunk (B, chunks, N) and out of the last (B, N).
+    """
+    starts = [first]
+    for chunk, (end, product) in enumerate(zip(ends.unbind(1), products.unbind(1), strict=True)):
+        whole = torch.addcmul(end, product, starts[-1])
+        starts.append(whole if cut is None else torch.where(cut[:, chunk], end, whole))
+    return torch.stack(starts[:-1], dim=1), starts[-1]
+
+
+def _recurrence_dtype(x: Tensor, mask: Tensor | None) -> torch.dtype:
+    """float64 if a channel of x (B, T, 2N) has a long memory, else the accumulation dtype.
+
+    In float32, 1 - z has few of the digits of a small z, and a state that hardly changes forgets the error no faster
+    than all else. Not on other devices, where the answer would have to be waited for.
+    """
+    accumulate, steps = accumulation_dtype(x), x.shape[1]
+    if not x.is_cpu or accumulate == torch.float64:
+        return accumulate
+    every = min(max(steps // _LOOKS, 1), _FARTHEST)
+    z = x[:, ::every, : x.shape[2] // 2].to(accumulate).sigmoid()
+    looks = min(z.shape[1], _LOOKS)
+    is_real = z.new_ones(*z.shape[:2], 1) if mask is None else mask[:, ::every, None].to(accumulate)
+    if mask is not None:
+        z = torch.where(is_real > 0, z, 0.0)
+    whole = z.shape[1] // looks * looks
+    total, count = (t[:, :whole].unflatten(1, (-1, looks)).sum(2) for t in (z, is_real))  # (B, windows, N or 1)
+    return torch.float64 if (total < _LONG_MEMORY_Z * count).any() else accumulate
+
+
+def torch_forward(
+    x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x (B, T, 2N), h0 (B, 1, N) or None -> states (B, T, N) in `dtype`, the last one (B, 1, N) unrounded."""
+    batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
+    h = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
+    layouts = _layouts(batch, steps, channels)
+    # Chunks come back to their states, which must not be rounded until then.
+    states = x.new_empty((batch, steps, channels), dtype=accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
+    for layout in layouts:
+        inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
+        out = layout.time_first(states)
+        if layout.chunks == 1:
+            h = _forward_steps(*inputs, h.unsqueeze(1), out).squeeze(1)
+        else:
+            products = h.new_ones(out.shape[1:])
+            ends = _forward_steps(*inputs, torch.zeros_like(products), out, products)
+            starts, h = _chain(h, ends, products, None if reset is None else inputs[2].any(0))
+            _add_start(*inputs, starts, out)
+    return states.to(dtype), h.unsqueeze(1).to(accumulation_dtype(x))
+
+
+def torch_backward(
+    grad: Tensor,
+    grad_last: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    states: Tensor,
+    mask: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, T, 2N) and (B, 1, N) for the pre-activations and the initial state; z and g are recomputed."""
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    first = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
+    inflow = torch.zeros_like(first) if grad_last is None else grad_last.squeeze(1).to(first.dtype)
+    for layout in reversed(_layouts(*states.shape)):
+        inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
+        grad_piece, states_piece = layout.time_first(grad), layout.time_first(states)
+        before = first if layout.start == 0 else states[:, layout.start - 1].to(first.dtype)
+        starts = torch.cat([before.unsqueeze(1), states_piece[-1, :, :-1]], dim=1)
+        if layout.chunks == 1:
+            inflows = inflow.unsqueeze(1)
+        else:
+            cut = None if reset is None else inputs[2].any(0).flip(1)
+            ends, products = _outflows(grad_piece, *inputs, torch.zeros_like(starts))
+            inflows = _chain(inflow, ends.flip(1), products.flip(1), cut)[0].flip(1)
+        outflows = _backward_steps(grad_piece, *inputs, starts, states_piece, inflows, layout.halves_first(grad_x))
+        inflow = outflows[:, 0]
+    return grad_x, inflow.unsqueeze(1).to(accumulation_dtype(x))
+
+
+__all__ = ["INITIAL_STATE", "accumulation_dtype", "first_state", "torch_backward", "torch_forward"]
