@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """Train a MinGRU (or any other causal language model) on text, from scratch or from a checkpoint.
 
-    python scripts/train_causal_lm.py --output_dir runs/shakespeare
+    python scripts/train_causal_lm.py --config_name scripts/configs/shakespeare_char_demo.json \\
+        --max_train_seconds 170 --output_dir runs/shakespeare
     python scripts/train_causal_lm.py --train_file my.txt --tokenizer_name bpe --output_dir runs/mine
     torchrun --nproc_per_node 2 scripts/train_causal_lm.py --output_dir runs/two-processes
 
+Without a config the model has 6 blocks, 768 wide, and some 50 million parameters: that is for GPUs or for days.
 The best weights are saved in --output_dir with tokenizer, metrics.json, loss.png and a model card; sample
 from them with scripts/generate_text.py.
 """

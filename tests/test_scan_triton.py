@@ -69,6 +69,8 @@ CASES = {
         # Without compensated sums these are off by 5e-5, the last one by its long chunks alone.
         (2000, 2, torch.float32, "slow", 0),
         (4000, 2, torch.float32, "h0 slow", 2000),
+        # States that remember across 42 chunks: what their summaries hold counts.
+        (2000, 2, torch.float32, "h0 slow", 48),
     ]
 }
 CHECKS = [
