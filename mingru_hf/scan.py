@@ -100,10 +100,13 @@ def mingru_scan(
         states, last = wide.to(out_dtype), wide[:, -1:].clone() if return_last_state else None
     elif not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
         # The operator's dispatch would cost as much as a short scan.
-        states, last = _forward_impl(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+        scan = _scan_and_last_impl if return_last_state else _scan_impl
+        return scan(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+    elif differentiates_in_transform():
+        states, last = _Scan.apply(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
     else:
-        scan = _Scan.apply if differentiates_in_transform() else _scan_op
-        states, last = scan(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+        scan = _OPERATORS.scan_and_last if return_last_state else _OPERATORS.scan
+        return scan(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
     return (states, last) if return_last_state else states
 
 
@@ -483,6 +486,7 @@ _KERNELS = {
 # The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
 # installed package) finds the operator and uses it.
 _NAMESPACE = "mingru_hf_v3"
+_OPERATORS = getattr(torch.ops, _NAMESPACE)
 
 
 def _flat(tensor: Tensor | None) -> Tensor | None:
@@ -496,7 +500,7 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
-def _forward_impl(
+def _scan_and_last_impl(
     gate_and_candidate: Tensor,
     bias: Tensor | None,
     h0: Tensor | None,
@@ -512,6 +516,15 @@ def _forward_impl(
     states, last = forward(_flat(x), _flat(h0), mask, reset, dtype, **more)
     sizes = x.shape[2] // 2, *x.shape[3:]
     return states.unflatten(2, sizes), last.unflatten(2, sizes)
+
+
+def _scan_impl(x: Tensor, bias: Tensor | None, h0: Tensor | None, mask: Tensor | None, *rest) -> Tensor:
+    reset, backend, dtype = rest
+    if backend == "numba" and mask is None and reset is None:
+        states = numba_step(x, h0, bias, dtype)
+        if states is not None:
+            return states
+    return _scan_and_last_impl(x, bias, h0, mask, *rest)[0]
 
 
 def _backward_impl(
@@ -532,10 +545,12 @@ def _backward_impl(
     return grad_x.reshape(x.shape), grad_h0.reshape(states[:, :1].shape)
 
 
-def _forward_fake(gate_and_candidate, bias, h0, mask, reset, backend, dtype):
-    x = gate_and_candidate
-    shapes = ((x.shape[0], steps, x.shape[2] // 2, *x.shape[3:]) for steps in (x.shape[1], 1))
-    return tuple(x.new_empty(s, dtype=d) for s, d in zip(shapes, (dtype, accumulation_dtype(x)), strict=True))
+def _scan_fake(x, bias, h0, mask, reset, backend, dtype):
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2, *x.shape[3:]), dtype=dtype)
+
+
+def _scan_and_last_fake(x, *rest):
+    return _scan_fake(x, *rest), _scan_fake(x[:, :1], *rest[:-1], accumulation_dtype(x))
 
 
 def _backward_fake(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, backend):
@@ -548,15 +563,15 @@ def _backward_fake(grad, grad_last, gate_and_candidate, bias, h0, states, mask, 
 
 def _setup_context(ctx, inputs, output):
     gate_and_candidate, bias, h0, mask, reset, backend, _ = inputs
-    states, _ = output
+    states = output if isinstance(output, Tensor) else output[0]
     ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, states)
     ctx.backend = backend
     ctx.set_materialize_grads(False)  # the last state's is seldom there
 
 
-def _autograd_backward(ctx, grad, grad_last, backward=None):
+def _autograd_backward(ctx, grad, grad_last=None, backward=None):
     gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
-    backward = getattr(torch.ops, _NAMESPACE).scan_backward if backward is None else backward
+    backward = _OPERATORS.scan_backward if backward is None else backward
     grad = torch.zeros_like(states) if grad is None else grad
     grad_x, grad_h0 = backward(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
     grad_bias = None
@@ -612,18 +627,18 @@ class _ScanBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        return getattr(torch.ops, _NAMESPACE).scan_backward(*args)
+        return _OPERATORS.scan_backward(*args)
 
 
 class _Scan(torch.autograd.Function):
-    """The operator `scan` for torch.func's transforms."""
+    """The operator `scan_and_last` for torch.func's transforms."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
     def forward(*args):
-        return _scan_op(*args)
+        return _OPERATORS.scan_and_last(*args)
 
     @staticmethod
     def backward(ctx, grad, grad_last):
@@ -649,44 +664,46 @@ def _fold(args, in_dims, size, bias_at):
     return [a.flatten(0, 1) if isinstance(a, Tensor) and i != bias_at else a for i, a in enumerate(args)]
 
 
-def _forward_vmap(info, in_dims, *args):
-    results = _scan_op(*_fold(args, in_dims, info.batch_size, bias_at=1))
-    return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0)
+def _vmap(name, bias_at):
+    """The rule for an operator."""
 
+    def rule(info, in_dims, *args):
+        results = getattr(_OPERATORS, name.partition("::")[2])(*_fold(args, in_dims, info.batch_size, bias_at))
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0)
 
-def _backward_vmap(info, in_dims, *args):
-    backward = getattr(torch.ops, _NAMESPACE).scan_backward
-    grads = backward(*_fold(args, in_dims, info.batch_size, bias_at=3))
-    return tuple(grad.unflatten(0, (info.batch_size, -1)) for grad in grads), (0, 0)
+    return rule
 
 
 def _register() -> torch.library.Library | None:
-    """Define the operator unless another copy of this file already has; the library must be kept alive."""
-    if hasattr(getattr(torch.ops, _NAMESPACE), "scan"):
+    """Define the operators unless another copy of this file already has; the library must be kept alive."""
+    if hasattr(_OPERATORS, "scan"):
         return None
     library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    inputs = "Tensor gate_and_candidate, Tensor? bias, Tensor? h0, "
+    inputs = "Tensor gate_and_candidate, Tensor? bias, Tensor? h0"
     flags = "Tensor? mask, Tensor? reset, str backend"
-    library.define(f"scan({inputs}{flags}, ScalarType dtype) -> (Tensor, Tensor)")
     grads = "Tensor grad, Tensor? grad_last"
-    library.define(f"scan_backward({grads}, {inputs}Tensor states, {flags}) -> (Tensor, Tensor)")
-    library.impl("scan", _forward_impl, "CompositeExplicitAutograd")
-    library.impl("scan_backward", _backward_impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::scan", _forward_fake, lib=library)
-    torch.library.register_fake(f"{_NAMESPACE}::scan_backward", _backward_fake, lib=library)
-    torch.library.register_autograd(
-        f"{_NAMESPACE}::scan", _autograd_backward, setup_context=_setup_context, lib=library
-    )
-    torch.library.register_autograd(
-        f"{_NAMESPACE}::scan_backward", _second_backward, setup_context=_setup_second, lib=library
-    )
-    torch.library.register_vmap(f"{_NAMESPACE}::scan", _forward_vmap, lib=library)
-    torch.library.register_vmap(f"{_NAMESPACE}::scan_backward", _backward_vmap, lib=library)
+
+    def define(schema, bias_at, kernel, fake, setup_context, backward):
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        name = f"{_NAMESPACE}::{name}"
+        torch.library.register_fake(name, fake, lib=library)
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        torch.library.register_vmap(name, _vmap(name, bias_at), lib=library)
+
+    first = _setup_context, _autograd_backward
+    define(f"scan({inputs}, {flags}, ScalarType dtype) -> Tensor", 1, _scan_impl, _scan_fake, *first)
+    schema = f"scan_and_last({inputs}, {flags}, ScalarType dtype) -> (Tensor, Tensor)"
+    define(schema, 1, _scan_and_last_impl, _scan_and_last_fake, *first)
+    schema = f"scan_backward({grads}, {inputs}, Tensor states, {flags}) -> (Tensor, Tensor)"
+    define(schema, 3, _backward_impl, _backward_fake, _setup_second, _second_backward)
     return library
 
 
 _LIBRARY = _register() or globals().get("_LIBRARY")  # importlib.reload leaves what was there
-_scan_op = getattr(torch.ops, _NAMESPACE).scan
 
 
 __all__ = [

@@ -972,10 +972,6 @@ def numba_forward(
     about 1e-6 after a million steps, also where the state hardly changes from one to the next.
     Cost: O(B T N), one pass over memory.
     """
-    if mask is None and reset is None and out is None:
-        states = numba_step(gate_and_candidate, h0, bias, dtype)
-        if states is not None:
-            return states, states.clone()
     forward, _ = _require_variant(gate_and_candidate, dtype, bias)
     x = _rows(gate_and_candidate)
     batch, steps, width = x.shape
