@@ -25,8 +25,8 @@ State and accumulation are float32 (float64 for float64 inputs); the backward pa
 same scan in reverse. Offsets are 64 bits wide.
 
 Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 and
-copies ahead. Block sizes come from arithmetic, the compiler's registers and a simulation of its instructions (LOG.md):
-nothing here has been run or timed on a card yet.
+copies ahead; the compiled PTX ran in an emulator once (LOG.md). Block sizes come from arithmetic, the compiler's
+registers and a simulation of its instructions: nothing here has been run or timed on a card yet.
 
 Legend: B batch, T time steps, N channels (trailing axes flattened into them), C chunks of time.
 """
