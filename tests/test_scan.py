@@ -782,10 +782,11 @@ def test_environment_variable_forces_a_backend(monkeypatch):
         mingru_scan(x)
 
 
+@pytest.mark.parametrize("name", ["scan", "scan_and_last"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
-def test_operator_passes_opcheck():
+def test_operators_pass_opcheck(name):
     x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
-    operator = torch.ops.mingru_hf_v3.scan.default
+    operator = getattr(torch.ops.mingru_hf_v3, name).default
     options = mask, reset, "torch", torch.float32
     torch.library.opcheck(operator, (x.requires_grad_(), None, h0.requires_grad_(), *options))
     torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, None, "torch", torch.bfloat16))
