@@ -370,10 +370,12 @@ import sys, torch
 {prepare}
 sys.path.insert(0, {str(path)!r})
 import importlib.util
-spec = importlib.util.spec_from_file_location("copy_of_scan_triton", {scan_triton.__file__!r})
-copy = importlib.util.module_from_spec(spec); spec.loader.exec_module(copy)
-assert copy.unavailable_reason()
-assert {message!r} in copy.unavailable_reason(), copy.unavailable_reason()
+from importlib.machinery import ModuleSpec
+spec = ModuleSpec("kernels", None, is_package=True)
+spec.submodule_search_locations.append({str(Path(scan_triton.__file__).parent)!r})
+sys.modules["kernels"] = importlib.util.module_from_spec(spec)
+reason = importlib.import_module("kernels.scan_triton").unavailable_reason()
+assert reason and {message!r} in reason, reason
 """
         subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
