@@ -23,7 +23,7 @@ from mingru_hf.scan_numba import NUMBA_AVAILABLE
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 KINDS = {
-    "all parts": {},
+    "all parts": {"norm_eps": 0.05},
     "rms norms, untied, narrow": {
         "norm_type": "rms_norm",
         "hidden_sizes": [24, 40],
@@ -55,6 +55,10 @@ def decode(model, ids):
 def test_tokens_one_by_one_equal_the_whole(kind, dtype, input_ids):
     config = MinGRUConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, initializer_range=0.3, **KINDS[kind])
     model = MinGRUForCausalLM(config).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # biases, which begin at 0, and norms
+                parameter += 0.2 * torch.randn_like(parameter)
     whole = model(input_ids).logits
     assert whole.std() > 0.3
     tolerance = {"rtol": 2e-2, "atol": 2e-2 * whole.abs().max().item()} if dtype == torch.bfloat16 else CLOSE
@@ -63,6 +67,25 @@ def test_tokens_one_by_one_equal_the_whole(kind, dtype, input_ids):
         in_autocast = decode(model, input_ids)
     if dtype == torch.float32:
         torch.testing.assert_close(in_autocast.float(), whole, rtol=2e-2, atol=3e-2 * whole.abs().max().item())
+
+
+def test_weights_are_looked_for_where_a_wrapper_has_put_them(input_ids):
+    """As FSDP does, whose modules hold views of its own memory."""
+    for options in ({}, {"norm_type": "rms_norm"}):
+        model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, **options)).eval()
+        expected = decode(model, input_ids)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)):
+                weight = module.weight.detach()
+                del module.weight
+                module.weight = weight
+        torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
+
+
+def test_embeddings_of_bounded_length(model, input_ids):
+    model.model.embed_tokens.max_norm = 0.5
+    token_by_token = decode(copy.deepcopy(model), input_ids)
+    torch.testing.assert_close(token_by_token, model(input_ids).logits, **CLOSE)
 
 
 def test_every_hook_sees_every_token(model, input_ids):
@@ -81,11 +104,15 @@ def test_a_hook_on_all_modules_sees_every_token(model, input_ids):
     expected, seen = decode(model, input_ids), []
     with register_module_forward_hook(lambda module, args, output: seen.append(type(module))):
         torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
-    assert seen.count(nn.LayerNorm) == 12 * sum(isinstance(module, nn.LayerNorm) for module in model.modules())
+        tokens, seen[:] = list(seen), []
+        model(input_ids)
+    for kind in (nn.LayerNorm, nn.Linear):
+        count = sum(isinstance(module, kind) for module in model.modules())
+        assert (tokens.count(kind), seen.count(kind)) == (12 * count, count)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mixer.gate_hidden", "lm_head", "model.norm", "model.embed_tokens"])
-@pytest.mark.parametrize("change", ["another class", "a hook", "a forward of its own", "compiled"])
+@pytest.mark.parametrize("change", ["another class", "a hook", "a hook before", "a forward of its own", "compiled"])
 def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
     """In decoding, in the pass over the whole and in training: adapters, quantisation, offloading."""
     original = copy.deepcopy(model)
@@ -100,6 +127,8 @@ def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
         setattr(parent, name.rpartition(".")[2], wrapper)
     elif change == "a hook":
         module.register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "a hook before":
+        module.register_forward_pre_hook(lambda module, args: args[0].clamp(0, 20))  # ids stay ids
     elif change == "a forward of its own":
         module.forward = louder
     else:
@@ -120,6 +149,19 @@ def test_a_patch_on_a_class_takes_effect(model, input_ids, owner, monkeypatch):
     for_each_token, calls[:] = len(calls) / 12, []
     model(input_ids)
     assert for_each_token == len(calls) == sum(isinstance(module, owner) for module in model.modules())
+
+
+def test_a_subclass_of_the_body_is_called(model, input_ids):
+    calls = []
+
+    class Body(type(model.model)):
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return super().forward(*args, **kwargs)
+
+    model.model.__class__ = Body
+    decode(model, input_ids)
+    assert len(calls) == 12
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -157,13 +199,18 @@ def test_outputs_are_tuples_if_the_config_says_so(model, input_ids, steps):
 
 
 def test_gradients_meet_a_backward_hook(model, input_ids):
-    mixer = model.model.layers[0].mixer
+    mixer, seen = model.model.layers[0].mixer, []
     model(input_ids, labels=input_ids).loss.backward()
     expected = mixer.gate_hidden.weight.grad.clone()
     model.zero_grad()
     mixer.gate_hidden.register_full_backward_pre_hook(lambda module, grads: tuple(3 * grad for grad in grads))
     model(input_ids, labels=input_ids).loss.backward()
     torch.testing.assert_close(mixer.gate_hidden.weight.grad, 3 * expected, rtol=1e-4, atol=1e-6)
+    other = model.model.layers[1].mixer.gate_hidden
+    other.register_full_backward_hook(lambda module, inputs, outputs: seen.append(module))
+    model(input_ids, labels=input_ids).loss.backward()
+    model(input_ids[:, :1]).logits.sum().backward()  # a single token is no other case
+    assert seen == [other, other]
 
 
 def test_frozen_or_missing_biases_need_no_gradient(model, input_ids):

@@ -45,7 +45,7 @@ def results_at_once(model, prompts, generation_config, config=None):
     manager = model.init_continuous_batching(generation_config, config)
     ids = manager.add_requests(prompts)
     manager.start()
-    results = results_of(manager, len(prompts))
+    results = results_of(manager, len(prompts) * (generation_config.num_return_sequences or 1))
     manager.stop()
     return [results[request_id] for request_id in ids]
 
@@ -94,6 +94,14 @@ def test_log_probabilities(model):
         torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_log_probabilities_of_a_model_in_16_bits(model):
+    model.bfloat16()
+    prompt, config = prompts_of(1)[0], ContinuousBatchingConfig(return_logprobs=True)
+    (result,) = results_at_once(model, [prompt], greedy(max_new_tokens=1), config)
+    expected = model(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1).max().item()
+    assert abs(result.logprobs[0] - expected) < 1e-3
+
+
 def test_several_sequences_a_prompt(model):
     prompts = prompts_of(3)
     config = GenerationConfig(do_sample=True, max_new_tokens=8, num_return_sequences=4, top_k=0)
@@ -120,11 +128,67 @@ def test_sampling_follows_the_probabilities(model):
     assert (shares - best.values.softmax(-1)).abs().max() < 4 * 0.5 / count**0.5  # four standard deviations
 
 
+def shapes_of_calls(model, then=lambda shapes: None):
+    """A list that the shape of the ids of each call is added to; `then` is called with it."""
+    shapes = []
+
+    def look(module, args, kwargs):
+        shapes.append(tuple((args or (kwargs.get("input_ids"),))[0].shape))
+        then(shapes)
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    return shapes
+
+
+@pytest.mark.parametrize("num_return_sequences", [1, 2])
+def test_the_bounds_of_the_configuration_hold(model, num_return_sequences):
+    shapes = shapes_of_calls(model)
+    prompts = [torch.randint(1, 40, (length,)).tolist() for length in (7, 1, 4, 4, 5, 2, 3, 1)]
+    sampled = GenerationConfig(do_sample=True, max_new_tokens=9, num_return_sequences=num_return_sequences)
+    results_at_once(model, prompts, sampled, TIGHT)
+    assert max(rows for rows, steps in shapes if steps == 1) <= 3
+    assert max(rows * steps for rows, steps in shapes) <= 8
+
+
+def test_a_model_in_training_generates_as_in_evaluation(model):
+    seen = []
+    shapes_of_calls(model, lambda shapes: seen.append((model.training, torch.is_grad_enabled())))
+    model.train().generate_batch([[1, 2]], greedy(max_new_tokens=2))
+    assert set(seen) == {(False, False)}
+
+
+def test_a_prefill_fills_the_budget(model):
+    shapes = shapes_of_calls(model)
+    prompts = [torch.randint(1, 40, (length,)).tolist() for length in (4, 3, 4)]
+    results_at_once(model, prompts, greedy(max_new_tokens=2), TIGHT)
+    assert shapes[:2] == [(2, 4), (2, 1)]
+
+
+def test_a_prompt_that_is_cancelled_is_read_no_further(model):
+    manager = model.init_continuous_batching(greedy(max_new_tokens=4), TIGHT)
+    long, short = torch.randint(1, 40, (40,)).tolist(), [5, 6]
+    cancelled, kept = manager.add_requests([long, short])
+    shapes = shapes_of_calls(model, lambda shapes: len(shapes) == 2 and manager.cancel_request(cancelled))
+    manager.start()
+    result = manager.get_result(timeout=60)
+    manager.stop()
+    assert (result.request_id, result.is_finished()) == (kept, True)
+    assert shapes == [(1, 8), (1, 8), (1, 2), (1, 1), (1, 1), (1, 1)]
+
+
+def test_an_error_of_the_model_fails_all_requests(model):
+    def fail(shapes):
+        if len(shapes) == 4:
+            raise RuntimeError("no memory today")
+
+    shapes_of_calls(model, fail)
+    results = results_at_once(model, prompts_of(6), greedy(max_new_tokens=9), TIGHT)
+    assert all("no memory today" in result.error for result in results)
+    assert results[0].generated_tokens  # it has what it had
+
+
 def test_the_same_prompt_is_run_once(model):
-    tokens = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: tokens.append((args or (kwargs.get("input_ids"),))[0].shape), with_kwargs=True
-    )
+    tokens = shapes_of_calls(model)
     prompt = prompts_of(1)[0]
     results = results_at_once(model, [prompt] * 8, greedy(max_new_tokens=3))
     assert tokens[0] == (1, len(prompt))
@@ -133,11 +197,7 @@ def test_the_same_prompt_is_run_once(model):
 
 
 def test_long_prompts_do_not_hold_up_those_that_generate(model):
-    shapes = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple((args or (kwargs.get("input_ids"),))[0].shape)),
-        with_kwargs=True,
-    )
+    shapes = shapes_of_calls(model)
     short, long = [5, 6], torch.randint(1, 40, (40,)).tolist()
     results = results_at_once(model, [short, long], greedy(max_new_tokens=9), TIGHT)
     pieces = [place for place, shape in enumerate(shapes) if shape[1] > 1]
@@ -201,6 +261,16 @@ def test_streaming_brings_each_token(model, manager):
     assert lengths == list(range(1, 8))
 
 
+def test_a_name_may_be_used_again(model):
+    manager, results = model.init_continuous_batching(greedy()), []
+    manager.start()
+    for _ in range(2):
+        manager.add_request([3, 4], request_id="mine", max_new_tokens=3)
+        results.append(manager.get_result(timeout=20))
+    manager.stop(hard_stop=True, block=True)
+    assert [result and len(result.generated_tokens) for result in results] == [3, 3]
+
+
 def test_pause_lets_the_weights_change_between_steps(model, manager):
     prompt = prompts_of(1)[0]
     manager.add_request(prompt, max_new_tokens=2000, streaming=True)
@@ -240,9 +310,28 @@ def test_a_manager_that_is_kept(model):
 
 
 def test_what_a_batch_cannot_do_is_refused(model):
-    for option in ({"num_beams": 3}, {"stop_strings": ["a"]}, {"guidance_scale": 2.0}, {"min_new_tokens": 2}):
+    for option in (
+        {"num_beams": 3},
+        {"stop_strings": ["a"]},
+        {"guidance_scale": 2.0},
+        {"min_new_tokens": 2},
+        {"begin_suppress_tokens": [3]},
+        {"exponential_decay_length_penalty": (2, 1.1)},
+    ):
         with pytest.raises(ValueError, match=f"no {next(iter(option))}"):
             model.generate_batch([[1, 2]], greedy(max_new_tokens=2, **option))
     with pytest.raises(ValueError, match="give max_new_tokens"):
         model.generate_batch([[1, 2]], greedy())
     assert model.generate_batch([]) == {}
+
+
+@pytest.mark.parametrize("owner", ["options", "model"])
+def test_a_token_that_ends_is_enough(model, owner):
+    ends = list(range(40))  # whatever comes
+    if owner == "model":
+        model.config.eos_token_id = ends
+    config = greedy(eos_token_id=ends if owner == "options" else None)
+    before = dict(vars(config))
+    (result,) = model.generate_batch([[1, 2]], config).values()
+    assert len(result.generated_tokens) == 1
+    assert vars(config) == before

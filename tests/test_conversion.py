@@ -205,6 +205,10 @@ def test_script_writes_a_directory_that_loads(tmp_path, capsys):
         (lambda state: state.update({"rnn.layers.1.res_align.bias": torch.ones(8)}), "no place.*res_align.bias"),
         (lambda state: state.update({"rnn.layers.2.res_align.weight": torch.ones(8, 8)}), "no place.*2.res_align"),
         (lambda state: state.update({"ln.weight": torch.ones(9)}), r"shape.*ln.weight \[9\], expected \[10\]"),
+        (
+            lambda state: state["rnn.layers.1.res_align.weight"].t_(),
+            r"shape.*res_align.weight \[6, 8\], expected \[8, 6\]",
+        ),
         (lambda state: state.pop("emb.weight"), "none of torch-mingru's examples.*rnn.layers.0"),
         (lambda state: state.pop("rnn.layers.1.gate_hidden.weight"), "missing|shape"),
     ],

@@ -71,10 +71,12 @@ def exported_video(request):
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request):
-    """A model and its two programs."""
+    """A model and its two programs, made while it was in training."""
     torch.manual_seed(0)
-    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, initializer_range=0.3, **KINDS[request.param])).eval()
-    return model, *export_programs(model)
+    options = {"initializer_range": 0.3, "embedding_dropout": 0.5} | KINDS[request.param]
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, **options)).train()
+    programs = export_programs(model)
+    return model.eval(), *programs
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(1, 1), (1, 7), (3, 40), (2, 2)])
@@ -210,11 +212,15 @@ def test_a_prompt_is_a_scan_in_each_block_and_a_token_none(exported):
     assert [sum("scan" in name for name in names) for names in operators] == [model.config.num_hidden_layers, 0]
 
 
+def assert_made_for_contiguous(programs, name):
+    """Compilers read memory by the strides of the tokens or frames that a program was exported with."""
+    for program in programs:
+        (inputs,) = (node.meta["val"] for node in program.graph.nodes if node.name == name)
+        assert inputs.is_contiguous()
+
+
 def test_programs_are_made_for_contiguous_tokens(exported):
-    """Compilers read memory by the strides of the tokens that a program was exported with."""
-    for program in exported[1:]:
-        (tokens,) = (node.meta["val"] for node in program.graph.nodes if node.name == "input_ids")
-        assert tokens.is_contiguous()
+    assert_made_for_contiguous(exported[1:], "input_ids")
 
 
 def test_a_state_with_too_many_tensors_is_refused(exported):
@@ -240,8 +246,10 @@ def test_a_failed_export_leaves_the_model_as_it_was(exported, monkeypatch):
 @pytest.mark.parametrize("model_class", [MinGRUForSequenceClassification, MinGRUForTokenClassification])
 @torch.no_grad()
 def test_classifiers_of_texts_and_tokens(model_class):
-    model = model_class(MinGRUConfig(vocab_size=40, initializer_range=0.3, num_labels=3, **KINDS["paper"])).eval()
+    options = {"initializer_range": 0.3, "num_labels": 3, "classifier_dropout": 0.5} | KINDS["paper"]
+    model = model_class(MinGRUConfig(vocab_size=40, **options)).train()
     program = export_text_classifier(model).module()
+    model.eval()
     ids = torch.randint(0, 40, (3, 9))
     for mask in (torch.arange(9) < torch.tensor([[9], [4], [1]]), torch.arange(9) >= torch.tensor([[0], [4], [8]])):
         logits, expected = program(ids, mask.long()), model(ids, attention_mask=mask).logits
@@ -268,12 +276,18 @@ def test_video_programs_hold_operators_of_torch_alone(exported_video):
         assert not [name for name in operators if "mingru" in name]
 
 
+def test_video_programs_are_made_for_contiguous_frames(exported_video):
+    assert_made_for_contiguous(exported_video[1:], "frames")
+
+
 @torch.no_grad()
 def test_a_bidirectional_video_model_has_a_program_for_clips_alone():
-    model = make_video_model("resnet", bidirectional=True)
+    """Of grey frames in float64, here."""
+    backbone = ResNetConfig(**RESNET, num_channels=1, out_features=["stage1", "stage2"])
+    model = make_video_model("resnet", bidirectional=True, backbone_config=backbone).double()
     clip, frame = export_video_programs(model, 32)
     assert frame is None
-    frames = torch.randn(1, 6, 3, 32, 32)
+    frames = torch.randn(1, 6, 1, 32, 32, dtype=torch.float64)
     logits, state = clip.module()(frames)
     assert state == []
     torch.testing.assert_close(logits, model(frames).logits, **CLOSE)

@@ -1,6 +1,8 @@
 """Linear maps as convolutions: the numbers of F.linear, only where it pays, and on any machine if it is told to."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,7 +142,7 @@ def cast(*dtypes):
     [
         cast(torch.float64, torch.float64, torch.float64),
         cast(torch.bfloat16, torch.bfloat16, torch.bfloat16),
-        lambda x, w, b: (x[:15], w, b),  # few rows
+        lambda x, w, b: (x.view(-1, 512)[:192], w.view(-1, 512)[:64].repeat(8, 1), None),  # few rows
         lambda x, w, b: (x[:, :4], w[:, :4], b),  # few products
         lambda x, w, b: (x, w.repeat(32, 16).view(-1, 200)[: 512 * 2048 // 200 + 1], None),  # a large weight
         lambda x, w, b: (x[:0], w, b),
@@ -182,6 +184,10 @@ def test_compilers_transforms_modes_and_settings_see_a_matrix_product(convolutio
     torch.set_float32_matmul_precision("medium")
     linear(x, weight, bias)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    linear(x, weight, bias)
+    torch.backends.mkldnn.conv.fp32_precision = "none"
+    assert linear(x.to("meta"), weight.to("meta"), bias.to("meta")).shape == (512, 256)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     linear(x, weight, bias)
     assert not convolutions
@@ -263,3 +269,27 @@ def test_hooks_and_adapters_take_effect(convolutions):
 )
 def test_processors(processor, family):
     assert amd_family(processor) == family
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "faster"),
+    [
+        (26, {}, True),
+        (27, {}, True),
+        (25, {}, False),
+        (26, {"capability": "AVX2"}, False),
+        (26, {"mkl": False}, False),
+        (26, {"mkldnn": False}, False),
+    ],
+)
+def test_the_machines_where_convolutions_are_faster(family, changes, faster, monkeypatch):
+    machine = {"capability": "AVX512", "mkl": True, "mkldnn": True} | changes
+    text = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine["capability"])
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: machine["mkl"])
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: machine["mkldnn"])
+    spec = importlib.util.spec_from_file_location("mingru_hf.linear_elsewhere", mingru_hf.linear.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    assert elsewhere.CONVOLUTION_IS_FASTER is faster

@@ -6,17 +6,18 @@ import sys
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mingru_hf.observers import differentiates_in_transform, in_transform, is_observed
+from mingru_hf.observers import differentiates_in_transform, has_global_hooks, in_transform, is_observed
 
 UNKNOWN = """
 import torch, torch._C._functorch as functorch
 {change}
 from mingru_hf import MinGRU, MinGRUConfig, MinGRUForCausalLM
-from mingru_hf.observers import differentiates_in_transform, in_transform, is_observed
+from mingru_hf.observers import differentiates_in_transform, has_global_hooks, in_transform, is_observed
 
-assert (is_observed(), in_transform(), differentiates_in_transform()) == (True, True, False)
+assert (is_observed(), in_transform(), has_global_hooks(), differentiates_in_transform()) == (True, True, True, False)
 torch.manual_seed(0)
 config = MinGRUConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, bos_token_id=0, eos_token_id=None)
 model = MinGRUForCausalLM(config)
@@ -60,6 +61,14 @@ def test_modes_are_noticed():
     with Mode():
         assert is_observed()
         assert not in_transform()
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules_are_noticed(kind):
+    assert not has_global_hooks()
+    with getattr(hooks, f"register_module_{kind}_hook")(lambda *args: None):
+        assert has_global_hooks()
+    assert not has_global_hooks()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mingru_hf.scan
@@ -225,7 +226,7 @@ def test_long_sequences_keep_their_precision(backend, bias, scale, steps):
 
 
 @pytest.mark.parametrize("pieces", [1, 40, 250])
-@pytest.mark.parametrize("kind", ["below the bound", "above it", "masked between", "with a period"])
+@pytest.mark.parametrize("kind", ["below the bound", "above it", "masked between", "with a period", "for a while"])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_long_memory_is_noticed(backend, kind, pieces):
     """The torch scan looks at a few gates to tell whether float32 is enough."""
@@ -237,6 +238,8 @@ def test_a_long_memory_is_noticed(backend, kind, pieces):
         x[:, ::16, :2] = 3.0
     if kind == "with a period":
         x[:, ::16, :2] = -5.0
+    if kind == "for a while":  # and in one channel
+        x[:, 4000:, 0] = x[:, :, 1] = 0.0
     with torch.no_grad():
         expected, states, state = scan_reference(x.double(), h0.double(), mask), [], h0
         for first in range(0, steps, steps // pieces):
@@ -260,6 +263,14 @@ def test_memory_from_one_block_to_the_next(backend, scale, bias, flags):
     assert relative_error(actual[0], expected[0]) <= FLOAT32_RELATIVE
     for result, reference in zip(actual, expected, strict=True):
         assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_what_is_left_of_a_start_counts_while_the_state_falls_with_it(backend):
+    x, h0 = torch.full((1, 2500, 500), -40.0), torch.full((1, 1, 250), 10.0)
+    x[..., :250], x[:, 0, 250:] = 4.0, 10.0
+    states = mingru_scan(x, h0, backend=backend)
+    assert relative_error(states, scan_reference(x.double(), h0.double())) <= FLOAT32_RELATIVE
 
 
 @pytest.mark.parametrize("steps", [1, 63, 1000])
@@ -321,6 +332,14 @@ def test_the_last_state_is_not_rounded_and_has_memory_of_its_own(backend, dtype,
     before = states.detach().clone()
     last.detach().zero_()
     assert torch.equal(states, before)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", "torch"])
+def test_float16_is_summed_in_float32(backend):
+    x, h0, _, _ = make_inputs(2, 63, 5)
+    x = x.half()
+    states = mingru_scan(x, h0, backend=backend, dtype=torch.float32)
+    assert relative_error(states, scan_reference(x.double(), h0.double())) <= FLOAT32_RELATIVE
 
 
 @pytest.mark.parametrize("flags", ["", "mask reset"])
@@ -440,6 +459,17 @@ def test_torch_func_differentiates_the_kernels(flags, backend):
     torch.testing.assert_close(results(backend), results("reference"), rtol=1e-4, atol=1e-4)
 
 
+def test_torch_func_leaves_the_kernels_to_auto(monkeypatch):
+    """The loop is for forward mode."""
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    monkeypatch.setattr(mingru_hf.scan, "_IN_OPERATORS_OF_TORCH", {})
+    x = torch.randn(3, 2, 5, 4)
+    per_sample = torch.vmap(torch.func.grad(lambda x: mingru_scan(x).sum()))(x)
+    torch.testing.assert_close(
+        per_sample.flatten(0, 1), torch.func.grad(lambda x: mingru_scan(x).sum())(x.flatten(0, 1))
+    )
+
+
 def test_derivatives_by_torch_func_and_in_forward_mode(monkeypatch):
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     x, h0, tangent = torch.randn(3, 5, 4), torch.rand(3, 1, 2), torch.randn(3, 5, 4)
@@ -539,6 +569,20 @@ def test_shapes_alone_on_the_meta_device(grad):
         states = mingru_scan(x, mask=flags, reset=flags)
     assert states.is_meta
     assert states.shape == (2, 5, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scan", [mingru_scan, mingru_step])
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_a_step_of_what_holds_no_numbers(kind, scan):
+    """Not from the memory that a kernel would take its address for."""
+    empty = FakeTensorMode().from_tensor if kind == "fake" else lambda tensor: tensor.to("meta")
+    x, h0 = empty(torch.randn(2, 1, 6)), empty(torch.rand(2, 1, 3))
+    for h in (h0, None):
+        state = scan(x, h)
+        assert type(state) is type(x)
+        assert state.device == x.device
+        assert state.shape == (2, 1, 3)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -742,6 +786,15 @@ def test_log_scan_agrees_while_it_is_short(steps):
     assert relative_error(mingru_scan(x.double(), h0.double(), mask, backend="log"), expected) <= 1e-11
 
 
+def test_log_scan_has_a_gradient_at_any_candidate():
+    """-0.5, too: g(v) is v + 0.5 elsewhere, whose logarithm has none there."""
+    x = torch.tensor([0.3, -0.5]).expand(1, 4, 2)
+    weight = torch.ones(1, 4, 1)
+    expected = run(x, torch.ones(1, 1, 1), None, None, weight, mingru_scan, backend="reference")
+    actual = run(x, torch.ones(1, 1, 1), None, None, weight, mingru_scan, backend="log")
+    torch.testing.assert_close(actual, expected)
+
+
 def test_log_scan_refuses_what_it_cannot_do():
     x, h0, _, reset = make_inputs(2, 5, 3, flags="reset")
     with pytest.raises(ValueError, match="cannot reset"):
@@ -790,9 +843,27 @@ def test_operators_pass_opcheck(name):
     options = mask, reset, "torch", torch.float32
     torch.library.opcheck(operator, (x.requires_grad_(), None, h0.requires_grad_(), *options))
     torch.library.opcheck(operator, (x.detach().bfloat16(), None, None, None, None, "torch", torch.bfloat16))
-    if "numba" in FAST_BACKENDS:
+    if NUMBA_AVAILABLE:
         bias = torch.randn(6, requires_grad=True)
         torch.library.opcheck(operator, (x, bias, h0, mask, reset, "numba", torch.float32))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("change", ["bfloat16", "long memory", "other strides"])
+def test_compilers_are_told_what_comes_out(change, backend):
+    x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
+    if change == "bfloat16":
+        x = x.bfloat16()
+    elif change == "long memory":
+        x[..., :3] -= 9
+    else:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    states = mingru_scan(x, h0, mask, reset, backend=backend)
+    inputs = torch.randn_like(states), h0, x, None, h0, states, mask, reset, backend
+    operators = torch.ops.mingru_hf_v3
+    torch.library.opcheck(operators.scan_backward.default, inputs, test_utils="test_faketensor")
+    inputs = x, None, h0, mask, reset, backend, torch.float32
+    torch.library.opcheck(operators.scan.default, inputs, test_utils="test_faketensor")
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -860,6 +931,43 @@ def test_impossible_choices_say_why(monkeypatch):
     with pytest.raises(ValueError, match="there is no numba"):
         mingru_scan(x, backend="numba")
     mingru_scan(x)  # "auto" goes on without it
+
+
+@pytest.mark.parametrize(
+    "fault", [None, "mask", "reset", "start", "16 bits", "32 bits", "last state", "one gradient", "memory"]
+)
+def test_kernels_of_a_card_are_tried_with_all_that_is_optional(fault, monkeypatch):
+    """The torch scan stands in for them here."""
+    forward, backward = mingru_hf.scan._KERNELS["torch"]
+
+    def faulty_forward(x, h0, mask, reset, dtype):
+        if fault == "memory":
+            raise torch.OutOfMemoryError("no room")
+        h0, mask, reset = (
+            t if fault != name else None for name, t in (("start", h0), ("mask", mask), ("reset", reset))
+        )
+        states, last = forward(x, h0, mask, reset, dtype)
+        if fault == "16 bits" and x.dtype == torch.bfloat16:
+            states[-1, -1] = torch.nan
+        if fault == "32 bits" and x.dtype == torch.float32:
+            states *= 1.001
+        return states, last * (2 if fault == "last state" else 1)
+
+    def faulty_backward(*inputs):
+        grad_x, grad_h0 = backward(*inputs)
+        return grad_x, grad_h0 * (2 if fault == "one gradient" else 1)
+
+    monkeypatch.setattr(mingru_hf.scan, "triton_unavailable_reason", lambda device: None)
+    monkeypatch.setattr(mingru_hf.scan, "_trial", mingru_hf.scan._trial.__wrapped__)
+    monkeypatch.setitem(mingru_hf.scan._KERNELS, "triton", (faulty_forward, faulty_backward))
+    if fault is None:
+        assert mingru_scan(torch.randn(2, 5, 4), backend="triton").shape == (2, 5, 2)
+    elif fault == "memory":  # no fault of the kernels
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            mingru_scan(torch.randn(2, 5, 4), backend="triton")
+    else:
+        with pytest.warns(UserWarning, match="wrong numbers"), pytest.raises(ValueError, match="wrong numbers on cpu"):
+            mingru_scan(torch.randn(2, 5, 4), backend="triton")
 
 
 @pytest.mark.parametrize("broken", ["missing", "broken"])
