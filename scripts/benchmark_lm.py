@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         report["decoding"][name] = dict(zip(("ms_1", f"ms_{args.batch_size}"), times, strict=True))
         print(f"{name:22} {times[0]:8.3f} {times[1]:6.3f}")
     if args.json:
-        write_json(args.json, {"arguments": vars(args) | {"json": str(args.json)}, **report})
+        write_json(args.json, {"arguments": vars(args), **report})
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.json:
         report = {"parameters": counts, "multiply_adds": work, "seconds": seconds, "peak_mb": memory, "shares": shares}
-        write_json(args.json, {"arguments": vars(args) | {"json": str(args.json)}, **report})
+        write_json(args.json, {"arguments": vars(args), **report})
 
 
 if __name__ == "__main__":

@@ -142,9 +142,9 @@ def peak_megabytes(step: Callable[[], Any], device: str | torch.device = "cpu") 
 
 
 def write_json(path: Path, report: dict) -> None:
-    """Write a report. NaN and infinity, which JSON does not have, become strings."""
+    """Write a report. NaN and infinity, which JSON does not have, become strings, as do paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(report), indent=2) + "\n")
+    path.write_text(json.dumps(_finite(report), indent=2, default=str) + "\n")
 
 
 def _finite(value):

@@ -6,7 +6,7 @@
     python scripts/train_causal_lm.py --train_file my.txt --tokenizer_name bpe --output_dir runs/mine
     torchrun --nproc_per_node 2 scripts/train_causal_lm.py --output_dir runs/two-processes
 
-Without a config the model has 6 blocks, 768 wide, and some 50 million parameters: for GPUs, or for days.
+Without a config the model has 6 blocks, 768 wide, and some 50 million parameters: for GPUs, or many hours.
 The best weights are saved in --output_dir with tokenizer, metrics.json, loss.png and a model card; sample
 from them with scripts/generate_text.py.
 """
