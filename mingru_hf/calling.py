@@ -12,10 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import CONVOLUTION_IS_FASTER, linear
+from .linear import HAS_FASTER_WAY, linear, linear_unobserved
 from .observers import has_global_hooks, is_observed
 
 # Parameters are looked up where they are registered; a wrapper that has taken them from there (FSDP) is asked itself.
@@ -25,7 +24,7 @@ def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     parameters = module._parameters
     if "weight" not in parameters:
         return module(x)
-    return F.linear(x, parameters["weight"], parameters["bias"])
+    return linear_unobserved(x, parameters["weight"], parameters["bias"])
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -98,8 +97,8 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def module_call(module: nn.Module, *args, **kwargs):
-    """module(*args), the way torch goes, but for the large linear maps that `linear` is faster at."""
-    if CONVOLUTION_IS_FASTER and not torch.compiler.is_compiling():
+    """module(*args), the way torch goes, but for linear maps that `linear` is faster at."""
+    if HAS_FASTER_WAY and not torch.compiler.is_compiling():
         parameters = plain_linear(module)
         if parameters is not None:
             return linear(*args, *parameters)

@@ -1,9 +1,13 @@
-"""Linear maps of many rows in float32, where the library that torch takes for them leaves half of the processor idle.
+"""Linear maps on a CPU, where the library that torch takes for them leaves half of the processor or more idle.
 
-On x86 torch multiplies float32 matrices with MKL, which uses only 256 of the 512 bits of the vectors of AMD's Zen 5
-(2024). Convolutions it gives to oneDNN, which uses all of them; and a linear map is a convolution with a kernel of
-1 x 1. The numbers agree to rounding; LOG.md has the speeds of both, and
-`scripts/benchmark_lm.py` shows them.
+On x86 torch multiplies float32 matrices with MKL, which does well on Intel's processors. On AMD's:
+
+- Many rows, in training: MKL uses only 256 of the 512 bits of the vectors of Zen 5 (2024). Convolutions torch gives to
+  oneDNN, which uses all of them; and a linear map is a convolution with a kernel of 1 x 1.
+- Few rows, in a step of decoding: the time should be that of reading the weights, and is two to ten times that; with
+  bfloat16, which goes to oneDNN, two to three times. The kernel in scan_numba.py takes that time.
+
+The numbers agree to rounding; LOG.md has the speeds of all, and `scripts/benchmark_lm.py` shows them.
 """
 
 import platform
@@ -14,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .observers import in_transform
+from .observers import in_transform, is_observed
+from .scan_numba import NUMBA_AVAILABLE, numba_linear
 
-_ZEN_5 = 26  # the "family" of the processor
+# The "family" of the processor; 25 without AVX-512 is Zen 3.
+_ZEN_4, _ZEN_5 = 25, 26
 
 # Smaller products, and weights that are large for so few rows, are not worth the conversion.
 _MIN_ROWS = 256
@@ -44,13 +50,19 @@ def _processor() -> str:
         return platform.processor()
 
 
-# Whether this machine is one where oneDNN multiplies float32 matrices faster than torch's own choice.
+_IS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+# Whether this machine is one where oneDNN multiplies float32 matrices faster than torch's own choice, or our kernel
+# few rows.
 CONVOLUTION_IS_FASTER = (
     amd_family(_processor()) >= _ZEN_5
-    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and _IS_AVX512
     and torch.backends.mkl.is_available()
     and torch.backends.mkldnn.is_available()
 )
+FEW_ROWS_ARE_FASTER = (
+    amd_family(_processor()) >= _ZEN_4 and _IS_AVX512 and torch.backends.mkl.is_available() and NUMBA_AVAILABLE
+)
+HAS_FASTER_WAY = CONVOLUTION_IS_FASTER or FEW_ROWS_ARE_FASTER
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,6 +86,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # As F.linear's own output this is no view: it can be written to.
         out = torch.ops.aten._unsafe_view(out.permute(0, 2, 3, 1), (*x.shape[:-1], weight.shape[0]))
         return out if bias is None or not bias.requires_grad else _BiasGradient.apply(out, bias)
+    if FEW_ROWS_ARE_FASTER and not torch.is_grad_enabled() and not is_observed():
+        return linear_unobserved(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def linear_unobserved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` for a few rows, where neither autograd nor anything that `is_observed` knows of has to see it."""
+    if (
+        FEW_ROWS_ARE_FASTER
+        and not torch.compiler.is_compiling()  # a caller who is not compiled may have compiled this part of it
+        and not torch.is_autocast_enabled("cpu")
+        and _is_plain(x)
+        and _is_plain(weight)
+        and (bias is None or _is_plain(bias))
+    ):
+        out = numba_linear(x, weight, bias)
+        if out is not None:
+            return out
     return F.linear(x, weight, bias)
 
 
@@ -101,7 +131,7 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         and (rows % _BATCH == 0 or torch.get_num_threads() > 1)
         and x.shape[-1] == inputs
         and (bias is None or bias.shape == (outputs,))
-        and all(_is_float32_here(tensor) for tensor in (x, weight, bias) if tensor is not None)
+        and all(_is_plain(t) and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
         and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
@@ -110,9 +140,15 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     )
 
 
-def _is_float32_here(tensor: Tensor) -> bool:
-    """Whether this is a plain float32 tensor on the CPU: not quantised, not fake, not a DTensor."""
-    return tensor.dtype == torch.float32 and tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter)
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether this is an array in the CPU's memory and no more: not fake, sparse or quantised, no DTensor."""
+    kind = type(tensor)
+    return (
+        (kind is Tensor or kind is nn.Parameter)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
 
 
-__all__ = ["linear"]
+__all__ = ["HAS_FASTER_WAY", "linear", "linear_unobserved"]

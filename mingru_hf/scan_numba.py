@@ -76,8 +76,8 @@ def _compiled(function):
     return _jit(numba.njit, function, nogil=True, forceinline=function.__name__.endswith("_row"))
 
 
-def _jit(decorator, function, **options):
-    options |= {"fastmath": set(_FLAGS), "error_model": "numpy"}
+def _jit(decorator, function, flags=_FLAGS, **options):
+    options |= {"fastmath": set(flags), "error_model": "numpy"}
     try:
         return decorator(**options, cache=True)(function)
     except Exception:  # no folder for the cache can be written, or what lies there cannot be read
@@ -652,6 +652,68 @@ def _backward(a, X, Y, A, W):
         more, b, piece, first, count = _take_task(a)
 
 
+# --- A linear map of few rows. It reads every weight once, and so its time is that of reading memory. The arguments,
+# --- after those of every kernel:
+
+_ROWS, _INPUTS, _OUTPUTS, _OUTPUTS_PER_TASK = 3, 4, 5, 6
+_IN, _WEIGHT, _LINEAR_BIAS, _OUT, _PREFETCHES = 7, 8, 9, 10, 11
+
+
+def _compiled_sum(function):
+    """As `_compiled`, for loops that add up: the order is free, so that LLVM keeps a partial sum for each lane."""
+    return (
+        function if numba is None else _jit(numba.njit, function, (*_FLAGS, "reassoc"), nogil=True, forceinline=True)
+    )
+
+
+@_compiled_sum
+def _dot(weight_row, x, count, W, A):
+    sum_ = _as(0.0, A)
+    for i in range(count):
+        sum_ += _load(weight_row, i, W, "read") * _load(x, i, A, "read")
+    return sum_
+
+
+@_compiled_sum
+def _dot_four(weight_row, x, count, W, A):
+    """With four rows of x, one behind the other, so that a weight is loaded once for them."""
+    sum0 = sum1 = sum2 = sum3 = _as(0.0, A)
+    for i in range(count):
+        weight = _load(weight_row, i, W, "read")
+        sum0 += weight * _load(x, i, A, "read")
+        sum1 += weight * _load(x, count + i, A, "read")
+        sum2 += weight * _load(x, 2 * count + i, A, "read")
+        sum3 += weight * _load(x, 3 * count + i, A, "read")
+    return sum0, sum1, sum2, sum3
+
+
+@_compiled
+def _linear(a, W, A):
+    """Take blocks of outputs until none is left; as many threads at a time as like."""
+    rows, inputs, outputs = _argument(a, _ROWS), _argument(a, _INPUTS), _argument(a, _OUTPUTS)
+    x, bias, out = _argument(a, _IN), _argument(a, _LINEAR_BIAS), _argument(a, _OUT)
+    whole = rows // 4 * 4
+    task = _next_task(a)
+    while task < _argument(a, _NUM_TASKS):
+        first = task * _argument(a, _OUTPUTS_PER_TASK)
+        for o in range(first, min(first + _argument(a, _OUTPUTS_PER_TASK), outputs)):
+            weight_row = _address(_argument(a, _WEIGHT), o * inputs, W)
+            added = _load(bias, o, W, "read") if bias != 0 else _as(0.0, A)
+            if _argument(a, _PREFETCHES) != 0:
+                for i in range(0, inputs, _CHUNK):
+                    _prefetch(weight_row, 2 * inputs + i, W)
+            for r in range(0, whole, 4):
+                sums = _dot_four(weight_row, _address(x, r * inputs, A), inputs, W, A)
+                _store(out, r * outputs + o, sums[0] + added, W, "write")
+                _store(out, (r + 1) * outputs + o, sums[1] + added, W, "write")
+                _store(out, (r + 2) * outputs + o, sums[2] + added, W, "write")
+                _store(out, (r + 3) * outputs + o, sums[3] + added, W, "write")
+            for r in range(whole, rows):
+                sum_ = _dot(weight_row, _address(x, r * inputs, A), inputs, W, A)
+                _store(out, r * outputs + o, sum_ + added, W, "write")
+        task = _next_task(a)
+
+
 # Functions of this module, not closures: numba's cache on disk cannot find closures again. What follows `a` says which
 # types there are: of the inputs, of the states, of the state at work, and of the bias.
 _F32, _F64, _BF16 = (numba.float32, numba.float64, numba.uint16) if NUMBA_AVAILABLE else (float, float, int)
@@ -721,6 +783,15 @@ def _backward_float64_bias(a):
     _backward(a, _F64(0), _F64(0), _F64(0), _F64(0))
 
 
+def _linear_float32(a):
+    _linear(a, _F32(0), _F32(0))
+
+
+def _linear_bfloat16(a):
+    _linear(a, _BF16(0), _F32(0))
+
+
+_LINEAR_VARIANTS = {torch.float32: _linear_float32, torch.bfloat16: _linear_bfloat16}
 # (dtype of the inputs, dtype of the states, with a bias) -> forward, backward
 _VARIANTS = {
     (torch.float32, torch.float32, False): (_forward_float32, _backward_float32),
@@ -928,6 +999,59 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
     return states
 
 
+# Linear maps that gain (LOG.md has the measurements) have at least so many weights and at most so many rows: oneDNN,
+# torch's choice for bfloat16, is better than MKL.
+_LINEAR_LIMITS = {torch.float32: (1 << 15, 16), torch.bfloat16: (1 << 13, 8)}
+# Inputs, every weight's row goes over all of them: more are too many for the first-level cache; with more than the
+# second number the processor does not prefetch weights by itself.
+_MAX_LINEAR_INPUTS, _NEAR_INPUTS = 6144, 3072
+# From so many weights on, more than one thread gains.
+_SERIAL_WEIGHTS = 1 << 18
+_linear_entries: dict[torch.dtype, _Entry] = {}
+
+
+def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """A linear map of few rows, in the time that reading the weights takes.
+
+    Args:
+        x: (*, E) on the CPU.
+        weight: (F, E).
+        bias: (F,), or None.
+
+    Returns:
+        (*, F) x weight^T + bias; None if the arguments are not of the usual kind (float32 or bfloat16 throughout,
+        parameters contiguous, few rows, many weights): F.linear takes care of the rest.
+
+    Precision: sums in float32, one rounding for bfloat16.
+    """
+    dtype, shape = x.dtype, x.shape
+    entry = _linear_entries.get(dtype)
+    if entry is None:
+        if numba is None or dtype not in _LINEAR_VARIANTS:
+            return None
+        entry = _linear_entries[dtype] = _compiled_entry(_LINEAR_VARIANTS[dtype])
+    min_weights, max_rows = _LINEAR_LIMITS[dtype]
+    size, (outputs, inputs) = x.numel(), weight.shape
+    if not 0 < size <= min(_MAX_LINEAR_INPUTS, max_rows * inputs) or outputs * inputs < min_weights:
+        return None
+    if weight.dtype != dtype or shape[-1] != inputs or not weight.is_contiguous():
+        return None
+    if bias is not None and (bias.dtype != dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
+        return None
+    out = x.new_empty((*shape[:-1], outputs))
+    threads = torch.get_num_threads() if outputs * inputs >= _SERIAL_WEIGHTS else 1
+    tasks = 1 if threads == 1 else min(4 * threads, outputs)
+    wide = x.float().contiguous()
+    sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks)
+    addresses = wide.data_ptr(), weight.data_ptr(), _data_ptr(bias), out.data_ptr()
+    arguments = array("q", (*sizes, *addresses, size > _NEAR_INPUTS))
+    if threads == 1:
+        entry.call(arguments.buffer_info()[0])
+    else:
+        _run(entry, arguments, (wide, weight, bias, out), 0, tasks, threads)
+    return out
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """The tensor, copied only if its last axis is not contiguous."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -1034,6 +1158,7 @@ __all__ = [
     "NUMBA_AVAILABLE",
     "numba_backward",
     "numba_forward",
+    "numba_linear",
     "numba_step",
     "numba_supports",
     "unavailable_reason",

@@ -28,7 +28,7 @@ ALLOWED = {
     "continuous_batching": set(),
     "configuration_mingru": {"configuration_common"},
     "exporting": {"modeling_minconvgru"},
-    "linear": {"observers"},
+    "linear": {"observers", "scan_numba"},
     "loading": set(),
     "losses": {"linear"},
     "modeling_mingru": {

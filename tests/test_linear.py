@@ -1,7 +1,11 @@
-"""Linear maps as convolutions: the numbers of F.linear, only where it pays, and on any machine if it is told to."""
+"""Linear maps by other ways: the numbers of F.linear, only where they pay, and on any machine if they are told to.
+
+Many rows as convolutions first, then few rows by the kernel.
+"""
 
 import copy
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import mingru_hf.calling
 import mingru_hf.linear
 from mingru_hf import MinGRU, MinGRUCell, MinGRUConfig, MinGRUForCausalLM
-from mingru_hf.linear import amd_family, linear
+from mingru_hf.linear import amd_family, linear, linear_unobserved
+from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_linear
 
 
 @pytest.fixture
@@ -28,8 +33,27 @@ def convolutions(monkeypatch):
         return original(x, weight, *args, **kwargs)
 
     monkeypatch.setattr(F, "conv2d", conv2d)
-    for module in (mingru_hf.linear, mingru_hf.calling):
-        monkeypatch.setattr(module, "CONVOLUTION_IS_FASTER", True)
+    for module, name in ((mingru_hf.linear, "CONVOLUTION_IS_FASTER"), (mingru_hf.calling, "HAS_FASTER_WAY")):
+        monkeypatch.setattr(module, name, True)
+    return shapes
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As on a machine where the kernel is faster; the list of the maps that it did, by the shape of their input."""
+    if not NUMBA_AVAILABLE:
+        pytest.skip("the kernel for few rows is numba's")
+    shapes = []
+
+    def recorded(x, weight, bias):
+        out = numba_linear(x, weight, bias)
+        if out is not None:
+            shapes.append(tuple(x.shape))
+        return out
+
+    monkeypatch.setattr(mingru_hf.linear, "numba_linear", recorded)
+    monkeypatch.setattr(mingru_hf.linear, "FEW_ROWS_ARE_FASTER", True)
+    monkeypatch.setattr(mingru_hf.calling, "HAS_FASTER_WAY", True)
     return shapes
 
 
@@ -214,8 +238,8 @@ def test_a_model_trains_alike(checkpointing, convolutions, monkeypatch):
         (*module.weight.shape, 1, 1) for name, module in model.named_modules() if name.split(".")[-1] in kinds
     }
     assert set(convolutions) >= expected_shapes
-    for module in (mingru_hf.linear, mingru_hf.calling):
-        monkeypatch.setattr(module, "CONVOLUTION_IS_FASTER", False)
+    for module, name in ((mingru_hf.linear, "CONVOLUTION_IS_FASTER"), (mingru_hf.calling, "HAS_FASTER_WAY")):
+        monkeypatch.setattr(module, name, False)
     convolutions.clear()
     expected = train(model)
     assert not convolutions
@@ -272,17 +296,18 @@ def test_processors(processor, family):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "faster"),
+    ("family", "changes", "convolution", "few_rows"),
     [
-        (26, {}, True),
-        (27, {}, True),
-        (25, {}, False),
-        (26, {"capability": "AVX2"}, False),
-        (26, {"mkl": False}, False),
-        (26, {"mkldnn": False}, False),
+        (26, {}, True, True),
+        (27, {}, True, True),
+        (25, {}, False, True),
+        (23, {}, False, False),
+        (26, {"capability": "AVX2"}, False, False),
+        (26, {"mkl": False}, False, False),
+        (26, {"mkldnn": False}, False, True),
     ],
 )
-def test_the_machines_where_convolutions_are_faster(family, changes, faster, monkeypatch):
+def test_the_machines_where_there_is_a_faster_way(family, changes, convolution, few_rows, monkeypatch):
     machine = {"capability": "AVX512", "mkl": True, "mkldnn": True} | changes
     text = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\n"
     monkeypatch.setattr(Path, "read_text", lambda self: text)
@@ -292,4 +317,197 @@ def test_the_machines_where_convolutions_are_faster(family, changes, faster, mon
     spec = importlib.util.spec_from_file_location("mingru_hf.linear_elsewhere", mingru_hf.linear.__file__)
     elsewhere = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(elsewhere)
-    assert elsewhere.CONVOLUTION_IS_FASTER is faster
+    assert elsewhere.CONVOLUTION_IS_FASTER is convolution
+    assert elsewhere.FEW_ROWS_ARE_FASTER is (few_rows and NUMBA_AVAILABLE)
+    assert elsewhere.HAS_FASTER_WAY is (convolution or (few_rows and NUMBA_AVAILABLE))
+
+
+# --- Few rows.
+
+
+def few_rows(rows, inputs=257, outputs=131, dtype=torch.float32):
+    """Tensors of a map that the kernel takes."""
+    return [torch.randn(size).to(dtype) for size in ((rows, 1, inputs), (outputs, inputs), (outputs,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 257, 131), (2, 128, 300), (3, 1000, 1001), (4, 64, 512), (5, 1200, 700), (7, 384, 96), (8, 768, 515)],
+)
+def test_few_rows_are_within_rounding(rows, inputs, outputs, bias, dtype, threads, kernels):
+    x, weight, added = few_rows(rows, inputs, outputs, dtype)
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        with torch.no_grad():
+            actual = linear(x, weight, added if bias else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernels == [(rows, 1, inputs)]
+    expected = F.linear(x.double(), weight.double(), added.double() if bias else None)
+    size = F.linear(x.double().abs(), weight.double().abs(), added.double().abs() if bias else None)
+    bound = 1e-6 * size + (2.0**-8 * expected.abs() if dtype == torch.bfloat16 else 0)
+    assert (actual.dtype, actual.shape) == (dtype, expected.shape)
+    assert ((actual.double() - expected).abs() <= bound).all()
+
+
+def test_sixteen_rows_and_no_more(kernels):
+    with torch.no_grad():
+        for rows in (16, 17):
+            x, weight, bias = few_rows(rows)
+            torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
+    assert kernels == [(16, 1, 257)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, 1:2],
+        lambda x: x[..., ::2],
+        lambda x: x[:1].expand(4, -1, -1),
+        lambda x: x[0, 1],
+    ],
+    ids=["time first", "a step", "every other channel", "expanded", "a vector"],
+)
+def test_few_rows_of_any_strides(view, dtype, kernels):
+    x = view(torch.randn(4, 2, 512).to(dtype))
+    weight = torch.randn(140, x.shape[-1]).to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=1e-2, atol=1e-4)
+    assert kernels == [tuple(x.shape)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(dtype, kernels):
+    tensors = few_rows(5, 1024, 1023, dtype)
+    before = torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            results = [torch.set_num_threads(count) or linear(*tensors) for count in (1, 2, 3, 7)]
+    finally:
+        torch.set_num_threads(before)
+    assert len(kernels) == 4
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [3, 4, 6])
+def test_few_rows_do_not_touch_each_other(rows, value, kernels):
+    x, weight, bias = few_rows(rows)
+    with torch.no_grad():
+        clean = linear(x, weight, bias)
+        x[1, 0, 5] = value
+        weight[7, 9] = value
+        bias[8] = value
+        dirty = linear(x, weight, bias)
+    torch.testing.assert_close(dirty, F.linear(x, weight, bias), equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert not dirty[1].isfinite().any() and not dirty[:, :, 7:9].isfinite().any()
+    dirty[1], dirty[:, :, 7:9] = clean[1], clean[:, :, 7:9]
+    assert torch.equal(dirty, clean)
+    assert len(kernels) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        cast(torch.float64, torch.float64, torch.float64),
+        cast(torch.float16, torch.float16, torch.float16),
+        lambda x, w, b: (x, w.t().contiguous().t(), b),
+        lambda x, w, b: (x, torch.cat([w, w], dim=1)[:, :257], b),
+        lambda x, w, b: (x, w, torch.stack([b, b], dim=1)[:, 0]),
+        lambda x, w, b: (x, w, b[:1]),
+        lambda x, w, b: (x[:0], w, b),
+        lambda x, w, b: (x[..., :0], w[:, :0], b),
+        lambda x, w, b: (x, w[:0], None),
+        lambda x, w, b: (x, w[:9], b[:9]),  # too few weights to pay
+        lambda x, w, b: (x.repeat(1, 1, 40), w.repeat(1, 40), b),  # too many inputs
+        lambda x, w, b: (x, w.as_subclass(Quantised), b),
+        lambda x, w, b: (x, w.to_sparse_csr(), None),
+        lambda x, w, b: (torch._neg_view(x), w, b),
+    ],
+    ids=[
+        *("float64", "float16", "weight transposed", "weight cut out"),
+        *("bias cut out", "one bias for all", "no rows", "no channels", "no outputs", "few weights", "many inputs"),
+        *("quantised", "sparse", "negative"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_other_kinds_of_few_rows_are_left_to_torch(change, kernels):
+    x, weight, bias = change(*few_rows(4))
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=0)
+    assert not kernels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, w, b: (x, w[:, :256].contiguous(), b),
+        lambda x, w, b: (x, w.bfloat16(), b),
+        lambda x, w, b: (x, w, b.bfloat16()),
+        lambda x, w, b: (x, w, b[:7]),
+    ],
+    ids=["inputs", "dtype", "dtype of the bias", "bias"],
+)
+def test_what_does_not_fit_raises_torchs_error(change, kernels):
+    x, weight, bias = change(*few_rows(4))
+    with torch.no_grad():
+        with pytest.raises((RuntimeError, ValueError)) as expected:
+            F.linear(x, weight, bias)
+        with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+            linear(x, weight, bias)
+    assert not kernels
+
+
+def test_gradients_compilers_transforms_and_modes_see_few_rows(kernels):
+    x, weight, bias = few_rows(4)
+    expected = F.linear(x, weight, bias)
+    for actual, other in zip(gradients(linear, x, weight, bias), gradients(F.linear, x, weight, bias), strict=True):
+        torch.testing.assert_close(actual, other)
+    with torch.no_grad():
+        for function in (linear, linear_unobserved):
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x, weight, bias), expected)
+        mapped = torch.vmap(linear, in_dims=(0, None, None))(torch.stack([x, x]), weight, bias)
+        torch.testing.assert_close(mapped[1], expected)
+        with FakeTensorMode() as mode:
+            assert linear(mode.from_tensor(x), mode.from_tensor(weight)).shape == (4, 1, 131)
+        with FlopCounterMode(display=False) as counter:
+            linear(x, weight)
+        assert counter.get_total_flops() == 2 * 4 * 257 * 131
+        traced = torch.jit.trace(linear, (x, weight, bias), check_trace=False)
+        torch.testing.assert_close(traced(x + 1, weight, bias), F.linear(x + 1, weight, bias))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert not kernels
+
+
+def test_decoding_takes_the_kernel_and_gives_the_same_scores(kernels, monkeypatch):
+    config = MinGRUConfig(vocab_size=300, hidden_size=128, num_hidden_layers=2, hidden_sizes=[128, 256])
+    model, ids = MinGRUForCausalLM(config).eval(), torch.randint(300, (3, 24))
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache, kernels[:] = model(ids[:, :20]).cache, []
+        pieces = [model(piece, cache=cache).logits for piece in ids[:, 20:].split(1, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected[:, 20:], rtol=1e-4, atol=1e-5)
+    num_maps = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert len(kernels) == 4 * num_maps  # each map of each step
+    cache = model(ids[:, :20]).cache
+    monkeypatch.setattr(mingru_hf.linear, "FEW_ROWS_ARE_FASTER", False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[:, 20:21], cache=cache).logits, pieces[0], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_step_by_the_kernel(kernels):
+    rnn, x = MinGRU(128, [256, 128], residual=True), torch.randn(2, 9, 128)
+    expected, _ = rnn(x)
+    assert not kernels  # gradients
+    with torch.no_grad():
+        out, h = rnn(x[:, :8])
+        kernels.clear()
+        out, h = rnn(x[:, 8:], h)
+    torch.testing.assert_close(out, expected[:, 8:], rtol=1e-4, atol=1e-5)
+    assert kernels == [(2, 1, 128), (2, 1, 128), (2, 1, 256), (2, 1, 256)]
