@@ -655,8 +655,8 @@ def _backward(a, X, Y, A, W):
 # --- A linear map of few rows. It reads every weight once, and so its time is that of reading memory. The arguments,
 # --- after those of every kernel:
 
-_ROWS, _INPUTS, _OUTPUTS, _OUTPUTS_PER_TASK = 3, 4, 5, 6
-_IN, _WEIGHT, _LINEAR_BIAS, _OUT, _PREFETCHES = 7, 8, 9, 10, 11
+_ROWS, _INPUTS, _OUTPUTS, _OUTPUTS_PER_TASK, _INPUTS_AT_ONCE, _FETCHES_AHEAD = 3, 4, 5, 6, 7, 8
+_IN, _WEIGHT, _LINEAR_BIAS, _OUT = 9, 10, 11, 12
 
 
 def _compiled_sum(function):
@@ -667,50 +667,66 @@ def _compiled_sum(function):
 
 
 @_compiled_sum
-def _dot(weight_row, x, count, W, A):
+def _dot(weights, x, count, W, A):
     sum_ = _as(0.0, A)
     for i in range(count):
-        sum_ += _load(weight_row, i, W, "read") * _load(x, i, A, "read")
+        sum_ += _load(weights, i, W, "read") * _load(x, i, A, "read")
     return sum_
 
 
 @_compiled_sum
-def _dot_four(weight_row, x, count, W, A):
-    """With four rows of x, one behind the other, so that a weight is loaded once for them."""
+def _dot_four(weights, x, stride, count, W, A):
+    """With four rows of x, so that a weight is loaded once for them."""
     sum0 = sum1 = sum2 = sum3 = _as(0.0, A)
     for i in range(count):
-        weight = _load(weight_row, i, W, "read")
+        weight = _load(weights, i, W, "read")
         sum0 += weight * _load(x, i, A, "read")
-        sum1 += weight * _load(x, count + i, A, "read")
-        sum2 += weight * _load(x, 2 * count + i, A, "read")
-        sum3 += weight * _load(x, 3 * count + i, A, "read")
+        sum1 += weight * _load(x, stride + i, A, "read")
+        sum2 += weight * _load(x, 2 * stride + i, A, "read")
+        sum3 += weight * _load(x, 3 * stride + i, A, "read")
     return sum0, sum1, sum2, sum3
+
+
+@_compiled_sum
+def _add(out, index, sum_, first, start, A):
+    """Write the sum that begins with `first`, or go on with what stands there."""
+    before = first if start == 0 else _load(out, index, A, "state")
+    _store(out, index, before + sum_, A, "state")
+
+
+@_compiled
+def _linear_output(a, o, start, count, W, A):
+    """Add to output o of every row what comes of inputs start..start + count; the first ones add to the bias."""
+    rows, inputs, outputs = _argument(a, _ROWS), _argument(a, _INPUTS), _argument(a, _OUTPUTS)
+    bias, out = _argument(a, _LINEAR_BIAS), _address(_argument(a, _OUT), o, A)
+    x, weights = _address(_argument(a, _IN), start, A), _address(_argument(a, _WEIGHT), o * inputs + start, W)
+    if _argument(a, _FETCHES_AHEAD) != 0:
+        for i in range(0, count, _CHUNK):
+            _prefetch(weights, 2 * inputs + i, W)
+    first = _load(bias, o, W, "read") if bias != 0 else _as(0.0, A)
+    whole = rows // 4 * 4
+    for r in range(0, whole, 4):
+        sums = _dot_four(weights, _address(x, r * inputs, A), inputs, count, W, A)
+        _add(out, r * outputs, sums[0], first, start, A)
+        _add(out, (r + 1) * outputs, sums[1], first, start, A)
+        _add(out, (r + 2) * outputs, sums[2], first, start, A)
+        _add(out, (r + 3) * outputs, sums[3], first, start, A)
+    for r in range(whole, rows):
+        sum_ = _dot(weights, _address(x, r * inputs, A), count, W, A)
+        _add(out, r * outputs, sum_, first, start, A)
 
 
 @_compiled
 def _linear(a, W, A):
     """Take blocks of outputs until none is left; as many threads at a time as like."""
-    rows, inputs, outputs = _argument(a, _ROWS), _argument(a, _INPUTS), _argument(a, _OUTPUTS)
-    x, bias, out = _argument(a, _IN), _argument(a, _LINEAR_BIAS), _argument(a, _OUT)
-    whole = rows // 4 * 4
+    inputs, at_once = _argument(a, _INPUTS), _argument(a, _INPUTS_AT_ONCE)
     task = _next_task(a)
     while task < _argument(a, _NUM_TASKS):
         first = task * _argument(a, _OUTPUTS_PER_TASK)
-        for o in range(first, min(first + _argument(a, _OUTPUTS_PER_TASK), outputs)):
-            weight_row = _address(_argument(a, _WEIGHT), o * inputs, W)
-            added = _load(bias, o, W, "read") if bias != 0 else _as(0.0, A)
-            if _argument(a, _PREFETCHES) != 0:
-                for i in range(0, inputs, _CHUNK):
-                    _prefetch(weight_row, 2 * inputs + i, W)
-            for r in range(0, whole, 4):
-                sums = _dot_four(weight_row, _address(x, r * inputs, A), inputs, W, A)
-                _store(out, r * outputs + o, sums[0] + added, W, "write")
-                _store(out, (r + 1) * outputs + o, sums[1] + added, W, "write")
-                _store(out, (r + 2) * outputs + o, sums[2] + added, W, "write")
-                _store(out, (r + 3) * outputs + o, sums[3] + added, W, "write")
-            for r in range(whole, rows):
-                sum_ = _dot(weight_row, _address(x, r * inputs, A), inputs, W, A)
-                _store(out, r * outputs + o, sum_ + added, W, "write")
+        last = min(first + _argument(a, _OUTPUTS_PER_TASK), _argument(a, _OUTPUTS))
+        for start in range(0, inputs, at_once):
+            for o in range(first, last):
+                _linear_output(a, o, start, min(at_once, inputs - start), W, A)
         task = _next_task(a)
 
 
@@ -1002,9 +1018,10 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
 # Linear maps that gain (LOG.md has the measurements) have at least so many weights and at most so many rows: oneDNN,
 # torch's choice for bfloat16, is better than MKL.
 _LINEAR_LIMITS = {torch.float32: (1 << 15, 16), torch.bfloat16: (1 << 13, 8)}
-# Inputs, every weight's row goes over all of them: more are too many for the first-level cache; with more than the
-# second number the processor does not prefetch weights by itself.
-_MAX_LINEAR_INPUTS, _NEAR_INPUTS = 6144, 3072
+# Of all rows together: so many inputs stay in the first-level cache while weights pass by; with more than the second
+# number the processor does not fetch weights ahead by itself.
+_NEAR_INPUTS, _FEW_INPUTS = 6144, 3072
+_TASK_OUTPUTS = 512
 # From so many weights on, more than one thread gains.
 _SERIAL_WEIGHTS = 1 << 18
 _linear_entries: dict[torch.dtype, _Entry] = {}
@@ -1032,24 +1049,23 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
         entry = _linear_entries[dtype] = _compiled_entry(_LINEAR_VARIANTS[dtype])
     min_weights, max_rows = _LINEAR_LIMITS[dtype]
     size, (outputs, inputs) = x.numel(), weight.shape
-    if not 0 < size <= min(_MAX_LINEAR_INPUTS, max_rows * inputs) or outputs * inputs < min_weights:
+    if not 0 < size <= max_rows * inputs or outputs * inputs < min_weights:
         return None
     if weight.dtype != dtype or shape[-1] != inputs or not weight.is_contiguous():
         return None
     if bias is not None and (bias.dtype != dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
         return None
-    out = x.new_empty((*shape[:-1], outputs))
+    rows = size // inputs
     threads = torch.get_num_threads() if outputs * inputs >= _SERIAL_WEIGHTS else 1
-    tasks = 1 if threads == 1 else min(4 * threads, outputs)
+    tasks = min(max(-(-outputs // _TASK_OUTPUTS), 4 * threads), outputs)
+    pieces = -(-size // _NEAR_INPUTS)
+    at_once = -(-inputs // (pieces * _CHUNK)) * _CHUNK
     wide = x.float().contiguous()
-    sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks)
+    out = wide.new_empty((*shape[:-1], outputs))
+    sizes = 0, 0, tasks, rows, inputs, outputs, -(-outputs // tasks), at_once, size > _FEW_INPUTS
     addresses = wide.data_ptr(), weight.data_ptr(), _data_ptr(bias), out.data_ptr()
-    arguments = array("q", (*sizes, *addresses, size > _NEAR_INPUTS))
-    if threads == 1:
-        entry.call(arguments.buffer_info()[0])
-    else:
-        _run(entry, arguments, (wide, weight, bias, out), 0, tasks, threads)
-    return out
+    _run(entry, array("q", (*sizes, *addresses)), (wide, weight, bias, out), 0, tasks, threads)
+    return out.to(dtype)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers import (
 from mingru_hf import MinGRUForCausalLM
 from mingru_hf.data.moving_shapes import CLASSES
 from mingru_hf.data.text import build_tokenizer
+from mingru_hf.scan_numba import NUMBA_AVAILABLE
 
 VIDEO = all(map(importlib.util.find_spec, ("av", "torchvision")))
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -990,7 +991,7 @@ def benchmarking(monkeypatch):
     return importlib.import_module("benchmarking")
 
 
-@pytest.mark.parametrize("name", ["generate", "head", "lm", "scan", "video"])
+@pytest.mark.parametrize("name", ["generate", "head", "linear", "lm", "scan", "video"])
 def test_help_of_the_benchmarks_explains_every_option(name, capsys, benchmarking):
     if name == "video":
         pytest.importorskip("torchvision", reason="the benchmark needs it")
@@ -1034,6 +1035,20 @@ def test_head_benchmark_compares_pieces_with_all_logits(benchmarking, capsys):
     words = ["--vocab_size", 50, "--hidden_size", 8, "--num_layers", 1, "--sequence_length", 9, "--threads", 1]
     call("benchmark_head", *words, "--rounds", 1, "--dtype", "bfloat16")
     assert re.search(r"bfloat16; 1 layers.*\nall logits +.* MB +\S+ s per step\nin pieces", capsys.readouterr().out)
+
+
+def test_linear_benchmark_compares_the_kernel_with_torch(benchmarking, capsys):
+    words = ["--rows", 1, 99, "--inputs", 256, "--outputs", 128, "--megabytes", 1, "--threads", 1, "--rounds", 1]
+    if not NUMBA_AVAILABLE:
+        assert "there is no kernel to measure: numba cannot be imported" in error_of(
+            capsys, "benchmark_linear", *words
+        )
+        return
+    call("benchmark_linear", *words)
+    *_, one, many = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert one[:3] == ["256", "128", "1"]
+    assert float(one[5]) == pytest.approx(float(one[3]) / float(one[4]), rel=0.1)
+    assert many[2:6:2] == ["99", "-"]
 
 
 def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path, capsys):

@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Measure the linear maps of a decoding step on the CPU: torch's, and the kernel for few rows.
+
+    python scripts/benchmark_linear.py --threads 1
+    python scripts/benchmark_linear.py --dtype bfloat16 --inputs 768 --outputs 3072 50257 --rows 1 4
+
+One pass goes over as many weights as --megabytes hold, so that they come from memory as in a model. Beside
+them stands `torch.sum` over the same weights, which does little more than read them.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from benchmarking import HelpFormatter, at_least_one, interleave, machine
+from torch import Tensor
+
+from mingru_hf.linear import FEW_ROWS_ARE_FASTER
+from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_linear, unavailable_reason
+
+
+def map_by_torch(x: Tensor, weights: list[Tensor], bias: Tensor) -> None:
+    for weight in weights:
+        F.linear(x, weight, bias)
+
+
+def map_by_kernel(x: Tensor, weights: list[Tensor], bias: Tensor) -> None:
+    for weight in weights:
+        numba_linear(x, weight, bias)
+
+
+def read(weights: list[Tensor]) -> None:
+    for weight in weights:
+        weight.sum()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--rows", type=at_least_one, nargs="+", default=[1, 2, 4, 8, 16], help="sequences in a step")
+    parser.add_argument("--inputs", type=at_least_one, nargs="+", default=[384, 1536], help="channels that come in")
+    parser.add_argument(
+        "--outputs", type=at_least_one, nargs="+", default=[384, 1536, 50257], help="channels that go out"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
+    parser.add_argument("--megabytes", type=at_least_one, default=50, help="weights in a pass, one matrix at least")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument(
+        "--rounds", type=at_least_one, default=15, help="times each pass is timed; the median is shown"
+    )
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    taken = "takes" if FEW_ROWS_ARE_FASTER else "does not take"
+    print(f"{machine()}, {args.dtype}; the package {taken} the kernel on this machine")
+    if not NUMBA_AVAILABLE:
+        parser.error(f"there is no kernel to measure: {unavailable_reason()}")
+    print("inputs  outputs  rows   torch us  kernel us  times as fast   torch GB/s  kernel GB/s  torch.sum GB/s")
+    for inputs in args.inputs:
+        for outputs in args.outputs:
+            size = inputs * outputs * dtype.itemsize
+            weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(max(1, int(args.megabytes * 1e6 / size)))]
+            for rows in args.rows:
+                measure(torch.randn(rows, 1, inputs).to(dtype), weights, torch.randn(outputs).to(dtype), args.rounds)
+
+
+@torch.no_grad()
+def measure(x: Tensor, weights: list[Tensor], bias: Tensor, rounds: int) -> None:
+    """Print one line: microseconds a map and bytes of weights a second."""
+    steps = {"torch": partial(map_by_torch, x, weights, bias), "sum": partial(read, weights)}
+    if numba_linear(x, weights[0], bias) is not None:
+        steps["kernel"] = partial(map_by_kernel, x, weights, bias)
+    seconds = {name: value / len(weights) for name, value in interleave(steps, rounds).items()}
+    speed = {name: weights[0].nbytes / value / 1e9 for name, value in seconds.items()}
+    line = f"{x.shape[-1]:6} {len(bias):8} {len(x):5} {seconds['torch'] * 1e6:10.1f}"
+    if "kernel" in steps:
+        line += f" {seconds['kernel'] * 1e6:10.1f} {seconds['torch'] / seconds['kernel']:14.2f}"
+    else:
+        line += f" {'-':>10} {'-':>14}"  # the kernel leaves it to torch
+    print(f"{line} {speed['torch']:12.1f} {speed.get('kernel', 0):12.1f} {speed['sum']:15.1f}")
+
+
+if __name__ == "__main__":
+    main()
