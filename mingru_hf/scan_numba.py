@@ -1055,14 +1055,15 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
         return None
     if bias is not None and (bias.dtype != dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
         return None
-    rows = size // inputs
+    pieces = -(-size // _NEAR_INPUTS)
+    if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast
+        return None
     threads = torch.get_num_threads() if outputs * inputs >= _SERIAL_WEIGHTS else 1
     tasks = min(max(-(-outputs // _TASK_OUTPUTS), 4 * threads), outputs)
-    pieces = -(-size // _NEAR_INPUTS)
     at_once = -(-inputs // (pieces * _CHUNK)) * _CHUNK
     wide = x.float().contiguous()
     out = wide.new_empty((*shape[:-1], outputs))
-    sizes = 0, 0, tasks, rows, inputs, outputs, -(-outputs // tasks), at_once, size > _FEW_INPUTS
+    sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks), at_once, size > _FEW_INPUTS
     addresses = wide.data_ptr(), weight.data_ptr(), _data_ptr(bias), out.data_ptr()
     _run(entry, array("q", (*sizes, *addresses)), (wide, weight, bias, out), 0, tasks, threads)
     return out.to(dtype)

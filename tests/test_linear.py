@@ -336,7 +336,7 @@ def few_rows(rows, inputs=257, outputs=131, dtype=torch.float32):
     ("rows", "inputs", "outputs"),
     [
         *((1, 257, 131), (2, 128, 300), (3, 1000, 1001), (4, 64, 512), (5, 1200, 700), (7, 384, 96), (8, 768, 515)),
-        *((1, 6145, 9), (7, 2000, 1300), (8, 1537, 30)),  # inputs in pieces
+        *((1, 6145, 9), (7, 2000, 1300), (8, 1537, 30)),  # inputs in pieces, float32 alone
     ],
 )
 def test_few_rows_are_within_rounding(rows, inputs, outputs, bias, dtype, threads, kernels):
@@ -347,7 +347,7 @@ def test_few_rows_are_within_rounding(rows, inputs, outputs, bias, dtype, thread
             actual = linear(x, weight, added if bias else None)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert kernels == [(rows, 1, inputs)]
+    assert kernels == [(rows, 1, inputs)] * (rows * inputs <= 6144 or dtype == torch.float32)
     expected = F.linear(x.double(), weight.double(), added.double() if bias else None)
     size = F.linear(x.double().abs(), weight.double().abs(), added.double().abs() if bias else None)
     bound = 1e-6 * size + (2.0**-8 * expected.abs() if dtype == torch.bfloat16 else 0)
@@ -359,9 +359,9 @@ def test_few_rows_are_within_rounding(rows, inputs, outputs, bias, dtype, thread
 def test_so_many_rows_and_no_more(dtype, most, kernels):
     with torch.no_grad():
         for rows in (most, most + 1):
-            tensors = few_rows(rows, 1000, dtype=dtype)
+            tensors = few_rows(rows, 300, dtype=dtype)
             torch.testing.assert_close(linear(*tensors), F.linear(*tensors), rtol=1e-2, atol=1e-3)
-    assert kernels == [(most, 1, 1000)]
+    assert kernels == [(most, 1, 300)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
