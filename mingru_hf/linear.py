@@ -4,10 +4,11 @@ On x86 torch multiplies float32 matrices with MKL, which does well on Intel's pr
 
 - Many rows, in training: MKL uses only 256 of the 512 bits of the vectors of Zen 5 (2024). Convolutions torch gives to
   oneDNN, which uses all of them; and a linear map is a convolution with a kernel of 1 x 1.
-- Few rows, in a step of decoding: the time should be that of reading the weights, and is two to ten times that; with
-  bfloat16, which goes to oneDNN, two to three times. The kernel in scan_numba.py takes that time.
+- Few rows, in a step of decoding: the time should be that of reading the weights, and is two to seven times that, with
+  bfloat16, which goes to oneDNN, two to four times. The kernel in scan_numba.py takes 1.1 to 2.4 times it.
 
-The numbers agree to rounding; LOG.md has the speeds of all, and `scripts/benchmark_lm.py` shows them.
+The numbers agree to rounding; LOG.md has the speeds of all; `scripts/benchmark_lm.py` and
+`scripts/benchmark_linear.py` show them.
 """
 
 import platform

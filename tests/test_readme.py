@@ -1,4 +1,4 @@
-"""The README's snippets run as printed, and its commands are understood by the scripts."""
+"""Snippets of README and docs/ run as printed, commands are understood by the scripts, and links lead somewhere."""
 
 import importlib
 import inspect
@@ -24,7 +24,9 @@ from mingru_hf.data.text import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "".join(document.read_text() for document in DOCUMENTS)
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 SNIPPETS = [text for language, text in BLOCKS if language == "python"]
 COMMANDS = [
     line
@@ -76,13 +78,28 @@ def test_commands_are_understood(command, monkeypatch):
     parse_args(arguments)
 
 
-def test_files_named_in_the_readme_exist():
-    tree = README[README.index("## The tree") :]
+def test_files_that_are_named_exist():
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
     for name in re.findall(r"^  (\w+\.py) ", tree, flags=re.MULTILINE):
         assert (ROOT / "mingru_hf" / name).is_file(), name
-    for name in re.findall(r"`(\w+\.json)`", README):
+    for path in (ROOT / "mingru_hf").glob("[a-z]*.py"):
+        assert f"\n  {path.name} " in tree, path.name
+    for name in re.findall(r"`(\w+\.json)`", TEXT):
         found = (ROOT / "scripts" / "configs" / name).is_file()
         assert found or name == "metrics.json", name
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+        file, _, heading = target.partition("#")
+        if "://" in target:
+            continue
+        path = (document.parent / file) if file else document
+        assert path.is_file(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 def test_snippets_say_nothing_they_should_not(demo_directory, caplog, capfd):
@@ -93,7 +110,7 @@ def test_snippets_say_nothing_they_should_not(demo_directory, caplog, capfd):
 
 
 def test_api_table_has_every_public_name_where_it_is():
-    table = README[README.index("## API") : README.index("## The tree")]
+    table = README[README.index("## API") : README.index("## Limits")]
     links = dict(re.findall(r"\[`(\w+)`\]\(([\w/.]+)\)", table))
     assert set(mingru_hf.__all__) <= set(links)
     for name, file in links.items():
