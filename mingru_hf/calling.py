@@ -142,17 +142,8 @@ def choose_call(tokens: Tensor | None) -> Callable:
     return module_call
 
 
-_made: set[type] = set()
-
-
 def direct_output(output_class: type, **fields):
-    """output_class(**fields), with every field of the ModelOutput given, past its checks.
-
-    The first of a class is made the usual way, which registers it with torch's pytrees.
-    """
-    if output_class not in _made:
-        _made.add(output_class)
-        return output_class(**fields)
+    """output_class(**fields), with every field of the ModelOutput given, past its checks."""
     output = output_class.__new__(output_class)
     output.__dict__.update(fields)
     for name, value in fields.items():
