@@ -7,6 +7,9 @@ first-level cache while time passes over it; gates, candidates and results are t
 task after another: some channels of one batch row, and where rows and channels are fewer than threads, a piece of
 time (see `_repair_forward`). The result is the same to the last bit for any number of threads.
 
+A second kernel does the linear maps of a decoding step. It is in this file since numba's cache on disk looks at the
+file of a kernel alone: it would keep one whose loads and stores, in another file, have changed.
+
 Legend: B batch, T time steps, N channels with all trailing axes flattened into them.
 """
 
