@@ -355,26 +355,11 @@ def test_a_finished_run_goes_on_for_longer_and_elsewhere(run, whole, tmp_path):
     assert AutoTokenizer.from_pretrained(elsewhere).decode([2, 3]) == "ab"
 
 
-def test_a_checkpoint_of_before_the_counter_was_renamed_resumes(run, whole, tmp_path):
-    state_file = run / "checkpoint-18" / "trainer_state.json"
-    text = state_file.read_text()
-    assert '"tenths"' in text
-    state_file.write_text(text.replace('"tenths"', '"evaluations"'))
-    resumed = train_counting(tmp_path / "on", resume_from_checkpoint=str(run / "checkpoint-18"))
-    assert resumed["step"] == 20
-    assert curve(tmp_path / "on") == curve(whole)
-
-
-def test_a_checkpoint_of_before_the_warm_up_was_counted_resumes(run, tmp_path):
-    """By time, where all warm-ups took 100 steps."""
-    state_file = run / "checkpoint-18" / "trainer_state.json"
-    state = json.loads(state_file.read_text())
-    del state["progress"]["warmup_steps"]
-    state_file.write_text(json.dumps(state))
-    by_time = {"max_train_steps": 20, "max_train_seconds": 3600.0, "num_warmup_steps": None}
-    resumed = train_counting(tmp_path / "on", resume_from_checkpoint=str(run / "checkpoint-18"), **by_time)
-    assert resumed["step"] == 20
-    assert resumed["num_warmup_steps"] == 18  # the run of 20 steps has none left
+def test_a_run_that_becomes_longer_is_evaluated_as_often(tmp_path):
+    train_counting(tmp_path / "run", max_train_steps=10, eval_steps=None)
+    result = train_counting(tmp_path / "run", max_train_steps=40, eval_steps=None)
+    evaluated = [record["step"] for record in result["history"] if "eval_loss" in record]
+    assert evaluated == [*range(1, 11), *range(12, 41, 4)]
 
 
 def test_the_best_weights_come_along(run, whole, tmp_path):

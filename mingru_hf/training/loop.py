@@ -298,6 +298,7 @@ def train(
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / METRICS_FILE, report())  # from now on the directory is this run's
     began, passed, pause = time.perf_counter() - now.seconds, fraction(), 0.0
+    now.tenths = min(now.tenths, math.floor(10 * passed))  # of a run that has become longer, fewer have passed
     bar = tqdm(
         initial=now.seconds if args.max_train_seconds else now.step,
         total=args.max_train_seconds or max_steps,
@@ -349,7 +350,7 @@ def train(
             accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=now.step)
             bar.set_postfix_str(f"loss {mean_loss:.3f}, {report()[speed]:,.0f} {per_second}", refresh=False)
             loss_sum, now.logged_step = torch.zeros_like(loss_sum), now.step
-        bar.update(min(now.seconds, bar.total) - bar.n if args.max_train_seconds else 1)
+        bar.update((min(now.seconds, bar.total) - bar.n) if args.max_train_seconds else 1)
 
         paused = time.perf_counter()
         if evaluation_due:
@@ -624,11 +625,7 @@ def _load_checkpoint(
     }
     changes = f"; changed: {', '.join(changed.values())}" if changed else ""
     _check_identity(state["run"], identity, checkpoint, changes)
-    progress = state["progress"]
-    if "evaluations" in progress:  # its name until November 2026
-        progress["tenths"] = progress.pop("evaluations")
-    progress.setdefault("warmup_steps", min(progress["step"], args.warmup_steps(None)))  # as it was then
-    now = Progress(**progress)
+    now = Progress(**state["progress"])
     _load_weights(model, processing_class, checkpoint)
     if accelerator.is_main_process and now.best is not None:
         restore_best(checkpoint, args.output_dir)
