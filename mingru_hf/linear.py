@@ -4,13 +4,15 @@ On x86 torch multiplies float32 matrices with MKL, which does well on Intel's pr
 
 - Many rows, in training: MKL uses only 256 of the 512 bits of the vectors of Zen 5 (2024). Convolutions torch gives to
   oneDNN, which uses all of them; and a linear map is a convolution with a kernel of 1 x 1.
-- Few rows, in a step of decoding: the time should be that of reading the weights, and is two to seven times that, with
-  bfloat16, which goes to oneDNN, two to four times. The kernel in scan_numba.py takes 1.1 to 2.4 times it.
+- Few rows, in a step of decoding: the time should be that of reading the weights. For up to four rows MKL takes two to
+  seven times that, oneDNN with bfloat16 two to four times, and the kernel in scan_numba.py 1.1 to 2.4 times; for
+  sixteen rows the kernel, too, takes three to four times as long.
 
-The numbers agree to rounding; LOG.md has the speeds of all; `scripts/benchmark_lm.py` and
-`scripts/benchmark_linear.py` show them.
+The numbers agree to rounding; LOG.md has the speeds of all, which `scripts/benchmark_lm.py` and
+`scripts/benchmark_linear.py` show. torch's profiler does not see the kernel.
 """
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -51,17 +53,17 @@ def _processor() -> str:
         return platform.processor()
 
 
-_IS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-# Whether this machine is one where oneDNN multiplies float32 matrices faster than torch's own choice, or our kernel
-# few rows.
-CONVOLUTION_IS_FASTER = (
-    amd_family(_processor()) >= _ZEN_5
-    and _IS_AVX512
-    and torch.backends.mkl.is_available()
-    and torch.backends.mkldnn.is_available()
-)
+_FAMILY = amd_family(_processor()) if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
+_USES_MKL = torch.backends.mkl.is_available()
+# Whether oneDNN multiplies many rows faster than MKL on this machine.
+CONVOLUTION_IS_FASTER = _FAMILY >= _ZEN_5 and _USES_MKL and torch.backends.mkldnn.is_available()
+# Whether our kernel multiplies few rows faster than torch; measured on Zen 4. Who asks for a scan without numba gets
+# linear maps without it, too.
 FEW_ROWS_ARE_FASTER = (
-    amd_family(_processor()) >= _ZEN_4 and _IS_AVX512 and torch.backends.mkl.is_available() and NUMBA_AVAILABLE
+    _FAMILY >= _ZEN_4
+    and _USES_MKL
+    and NUMBA_AVAILABLE
+    and os.environ.get("MINGRU_SCAN") in (None, "", "auto", "numba")
 )
 HAS_FASTER_WAY = CONVOLUTION_IS_FASTER or FEW_ROWS_ARE_FASTER
 
@@ -93,14 +95,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_unobserved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` for a few rows, where neither autograd nor anything that `is_observed` knows of has to see it."""
+    """F.linear where neither autograd nor anything that `is_observed` knows of looks: by the kernel if it pays."""
     if (
         FEW_ROWS_ARE_FASTER
-        and not torch.compiler.is_compiling()  # a caller who is not compiled may have compiled this part of it
+        and not torch.compiler.is_compiling()  # a module may be compiled while the model that calls it is not
         and not torch.is_autocast_enabled("cpu")
-        and _is_plain(x)
-        and _is_plain(weight)
-        and (bias is None or _is_plain(bias))
+        and _is_array(x)
+        and _is_array(weight)
+        and (bias is None or _is_array(bias))
     ):
         out = numba_linear(x, weight, bias)
         if out is not None:
@@ -132,7 +134,7 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         and (rows % _BATCH == 0 or torch.get_num_threads() > 1)
         and x.shape[-1] == inputs
         and (bias is None or bias.shape == (outputs,))
-        and all(_is_plain(t) and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
+        and all(_is_array(t) and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
         and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
@@ -141,15 +143,16 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether this is an array in the CPU's memory and no more: not fake, sparse or quantised, no DTensor."""
+def _is_array(tensor: Tensor) -> bool:
+    """Whether this is an array in the CPU's memory and no more: not fake, sparse, nested or quantised, no DTensor."""
     kind = type(tensor)
     return (
         (kind is Tensor or kind is nn.Parameter)
         and tensor.is_cpu
         and tensor.layout is torch.strided
+        and not tensor.is_nested
         and not tensor.is_neg()
     )
 
 
-__all__ = ["HAS_FASTER_WAY", "linear", "linear_unobserved"]
+__all__ = ["FEW_ROWS_ARE_FASTER", "HAS_FASTER_WAY", "linear", "linear_unobserved"]

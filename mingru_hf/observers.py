@@ -9,6 +9,7 @@ import contextlib
 import torch
 
 try:
+    from torch._C import _len_torch_function_stack
     from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
     from torch.autograd import forward_ad
     from torch.nn.modules.module import (
@@ -56,7 +57,13 @@ def differentiates_forward() -> bool:
 
 def is_observed() -> bool:
     """Whether a compiler, a tracer, a mode or a transform may have to see what happens; autograd is not asked."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or in_transform() or is_in_torch_dispatch_mode()
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or in_transform()
+        or is_in_torch_dispatch_mode()
+        or _len_torch_function_stack() > 0
+    )
 
 
 def has_global_hooks() -> bool:

@@ -690,7 +690,7 @@ def _dot_four(weights, x, stride, count, W, A):
     return sum0, sum1, sum2, sum3
 
 
-@_compiled_sum
+@_compiled
 def _add(out, index, sum_, first, start, A):
     """Write the sum that begins with `first`, or go on with what stands there."""
     before = first if start == 0 else _load(out, index, A, "state")
@@ -705,7 +705,7 @@ def _linear_output(a, o, start, count, W, A):
     x, weights = _address(_argument(a, _IN), start, A), _address(_argument(a, _WEIGHT), o * inputs + start, W)
     if _argument(a, _FETCHES_AHEAD) != 0:
         for i in range(0, count, _CHUNK):
-            _prefetch(weights, 2 * inputs + i, W)
+            _prefetch(weights, 2 * inputs + i, W)  # of the output after the next one, which need not exist
     first = _load(bias, o, W, "read") if bias != 0 else _as(0.0, A)
     whole = rows // 4 * 4
     for r in range(0, whole, 4):
@@ -1018,12 +1018,13 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
     return states
 
 
-# Linear maps that gain (LOG.md has the measurements) have at least so many weights and at most so many rows: oneDNN,
-# torch's choice for bfloat16, is better than MKL.
-_LINEAR_LIMITS = {torch.float32: (1 << 15, 16), torch.bfloat16: (1 << 13, 8)}
-# Of all rows together: so many inputs stay in the first-level cache while weights pass by; with more than the second
-# number the processor does not fetch weights ahead by itself.
-_NEAR_INPUTS, _FEW_INPUTS = 6144, 3072
+# Linear maps that gain (LOG.md has the measurements) have at least so many inputs, so many weights, and at most so
+# many rows. Beside oneDNN, torch's choice for bfloat16, smaller ones gain, since a call takes longer, and fewer rows.
+_MIN_INPUTS = 128
+_LINEAR_LIMITS = {torch.float32: (1 << 15, 16), torch.bfloat16: (1 << 14, 8)}
+# Numbers of all rows together: so many stay in the first-level cache while weights pass by, and from so many on the
+# processor does not fetch weights ahead by itself.
+_NEAR_INPUTS, _PREFETCH_INPUTS = 6144, 3072
 _TASK_OUTPUTS = 512
 # From so many weights on, more than one thread gains.
 _SERIAL_WEIGHTS = 1 << 18
@@ -1031,7 +1032,7 @@ _linear_entries: dict[torch.dtype, _Entry] = {}
 
 
 def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A linear map of few rows, in the time that reading the weights takes.
+    """A linear map of few rows, for up to four of them in about the time that reading the weights takes.
 
     Args:
         x: (*, E) on the CPU.
@@ -1044,15 +1045,12 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
 
     Precision: sums in float32, one rounding for bfloat16.
     """
-    dtype, shape = x.dtype, x.shape
-    entry = _linear_entries.get(dtype)
-    if entry is None:
-        if numba is None or dtype not in _LINEAR_VARIANTS:
-            return None
-        entry = _linear_entries[dtype] = _compiled_entry(_LINEAR_VARIANTS[dtype])
+    dtype, shape, weight_shape = x.dtype, x.shape, weight.shape
+    if numba is None or dtype not in _LINEAR_VARIANTS or not shape or len(weight_shape) != 2:
+        return None
     min_weights, max_rows = _LINEAR_LIMITS[dtype]
-    size, (outputs, inputs) = x.numel(), weight.shape
-    if not 0 < size <= max_rows * inputs or outputs * inputs < min_weights:
+    size, (outputs, inputs) = x.numel(), weight_shape
+    if not 0 < size <= max_rows * inputs or inputs < _MIN_INPUTS or outputs * inputs < min_weights:
         return None
     if weight.dtype != dtype or shape[-1] != inputs or not weight.is_contiguous():
         return None
@@ -1061,12 +1059,17 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     pieces = -(-size // _NEAR_INPUTS)
     if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast
         return None
+    if not (x.data_ptr() and weight.data_ptr()):  # sharding may have taken the memory away
+        return None
+    entry = _linear_entries.get(dtype)
+    if entry is None:
+        entry = _linear_entries[dtype] = _compiled_entry(_LINEAR_VARIANTS[dtype])
     threads = torch.get_num_threads() if outputs * inputs >= _SERIAL_WEIGHTS else 1
     tasks = min(max(-(-outputs // _TASK_OUTPUTS), 4 * threads), outputs)
     at_once = -(-inputs // (pieces * _CHUNK)) * _CHUNK
     wide = x.float().contiguous()
     out = wide.new_empty((*shape[:-1], outputs))
-    sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks), at_once, size > _FEW_INPUTS
+    sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks), at_once, size > _PREFETCH_INPUTS
     addresses = wide.data_ptr(), weight.data_ptr(), _data_ptr(bias), out.data_ptr()
     _run(entry, array("q", (*sizes, *addresses)), (wide, weight, bias, out), 0, tasks, threads)
     return out.to(dtype)
