@@ -4,12 +4,13 @@
     python scripts/benchmark_linear.py --threads 1
     python scripts/benchmark_linear.py --dtype bfloat16 --inputs 768 --outputs 3072 50257 --rows 1 4
 
-One pass goes over as many weights as --megabytes hold, so that they come from memory as in a model. Beside
-them stands `torch.sum` over the same weights, which does little more than read them.
+A pass multiplies by enough different matrices to fill --megabytes, so that they come from memory as in a
+model: more than the last cache holds. Beside it stands `torch.sum` over the same weights, which does little
+more than read them.
 """
 
 import argparse
-from functools import partial
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,7 @@ from torch import Tensor
 from mingru_hf.linear import FEW_ROWS_ARE_FASTER
 from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_linear, unavailable_reason
 
-
-def map_by_torch(x: Tensor, weights: list[Tensor], bias: Tensor) -> None:
-    for weight in weights:
-        F.linear(x, weight, bias)
-
-
-def map_by_kernel(x: Tensor, weights: list[Tensor], bias: Tensor) -> None:
-    for weight in weights:
-        numba_linear(x, weight, bias)
-
-
-def read(weights: list[Tensor]) -> None:
-    for weight in weights:
-        weight.sum()
+COLUMNS = "{:>7} {:>8} {:>5} {:>10} {:>10} {:>14} {:>12} {:>12} {:>14}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,14 +37,15 @@ def main(argv: list[str] | None = None) -> None:
         "--rounds", type=at_least_one, default=15, help="times each pass is timed; the median is shown"
     )
     args = parser.parse_args(argv)
+    if not NUMBA_AVAILABLE:
+        parser.error(f"there is no kernel to measure: {unavailable_reason()}")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     taken = "takes" if FEW_ROWS_ARE_FASTER else "does not take"
     print(f"{machine()}, {args.dtype}; the package {taken} the kernel on this machine")
-    if not NUMBA_AVAILABLE:
-        parser.error(f"there is no kernel to measure: {unavailable_reason()}")
-    print("inputs  outputs  rows   torch us  kernel us  times as fast   torch GB/s  kernel GB/s  torch.sum GB/s")
+    microseconds, speeds = ("torch us", "kernel us", "times as fast"), ("torch GB/s", "kernel GB/s", "torch.sum GB/s")
+    print(COLUMNS.format("inputs", "outputs", "rows", *microseconds, *speeds))
     for inputs in args.inputs:
         for outputs in args.outputs:
             size = inputs * outputs * dtype.itemsize
@@ -67,18 +56,22 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(x: Tensor, weights: list[Tensor], bias: Tensor, rounds: int) -> None:
-    """Print one line: microseconds a map and bytes of weights a second."""
-    steps = {"torch": partial(map_by_torch, x, weights, bias), "sum": partial(read, weights)}
+    """Print one line: microseconds of a map and bytes of weights per second; "-" where the kernel leaves it to torch."""
+
+    def over_weights(function: Callable[[Tensor], Tensor | None]) -> Callable[[], list]:
+        return lambda: [function(weight) for weight in weights]
+
+    steps = {"torch": over_weights(lambda w: F.linear(x, w, bias)), "sum": over_weights(torch.sum)}
     if numba_linear(x, weights[0], bias) is not None:
-        steps["kernel"] = partial(map_by_kernel, x, weights, bias)
+        steps["kernel"] = over_weights(lambda w: numba_linear(x, w, bias))
     seconds = {name: value / len(weights) for name, value in interleave(steps, rounds).items()}
-    speed = {name: weights[0].nbytes / value / 1e9 for name, value in seconds.items()}
-    line = f"{x.shape[-1]:6} {len(bias):8} {len(x):5} {seconds['torch'] * 1e6:10.1f}"
-    if "kernel" in steps:
-        line += f" {seconds['kernel'] * 1e6:10.1f} {seconds['torch'] / seconds['kernel']:14.2f}"
-    else:
-        line += f" {'-':>10} {'-':>14}"  # the kernel leaves it to torch
-    print(f"{line} {speed['torch']:12.1f} {speed.get('kernel', 0):12.1f} {speed['sum']:15.1f}")
+    us = {name: f"{value * 1e6:.1f}" for name, value in seconds.items()}
+    speed = {name: f"{weights[0].nbytes / value / 1e9:.1f}" for name, value in seconds.items()}
+    ratio = f"{seconds['torch'] / seconds['kernel']:.2f}" if "kernel" in seconds else "-"
+    times = us["torch"], us.get("kernel", "-"), ratio
+    print(
+        COLUMNS.format(x.shape[-1], len(bias), len(x), *times, speed["torch"], speed.get("kernel", "-"), speed["sum"])
+    )
 
 
 if __name__ == "__main__":
