@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(x: Tensor, weights: list[Tensor], bias: Tensor, rounds: int) -> None:
-    """Print one line: microseconds of a map and bytes of weights per second; "-" where the kernel leaves it to torch."""
+    """Print one line: microseconds of a map, bytes of weights per second; "-" where the kernel leaves it to torch."""
 
     def over_weights(function: Callable[[Tensor], Tensor | None]) -> Callable[[], list]:
         return lambda: [function(weight) for weight in weights]

@@ -201,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, model_args, data_args, args = parse_args(argv)
     with parser.user_errors():
         check_one_source(model_args)
+        if model_args.model_name_or_path is None:
+            make_config(model_args.config_name, model_args.config_overrides)  # its errors, before the text is read
         if data_args.streaming and data_args.shift_blocks:
             raise ValueError("shift_blocks needs a text of fixed length: leave it out with streaming")
         if data_args.streaming and (args.max_train_steps or args.max_train_seconds) is None:

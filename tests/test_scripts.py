@@ -137,7 +137,7 @@ def test_evaluation_gives_the_loss_of_training(text_file, trained, tmp_path, cap
         assert json.loads(file.read_text())["eval_loss"] == pytest.approx(expected, rel=1e-5)
     (tmp_path / "plain").write_text("a file")
     assert "plain" in error_of(capsys, *held_out, "--output_file", tmp_path / "plain" / "scores.json")
-    assert "no split 'test', expected one of train, validation" in error_of(
+    assert f"{text_file} has no split 'test', expected one of train, validation" in error_of(
         capsys, *options, "--train_file", text_file
     )
     assert "is a directory, expected a file: give it as dataset_name" in error_of(
@@ -329,6 +329,8 @@ def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, ca
     assert "no file" in error_of(capsys, *train, "--train_file", text_file, "--config_name", "missing.json")
     assert "'x'" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "x=1")
     assert "config" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "hidden_size=0")
+    error = error_of(capsys, *train, "--train_file", "not-looked-for.txt", "--config_overrides", "hiden_size=8")
+    assert "mingru has no field 'hiden_size'; did you mean 'hidden_size'?" in error
     assert "no such model" in error_of(capsys, *train, "--train_file", text_file, "--model_name_or_path", "./nothing")
     both = ("--model_name_or_path", trained, "--config_name", trained)
     assert "leave out config_name" in error_of(capsys, *train, *both)

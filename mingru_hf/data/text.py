@@ -271,7 +271,11 @@ def load_text_split(
     else:
         splits = name_splits(_load_named(name, source.get("dataset_config_name"), cache_dir), name)
     if split not in splits:
-        raise ValueError(f"There is no split {split!r}, expected one of {', '.join(splits)}; or give a test_file.")
+        source_name = source.get("train_file") or name
+        raise ValueError(
+            f"{source_name} has no split {split!r}, expected one of {', '.join(splits)}: choose another split or "
+            "dataset, or give a test_file."
+        )
     return _text_column(splits[split], text_column_name, str(name))
 
 

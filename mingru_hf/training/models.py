@@ -1,5 +1,6 @@
 """The model that a script's options name: a config file and its overrides, or a checkpoint; and its tokenizer."""
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -59,7 +60,9 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
     known = {*default.to_dict(), *fields, *getattr(default, "run_choices", ())}
     for name in changes:
         if name not in known:
-            raise ValueError(f"config_overrides: {model_type} has no field {name!r}")
+            similar = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {similar[0]!r}?" if similar else ""
+            raise ValueError(f"config_overrides: {model_type} has no field {name!r}{hint}")
     try:
         return AutoConfig.for_model(model_type, **{**fields, **values, **changes})
     except StrictDataclassError as error:
