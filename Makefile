@@ -45,7 +45,7 @@ test: $(VENV)/.test
 
 # Triton's kernels run in its interpreter, which is slow: tests of short sequences alone.
 test-kernels: $(VENV)/.kernels
-	$(BIN)/python -m pytest tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py
+	$(BIN)/python -m pytest tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py tests/test_linear.py
 	for backend in reference torch numba; do \
 		MINGRU_SCAN=$$backend $(BIN)/python -m pytest -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
 	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_layers.py tests/test_layers_conv.py \
