@@ -1059,7 +1059,8 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     pieces = -(-size // _NEAR_INPUTS)
     if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast
         return None
-    if not (x.data_ptr() and weight.data_ptr()):  # sharding may have taken the memory away
+    weight_address, bias_address = weight.data_ptr(), _data_ptr(bias)
+    if not (x.data_ptr() and weight_address and (bias_address or bias is None)):  # sharding may have taken the memory
         return None
     entry = _linear_entries.get(dtype)
     if entry is None:
@@ -1070,7 +1071,7 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     wide = x.float().contiguous()
     out = wide.new_empty((*shape[:-1], outputs))
     sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks), at_once, size > _PREFETCH_INPUTS
-    addresses = wide.data_ptr(), weight.data_ptr(), _data_ptr(bias), out.data_ptr()
+    addresses = wide.data_ptr(), weight_address, bias_address, out.data_ptr()
     _run(entry, array("q", (*sizes, *addresses)), (wide, weight, bias, out), 0, tasks, threads)
     return out.to(dtype)
 
