@@ -557,7 +557,7 @@ def test_gradients_compilers_transforms_and_modes_see_few_rows(kernels):
 def test_tensors_whose_memory_was_taken_away_raise_torchs_error(which, kernels):
     tensors = few_rows(4)
     tensors[which].untyped_storage().resize_(0)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="storage|not allocated"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"storage|not allocated"):
         linear(*tensors)
     assert not kernels
 
