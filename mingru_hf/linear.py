@@ -5,8 +5,8 @@ On x86 torch multiplies float32 matrices with MKL, which does well on Intel's pr
 - Many rows, in training: MKL uses only 256 of the 512 bits of the vectors of Zen 5 (2024). Convolutions torch gives to
   oneDNN, which uses all of them; and a linear map is a convolution with a kernel of 1 x 1.
 - Few rows, in a step of decoding: the time should be that of reading the weights. For up to four rows MKL takes two to
-  seven times that, and the kernel in scan_numba.py 1.1 to 2.4 times; with bfloat16 oneDNN takes two to four times
-  that, the kernel 1.2 to 2.9. For sixteen rows the kernel, too, takes three to four times as long.
+  seven times that, and the kernel in scan_numba.py 1.1 to 2.1 times; with bfloat16 oneDNN takes two to four times
+  that, the kernel 1.3 to 2.9. For sixteen rows the kernel, too, takes two to five times as long.
 
 The numbers agree to rounding; LOG.md has the speeds of all, which `scripts/benchmark_lm.py` and
 `scripts/benchmark_linear.py` show. torch's profiler does not see the kernel.

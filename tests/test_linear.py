@@ -43,7 +43,7 @@ def convolutions(monkeypatch):
 def kernels(monkeypatch):
     """As on a machine where the kernel is faster; the list of the maps that it did, by the shape of their input."""
     if not NUMBA_AVAILABLE:
-        pytest.skip("the kernel for few rows is numba's")
+        pytest.skip(f"no kernel for few rows here: {scan_numba.unavailable_reason()}")
     shapes = []
 
     def recorded(x, weight, bias):

@@ -67,7 +67,7 @@ def shapes_directory(demo_directory):
 def test_snippets_run_as_printed(index, request):
     if "runs/shapes" in SNIPPETS[index]:
         request.getfixturevalue("shapes_directory")
-    exec(compile(SNIPPETS[index], f"README snippet {index}", "exec"), {})
+    exec(compile(SNIPPETS[index], f"snippet {index}", "exec"), {})
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
