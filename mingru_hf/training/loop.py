@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom: `start`, `train`, `evaluate`, then what they call.
+"""The training loop, read from top to bottom: `start`, `train` and its `_Run`, `evaluate`, then what they call.
 
 A step is one update of the weights. It takes the next `batch x accumulation x processes` examples of an
 endless stream, the epochs' random orders one after another. What step n sees depends on the seed and n alone:
@@ -8,6 +8,7 @@ the step, the weights, the optimizer's moments and the random state of dropout, 
 run does, bit for bit on a CPU.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -67,6 +68,53 @@ class Progress:
     logged_step: int = 0
     best: dict | None = None
     history: list[dict] = field(default_factory=list)
+
+    @property
+    def position(self) -> dict:
+        """What a point of the curve begins with."""
+        return {"step": self.step, "epoch": self.epoch, "seconds": round(self.seconds, 2)}
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds - self.pauses, 1e-9)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How long a run is, and how often it saves."""
+
+    num_examples: int | None  # of an epoch; None for a stream
+    examples_per_step: int
+    max_steps: int | None
+    max_seconds: float | None
+    checkpoint_every: int | None  # steps
+
+    @classmethod
+    def of(cls, args: TrainArguments, num_examples: int | None, num_processes: int) -> "_Plan":
+        examples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
+        max_steps = args.max_train_steps
+        if max_steps is None and args.max_train_seconds is None:
+            max_steps = math.ceil(args.num_train_epochs * num_examples / examples_per_step)
+        checkpoint_every = None
+        if args.checkpointing_steps == "epoch":
+            checkpoint_every = math.ceil(num_examples / examples_per_step)
+        elif args.checkpointing_steps is not None:
+            checkpoint_every = int(args.checkpointing_steps)
+        return cls(num_examples, examples_per_step, max_steps, args.max_train_seconds, checkpoint_every)
+
+    def __str__(self) -> str:
+        limits = [] if self.max_steps is None else [f"{self.max_steps:,} optimizer steps"]
+        limits += [] if self.max_seconds is None else [f"{self.max_seconds:,.0f} s"]
+        return f"{' or '.join(limits)}, {self.examples_per_step:,} examples a step"
+
+    def fraction(self, step: int, seconds: float) -> float:
+        """How much of the run has passed after so many steps and seconds, by the limit that is nearer."""
+        by_step = 0.0 if self.max_steps is None else step / self.max_steps
+        return max(by_step, 0.0 if self.max_seconds is None else seconds / self.max_seconds)
+
+    def epoch(self, step: int) -> float | None:
+        """How often a run has seen its examples after so many steps; None for a stream."""
+        return None if self.num_examples is None else round(step * self.examples_per_step / self.num_examples, 4)
 
 
 def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
@@ -173,87 +221,189 @@ def train(
         FloatingPointError: if the loss is no longer finite.
     """
     _check_data(args, train_dataset, eval_dataset)
-    if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
-        model.float()
-    streamed = isinstance(train_dataset, IterableDataset)
-    num_examples = None if streamed else len(train_dataset)
-    train_dataset, eval_dataset = map(_as_tensors, (train_dataset, eval_dataset))
-    output_dir, is_main = Path(args.output_dir), accelerator.is_main_process
+    run = _Run(
+        model,
+        train_dataset,
+        eval_dataset,
+        args,
+        accelerator,
+        processing_class=processing_class,
+        collate_fn=collate_fn,
+        metrics=metrics,
+        settings=settings,
+        characters_per_token=characters_per_token,
+        unit=unit,
+    )
+    run.begin()
+    while not run.is_over:
+        run.update_weights()
+        evaluation_due, checkpoint_due = run.look_at_the_clock()
+        run.log_training_loss()
+        with run.pause():
+            if evaluation_due:
+                run.evaluate_and_keep_the_best()
+            if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
+                run.save_checkpoint()
+    return run.finish(dataset_name, task, auto_class)
 
-    world_size = accelerator.num_processes
-    batches_per_step = args.gradient_accumulation_steps * world_size
-    examples_per_step = args.per_device_train_batch_size * batches_per_step
-    max_steps = args.max_train_steps
-    if max_steps is None and args.max_train_seconds is None:
-        max_steps = math.ceil(args.num_train_epochs * num_examples / examples_per_step)
-    checkpoint_every = None  # steps
-    if args.checkpointing_steps is not None:
-        by_epoch = args.checkpointing_steps == "epoch"
-        checkpoint_every = math.ceil(num_examples / examples_per_step) if by_epoch else int(args.checkpointing_steps)
-    interim_dataset = _spread(eval_dataset, args.max_eval_samples)
 
-    # Where do we start?
-    arguments, data_settings = as_settings(args, *settings), fixed_settings(*settings)
-    identity = {"seed": args.seed, "examples_per_step": examples_per_step, "training_examples": num_examples}
-    identity |= data_settings
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-    now, saved = Progress(patience=args.early_stopping_patience), None
-    if checkpoint is not None:
-        now, saved = _load_checkpoint(checkpoint, model, processing_class, args, accelerator, arguments, identity)
-    elif args.resume_from_checkpoint is not None:
-        accelerator.print(f"no checkpoint in {output_dir} yet: starting from the beginning")
+class _Run:
+    """A run of `train`: what it was given, what that means for this run, and how far it has come."""
 
-    limits = [f"{max_steps:,} optimizer steps"] if max_steps else []
-    limits += [f"{args.max_train_seconds:,.0f} s"] if args.max_train_seconds is not None else []
-    accelerator.print(f"training for {' or '.join(limits)}, {examples_per_step:,} examples a step")
-
-    rate, warmup = make_schedule(args, max_steps), make_warmup(args, max_steps)
-    speed, per_second = ("tokens_per_second", "tokens/s") if unit == "token" else ("frames_per_second", "frames/s")
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.to(accelerator.device)
-    optimizer = make_optimizer(model, args)
-    net, optimizer = accelerator.prepare(model, optimizer)  # net: model, perhaps in a DDP wrapper
-    set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
-    if args.with_tracking:
-        named = {tracker: {"name": output_dir.name} for tracker in ("trackio", "wandb")}
-        named["trackio"]["resume"] = "never" if checkpoint is None else "allow"
-        accelerator.init_trackers("runs", config=_tracker_config(arguments), init_kwargs=named)
-    batches = _make_batches(train_dataset, args, accelerator, collate_fn, first_batch=now.step * batches_per_step)
-    loss_sum = torch.zeros(())  # of the steps since the last point of the curve
-    if saved is not None:
-        loss_sum = _restore_training_state(saved, optimizer, accelerator)
-    loss_sum = loss_sum.to(accelerator.device)
-
-    def report() -> dict:
-        return {
-            "arguments": arguments,
-            "data_settings": data_settings,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "examples_per_step": examples_per_step,
-            "num_warmup_steps": now.warmup_steps if args.max_train_seconds else args.warmup_steps(max_steps),
-            "mixed_precision": accelerator.mixed_precision,
-            "history": now.history,
-            "step": now.step,
-            "epoch": now.epoch,
-            "train_seconds": round(now.seconds, 2),
-            speed: round(now.tokens / max(now.seconds - now.pauses, 1e-9), 1),
-            "best": now.best,
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        args: TrainArguments,
+        accelerator: Accelerator,
+        *,
+        processing_class: object | None,
+        collate_fn: Callable[[list], dict] | None,
+        metrics: dict[str, Metric] | None,
+        settings: Sequence[object],
+        characters_per_token: float | None,
+        unit: str,
+    ):
+        if any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()):
+            model.float()
+        self.model, self.args, self.accelerator = model, args, accelerator
+        self.processing_class, self.collate_fn, self.metrics = processing_class, collate_fn, metrics
+        self.characters_per_token, self.unit = characters_per_token, unit
+        self.eval_dataset = _as_tensors(eval_dataset)
+        self.interim_dataset = _spread(self.eval_dataset, args.max_eval_samples)
+        self.output_dir, self.is_main = Path(args.output_dir), accelerator.is_main_process
+        self.arguments, self.data_settings = as_settings(args, *settings), fixed_settings(*settings)
+        num_examples = None if isinstance(train_dataset, IterableDataset) else len(train_dataset)
+        self.plan = _Plan.of(args, num_examples, accelerator.num_processes)
+        self.identity = {
+            "seed": args.seed,
+            "examples_per_step": self.plan.examples_per_step,
+            "training_examples": num_examples,
+            **self.data_settings,
         }
 
-    def fraction() -> float:  # of the run that has passed
-        fractions = [now.step / max_steps] if max_steps else []
-        if args.max_train_seconds is not None:
-            fractions.append(now.seconds / args.max_train_seconds)
-        return max(fractions)
+        # Where do we start?
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
+        self.now, saved = Progress(patience=args.early_stopping_patience), None
+        if checkpoint is not None:
+            self.now, saved = _load_checkpoint(
+                checkpoint, model, processing_class, args, accelerator, self.arguments, self.identity
+            )
+        elif args.resume_from_checkpoint is not None:
+            accelerator.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
+        accelerator.print(f"training for {self.plan}")
 
-    def evaluate_and_keep_the_best(position: dict) -> None:
-        scores = evaluate(
-            model, interim_dataset, args, accelerator, collate_fn, metrics, characters_per_token=characters_per_token
+        self.rate, self.warmup = make_schedule(args, self.plan.max_steps), make_warmup(args, self.plan.max_steps)
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.to(accelerator.device)
+        optimizer = make_optimizer(model, args)
+        self.net, self.optimizer = accelerator.prepare(model, optimizer)  # net: model, perhaps in a DDP wrapper
+        set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
+        if args.with_tracking:
+            named = {tracker: {"name": self.output_dir.name} for tracker in ("trackio", "wandb")}
+            named["trackio"]["resume"] = "never" if checkpoint is None else "allow"
+            accelerator.init_trackers("runs", config=_tracker_config(self.arguments), init_kwargs=named)
+        first_batch = self.now.step * args.gradient_accumulation_steps * accelerator.num_processes
+        self.batches = _make_batches(_as_tensors(train_dataset), args, accelerator, collate_fn, first_batch)
+        loss_sum = torch.zeros(()) if saved is None else _restore_training_state(saved, self.optimizer, accelerator)
+        self.loss_sum = loss_sum.to(accelerator.device)  # of the steps since the last point of the curve
+
+    @property
+    def has_stopped_early(self) -> bool:
+        return self.now.patience == 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.passed >= 1 or self.has_stopped_early
+
+    def begin(self) -> None:
+        """Make the output directory this run's, and start the clock."""
+        self.accelerator.wait_for_everyone()  # every process has read the checkpoint: a newer one may push it out
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.output_dir / METRICS_FILE, self.report())
+        self.passed = self.plan.fraction(self.now.step, self.now.seconds)
+        # Of a run that has become longer, fewer tenths have passed.
+        self.now.tenths = min(self.now.tenths, math.floor(10 * self.passed))
+        by_time = self.plan.max_seconds is not None
+        self.bar = tqdm(
+            initial=self.now.seconds if by_time else self.now.step,
+            total=self.plan.max_seconds if by_time else self.plan.max_steps,
+            unit="s" if by_time else "step",
+            bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]",
+            disable=None if self.is_main else True,  # None: shown on a terminal, not in a log file
+            mininterval=0.5,
         )
+        self.net.train()
+        self.began, self.last_pause = time.perf_counter() - self.now.seconds, 0.0
+
+    def update_weights(self) -> None:
+        """Take one step."""
+        args, accelerator, now, optimizer = self.args, self.accelerator, self.now, self.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(now.step, self.passed)
+        now.warmup_steps += self.warmup(now.step, self.passed) < 1
+        for _ in range(args.gradient_accumulation_steps):
+            batch = _prepare(next(self.batches), accelerator.device)
+            with accelerator.accumulate(self.net):  # divides the loss, and syncs processes in the last pass only
+                loss = self.net(**batch, **_loss_alone(self.model)).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(self.net.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            self.loss_sum = self.loss_sum + loss.detach().float() / args.gradient_accumulation_steps
+            now.tokens += _num_tokens(batch) * accelerator.num_processes
+        now.step += 1
+
+    def look_at_the_clock(self) -> tuple[bool, bool]:
+        """Bring `now` up to date, and decide whether an evaluation and a checkpoint are due."""
+        now, plan, args = self.now, self.plan, self.args
+        now.seconds = _common_seconds(self.began, args, self.accelerator)
+        now.pauses, self.last_pause = now.pauses + self.last_pause, 0.0
+        now.epoch = plan.epoch(now.step)
+        self.passed = plan.fraction(now.step, now.seconds)
+        done, tenths = self.passed >= 1, math.floor(10 * self.passed)
+        evaluation_due = done or (now.step % args.eval_steps == 0 if args.eval_steps else tenths > now.tenths)
+        checkpoint_due = plan.checkpoint_every is not None and (done or now.step % plan.checkpoint_every == 0)
+        if evaluation_due:
+            now.tenths = tenths
+        if (evaluation_due or checkpoint_due) and self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()  # what is still queued counts as training, not as the pause
+            now.seconds = _common_seconds(self.began, args, self.accelerator)
+        return evaluation_due, checkpoint_due
+
+    def log_training_loss(self) -> None:
+        """Move the bar; if it is time, add to the curve the mean loss since its last point."""
+        now, bar = self.now, self.bar
+        if now.step % self.args.logging_steps == 0 or self.passed >= 1:
+            loss = self.accelerator.reduce(self.loss_sum / (now.step - now.logged_step), "mean").item()
+            if not math.isfinite(loss):
+                advice = "lower learning_rate, or set mixed_precision to no"
+                raise FloatingPointError(f"the training loss is {loss} at step {now.step}: {advice}")
+            values = {"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+            now.history.append({**now.position, **values})
+            self.accelerator.log(values, step=now.step)
+            bar.set_postfix_str(f"loss {loss:.3f}, {self.speed}", refresh=False)
+            self.loss_sum, now.logged_step = torch.zeros_like(self.loss_sum), now.step
+        bar.update(1 if self.plan.max_seconds is None else min(now.seconds, bar.total) - bar.n)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count what happens inside as a pause, with the next step, whose seconds hold it."""
+        began = time.perf_counter()
+        yield
+        self.last_pause = time.perf_counter() - began
+
+    def evaluate_and_keep_the_best(self) -> None:
+        """Evaluate; save the weights if they are the best so far."""
+        args, now, accelerator, bar = self.args, self.now, self.accelerator, self.bar
+        scores = self.evaluate(self.interim_dataset)
         if not math.isfinite(scores["eval_loss"]):
             raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}")
-        now.history.append({**position, **scores})
+        now.history.append({**now.position, **scores})
         accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=now.step)
         improved = now.best is None or scores["eval_loss"] < now.best["eval_loss"]
         if improved:
@@ -261,135 +411,109 @@ def train(
         elif now.patience is not None:
             now.patience -= 1
         sample = None
-        if is_main and args.sample_tokens and isinstance(processing_class, PreTrainedTokenizerBase):
-            sample = now.history[-1]["sample"] = sample_text(model, processing_class, args.sample_tokens, args.seed)
-        net.train()
-        if is_main:
-            if improved:
-                save_pretrained(output_dir, model, processing_class)
-            write_json(output_dir / METRICS_FILE, report())
-            bar.write(
-                f"step {now.step}, {'' if streamed else f'epoch {now.epoch:.2f}, '}{now.seconds:.0f} s, "
-                f"{report()[speed]:,.0f} {per_second}: {summary(scores, unit)}{' (best)' * improved}"
-            )
-            if sample is not None:
-                bar.write(textwrap.indent(sample, "    "))
-                accelerator.log({"sample": sample}, step=now.step)
-            plot_loss(now.history, output_dir / "loss.png", f"nats per {unit}")
-            if now.patience == 0:
-                bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
+        if self.is_main and args.sample_tokens and isinstance(self.processing_class, PreTrainedTokenizerBase):
+            sample = sample_text(self.model, self.processing_class, args.sample_tokens, args.seed)
+            now.history[-1]["sample"] = sample
+        self.net.train()
+        if not self.is_main:
+            return
+        if improved:
+            save_pretrained(self.output_dir, self.model, self.processing_class)
+        write_json(self.output_dir / METRICS_FILE, self.report())
+        epoch = "" if now.epoch is None else f"epoch {now.epoch:.2f}, "
+        bar.write(
+            f"step {now.step}, {epoch}{now.seconds:.0f} s, {self.speed}: {summary(scores, self.unit)}"
+            f"{' (best)' * improved}"
+        )
+        if sample is not None:
+            bar.write(textwrap.indent(sample, "    "))
+            accelerator.log({"sample": sample}, step=now.step)
+        plot_loss(now.history, self.output_dir / "loss.png", f"nats per {self.unit}")
+        if self.has_stopped_early:
+            bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
 
-    def save_checkpoint() -> None:
-        processes = gather_object([{"loss_sum": loss_sum.cpu(), **_random_state()}])
-        if is_main:
+    def save_checkpoint(self) -> None:
+        """Write all that a resumed run needs."""
+        accelerator, now = self.accelerator, self.now
+        processes = gather_object([{"loss_sum": self.loss_sum.cpu(), **_random_state()}])
+        if self.is_main:
             scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
             progress = dataclasses.asdict(now)
             write_checkpoint(
-                output_dir,
+                self.output_dir,
                 now.step,
-                (model, processing_class),
-                {"optimizer": optimizer.state_dict(), "scaler": scaler, "processes": processes},
-                {"run": identity, "best": now.best, "progress": progress, "arguments": arguments},
-                args.checkpoints_total_limit or None,
+                (self.model, self.processing_class),
+                {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "processes": processes},
+                {"run": self.identity, "best": now.best, "progress": progress, "arguments": self.arguments},
+                self.args.checkpoints_total_limit or None,
             )
 
-    accelerator.wait_for_everyone()  # every process has read the checkpoint before a newer one can push it out
-    if is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / METRICS_FILE, report())  # from now on the directory is this run's
-    began, passed, pause = time.perf_counter() - now.seconds, fraction(), 0.0
-    now.tenths = min(now.tenths, math.floor(10 * passed))  # of a run that has become longer, fewer have passed
-    bar = tqdm(
-        initial=now.seconds if args.max_train_seconds else now.step,
-        total=args.max_train_seconds or max_steps,
-        unit="s" if args.max_train_seconds else "step",
-        bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]",
-        disable=None if is_main else True,  # None: shown on a terminal, not in a log file
-        mininterval=0.5,
-    )
-    net.train()
-    while passed < 1 and now.patience != 0:
-        # One update.
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate = rate(now.step, passed)
-        now.warmup_steps += warmup(now.step, passed) < 1
-        for _ in range(args.gradient_accumulation_steps):
-            batch = _prepare(next(batches), accelerator.device)
-            with accelerator.accumulate(net):  # divides the loss, and syncs processes in the last pass only
-                loss = net(**batch, **_loss_alone(model)).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(net.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum = loss_sum + loss.detach().float() / args.gradient_accumulation_steps
-            now.tokens += _num_tokens(batch) * world_size
-        now.step += 1
+    def finish(self, dataset_name: str, task: str | None, auto_class: str) -> dict:
+        """Evaluate what is on the disk over the whole validation set, and write metrics.json and the model card."""
+        args, accelerator, model = self.args, self.accelerator, self.model
+        self.bar.close()
+        if self.is_main and self.now.best is None:  # nothing was left to do, and nothing has been evaluated
+            save_pretrained(self.output_dir, model, self.processing_class)
+        accelerator.wait_for_everyone()
+        model.load_state_dict(load_pretrained(type(model), self.output_dir).state_dict())
+        result = self.report()
+        result["final"] = self.evaluate(self.eval_dataset)
+        if self.is_main:
+            write_json(self.output_dir / METRICS_FILE, result)
+            write_model_card(
+                self.output_dir / "README.md",
+                model,
+                args,
+                result,
+                dataset_name=dataset_name,
+                task=task,
+                auto_class=auto_class,
+                unit=self.unit,
+            )
+        if args.with_tracking:
+            final = {f"final/{name[5:]}": value for name, value in result["final"].items()}
+            accelerator.log(final, step=self.now.step)
+        accelerator.wait_for_everyone()
+        # A DDP wrapper that outlives its process group hangs.
+        self.net, self.optimizer = accelerator.free_memory(self.net, self.optimizer)
+        accelerator.end_training()
+        if args.push_to_hub and self.is_main:
+            push_directory(args.output_dir, args.hub_name)
+        return result
 
-        # How far are we, and what is due?
-        now.seconds, now.pauses = _common_seconds(began, args, accelerator), now.pauses + pause
-        now.epoch = None if streamed else round(now.step * examples_per_step / num_examples, 4)
-        passed = fraction()
-        done, tenths = passed >= 1, math.floor(10 * passed)
-        evaluation_due = done or (now.step % args.eval_steps == 0 if args.eval_steps else tenths > now.tenths)
-        checkpoint_due = checkpoint_every is not None and (done or now.step % checkpoint_every == 0)
-        if (evaluation_due or checkpoint_due) and accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()  # what is still queued counts as training, not as the pause
-            now.seconds = _common_seconds(began, args, accelerator)
-        position = {"step": now.step, "epoch": now.epoch, "seconds": round(now.seconds, 2)}
-
-        # Log the training loss, the mean since the last point.
-        if now.step % args.logging_steps == 0 or done:
-            mean_loss = accelerator.reduce(loss_sum / (now.step - now.logged_step), "mean").item()
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"the training loss is {mean_loss} at step {now.step}: lower learning_rate, or set "
-                    "mixed_precision to no"
-                )
-            now.history.append({**position, "loss": mean_loss, "learning_rate": learning_rate})
-            accelerator.log({"loss": mean_loss, "learning_rate": learning_rate}, step=now.step)
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {report()[speed]:,.0f} {per_second}", refresh=False)
-            loss_sum, now.logged_step = torch.zeros_like(loss_sum), now.step
-        bar.update((min(now.seconds, bar.total) - bar.n) if args.max_train_seconds else 1)
-
-        paused = time.perf_counter()
-        if evaluation_due:
-            now.tenths = tenths
-            evaluate_and_keep_the_best(position)
-        if checkpoint_due or (checkpoint_every is not None and now.patience == 0):
-            save_checkpoint()
-        pause = time.perf_counter() - paused  # counted with the next step, whose seconds hold it
-    bar.close()
-    if is_main and now.best is None:  # nothing was left to do, and nothing has been evaluated
-        save_pretrained(output_dir, model, processing_class)
-
-    # Evaluate what is on the disk, over the whole validation set.
-    accelerator.wait_for_everyone()
-    model.load_state_dict(load_pretrained(type(model), output_dir).state_dict())
-    result = report()
-    result["final"] = evaluate(
-        model, eval_dataset, args, accelerator, collate_fn, metrics, characters_per_token=characters_per_token
-    )
-    if is_main:
-        write_json(output_dir / METRICS_FILE, result)
-        write_model_card(
-            output_dir / "README.md",
-            model,
-            args,
-            result,
-            dataset_name=dataset_name,
-            task=task,
-            auto_class=auto_class,
-            unit=unit,
+    def evaluate(self, dataset: Dataset) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            dataset,
+            self.args,
+            self.accelerator,
+            self.collate_fn,
+            self.metrics,
+            characters_per_token=self.characters_per_token,
         )
-    if args.with_tracking:
-        accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=now.step)
-    accelerator.wait_for_everyone()
-    net, optimizer = accelerator.free_memory(net, optimizer)  # a DDP wrapper that outlives its process group hangs
-    accelerator.end_training()
-    if args.push_to_hub and is_main:
-        push_directory(args.output_dir, args.hub_name)
-    return result
+
+    @property
+    def speed(self) -> str:
+        return f"{self.now.tokens_per_second:,.0f} {'tokens' if self.unit == 'token' else 'frames'}/s"
+
+    def report(self) -> dict:
+        """What metrics.json holds so far."""
+        args, now = self.args, self.now
+        by_time = args.max_train_seconds is not None
+        return {
+            "arguments": self.arguments,
+            "data_settings": self.data_settings,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "examples_per_step": self.plan.examples_per_step,
+            "num_warmup_steps": now.warmup_steps if by_time else args.warmup_steps(self.plan.max_steps),
+            "mixed_precision": self.accelerator.mixed_precision,
+            "history": now.history,
+            "step": now.step,
+            "epoch": now.epoch,
+            "train_seconds": round(now.seconds, 2),
+            f"{'tokens' if self.unit == 'token' else 'frames'}_per_second": round(now.tokens_per_second, 1),
+            "best": now.best,
+        }
 
 
 @torch.no_grad()
