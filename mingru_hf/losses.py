@@ -55,7 +55,7 @@ def head_loss(
             "each place that the head reads."
         )
     target = shift_labels.reshape(-1).to(hidden_states.device)
-    device = hidden_states.device.type
+    device = _autocast_device(hidden_states)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
     loss = _HeadLoss.apply(rows, head.weight, head.bias, target, ignore_index, dtype, torch.is_grad_enabled())
@@ -69,6 +69,11 @@ def head_loss(
 def _share(loss: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
     """This batch's share of the mean over `num_items_in_batch`: its sum of losses () over their number."""
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
+def _autocast_device(tensor: Tensor) -> str:
+    """The device type that autocast knows the tensor by; it knows no "meta", where programs count operations."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -88,7 +93,7 @@ class _HeadLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=exact) if need_weight else None
         bias_grad = torch.zeros_like(bias, dtype=exact) if need_bias else None
         size = max(1, (PIECE_ELEMENTS if weight.device.type == "cpu" else DEVICE_PIECE_ELEMENTS) // weight.shape[0])
-        with torch.autocast(rows.device.type, enabled=False):
+        with torch.autocast(_autocast_device(rows), enabled=False):
             for start in range(0, rows.shape[0], size):
                 piece = slice(start, start + size)
                 p = linear(x[piece], w, b).float()  # (n, V) logits, which become probabilities in place

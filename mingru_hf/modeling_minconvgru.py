@@ -615,7 +615,8 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
             its own end, so no frame's logits need equal them.
 
         Raises:
-            ValueError: as `MinConvGRUModel.forward`, or if a label is out of range.
+            ValueError: as `MinConvGRUModel.forward`, or if a label is out of range (on a GPU that is a device-side
+                assertion, as everywhere: asking here would make the CPU wait for it in every step).
         """
         if labels is not None:
             self._check_labels(labels)
@@ -649,7 +650,9 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
 
     def _check_labels(self, labels: Tensor) -> None:
         is_class_id = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
-        if not is_class_id or labels.is_floating_point() or is_tracing(labels) or labels.numel() == 0:
+        if not is_class_id or labels.is_floating_point() or labels.numel() == 0:
+            return
+        if labels.device.type != "cpu" or is_tracing(labels):
             return
         low, high = labels.where(labels != -100, 0).aminmax()
         if low < 0 or high >= self.num_labels:

@@ -328,6 +328,16 @@ def test_a_head_that_is_more_than_its_weight_is_called():
     torch.testing.assert_close(model(ids, labels=ids, skip_logits=True).loss, output.loss, **FLOAT32)
 
 
+def test_operations_are_counted_without_numbers():
+    counts = []
+    for device in ("cpu", "meta"):
+        model, ids = make_model().to(device), torch.zeros(3, 12, dtype=torch.long, device=device)
+        with FlopCounterMode(display=False) as counter:
+            model(ids, labels=ids, skip_logits=True).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 def test_mistakes_are_named():
     model, ids = make_model(), torch.randint(40, (2, 5))
     with pytest.raises(ValueError, match="skip_logits leaves nothing to return without labels"):

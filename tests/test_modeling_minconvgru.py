@@ -691,6 +691,13 @@ def test_loss_for_each_kind_of_problem(frames):
     assert_close(model(frames, labels=labels).loss, 2 * F.l1_loss(outputs.logits[:, 0], labels))
 
 
+def test_a_training_step_waits_for_no_number_of_a_device(frames):
+    """Of "meta", which has none: to ask for one is an error."""
+    outputs = make_model().to("meta")(frames.to("meta"), labels=torch.zeros(3, dtype=torch.long, device="meta"))
+    outputs.loss.backward()
+    assert outputs.loss.shape == ()
+
+
 @pytest.mark.parametrize(
     "labels", [torch.tensor([4, -100, 1]), torch.rand(3, 5), torch.rand(3)], ids=["class ids", "several", "regression"]
 )
