@@ -22,7 +22,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
         states: (B, R, D) float32 (float64 for float64 models), the state after each of the last R steps, oldest
             first; None before the first step. R is 1 unless the past is recorded.
         windows: (B, R, W, E) last inputs of the convolution in front, after each of those steps; None without one.
-        seq_length: steps (tokens, padding included) behind the newest state.
+        seq_length: steps (tokens, padding included) that led to the newest state.
     """
 
     _layer_type = "mingru"
@@ -118,7 +118,11 @@ class MinGRUCacheLayer(CacheLayerMixin):
         return -1
 
     def activate_past_recording(self) -> None:
-        """Keep the state after each step from now on, so that `crop` can go back to it."""
+        """From now on keep past states too, so that `crop` can go back to them.
+
+        These are the states of the whole last call, unless its `num_recorded` asked for fewer, and at least those
+        after the last `min_recorded_steps` steps.
+        """
         self._record_past = True
 
     def forget_past(self) -> None:
@@ -147,9 +151,12 @@ class MinGRUCacheLayer(CacheLayerMixin):
             return
         recorded = 0 if self.states is None else self.states.shape[1]
         if steps >= recorded:
+            advice = "Call cache.activate_past_recording() before running the steps to be taken back."
+            if self._record_past and recorded > 1:
+                advice = "Raise min_recorded_steps of each of cache.layers before running the steps to be taken back."
             raise ValueError(
                 f"Cannot take back {steps} of {self.seq_length} steps: the states after the last {recorded} are held. "
-                "Call cache.activate_past_recording() before running the steps to be taken back."
+                f"{advice}"
             )
         self.states = self.states[:, :-steps]
         if self.windows is not None:

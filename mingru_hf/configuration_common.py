@@ -32,7 +32,8 @@ class ConfigurationMixin:
 
         Raises:
             ValueError: if its model_type is neither that of this class nor of a base.
-            huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
+            huggingface_hub.errors.StrictDataclassError: if a value has the wrong type, or the sizes cannot belong to
+                one model.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type not in {getattr(base, "model_type", "") for base in cls.__mro__}:  # a subclass takes its base's

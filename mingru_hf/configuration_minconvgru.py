@@ -56,6 +56,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
 
     Raises:
         ValueError: if backbone_config is a dict of no known kind, or its backbone has no such depth.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is no choice.
         huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
 
     Example:

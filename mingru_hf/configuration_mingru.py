@@ -27,16 +27,18 @@ AUTO_MAP = {
 class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
     """Sizes and switches of the MinGRU text model.
 
-    A block computes `x + conv(x)`, then `x + out_proj(mingru(norm(x)))`, then `x + mlp(norm(x))`. The defaults are
-    the language model of Feng et al. 2024 (arXiv:2410.01201); with the convolution and the MLP switched off,
-    `expand=1` and `hidden_sizes` given it is torch-mingru's stack.
+    A block computes `x + conv(x)`, then `x + out_proj(mingru(norm(x)))`, then `x + mlp(norm(x))`. This is the block
+    of the language model of Feng et al. 2024 (arXiv:2410.01201), whose sizes and dropout are in
+    scripts/configs/shakespeare_char_paper.json; the sizes by default are those of GPT-2's small variant with half its
+    blocks. With the convolution and the MLP switched off, `expand=1` and `hidden_sizes` given it is torch-mingru's
+    stack.
 
     Args:
         vocab_size: number of token ids; at least 1.
         hidden_size: width of the embedding, and of every block unless `hidden_sizes` is given.
         num_hidden_layers: number of blocks. None: as many as `hidden_sizes` names, else 6.
         hidden_sizes: width of each block's output, where they differ. None: all have `hidden_size`.
-        expand: width of the recurrent state over the width of its block; above 0.
+        expand: ratio of the recurrent state's width to the block's; above 0, and the width is rounded down.
         use_out_proj: map the state back to the block's width. None: only where `expand` is not 1, since there it
             cannot be left out.
         conv_kernel: taps of the causal depthwise convolution in front of the recurrence, in tokens, counting the
@@ -61,16 +63,18 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         initial_memory: steps that the state remembers when training begins. 1: the gates begin half open, as in
             torch-mingru, and the state forgets in a few steps. Above 1 each channel draws its own memory m
             log-uniformly between 1 and this number, by a gate bias of -log(m), so that z is near 1 / (1 + m) (as in
-            Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly). It helps where things have to be
-            remembered for long, as in selective copying.
+            the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly). It helps
+            where things have to be remembered for long, as in selective copying.
         use_cache: whether a forward pass outside training returns its state for the next one.
         tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
+        pad_token_id, bos_token_id, eos_token_id: as everywhere in transformers.
         scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A
             choice for this run: it is not written to config.json.
         skip_logits: in training with labels return the loss without logits, computed in pieces that need little
             memory. As above a choice for this run, for `Trainer` with a large vocabulary.
 
     Raises:
+        huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is no choice.
         huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
 
     Example:

@@ -102,7 +102,8 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
 
     Args:
         model: a MinGRUForCausalLM; it is exported as it is in evaluation.
-        logits_to_keep: return this many of the prompt's last logits; 0 for all. Beyond 1, a prompt must be longer.
+        logits_to_keep: return this many of the prompt's last logits; 0 for all. With more than 1, every prompt must
+            be longer than that.
 
     Returns:
         The prefill, `logits, state = prefill.module()(input_ids)`, and the step, `logits, state =

@@ -607,11 +607,11 @@ class Bidirectional(nn.Module):
 
 
 def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
-    """Draw anew, in place, for how many steps the channels of all MinGRU layers in a module remember at first.
+    """Draw anew, in place, the biases of all MinGRU layers in a module: a variant of chrono initialization.
 
-    The biases become those of `draw_memory_` in scan.py, which names the source. As they are made the layers forget in
-    a few steps, and learn slowly what has to be remembered for longer. For the text models there is
-    `MinGRUConfig.initial_memory`.
+    Each channel then begins with a memory of its own, from 1 to `num_steps` steps (see `draw_memory_` in scan.py for
+    the source). With their default initialisation the layers forget within a few steps, and learn longer memories
+    slowly. For the text models there is `MinGRUConfig.initial_memory`.
 
     Args:
         module: a layer, a stack, or anything that holds some.

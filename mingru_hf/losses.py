@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
+from transformers.utils.import_utils import is_tracing
 
 from .linear import linear
 
@@ -39,7 +40,7 @@ def head_loss(
         num_items_in_batch: what the sum is divided by; None: the number of places that count.
         ignore_index: the label of places that do not.
         shift_labels: (B, T) labels of the places themselves, instead of `labels`.
-        **kwargs: of other losses.
+        **kwargs: ignored; callers pass all losses the same arguments.
 
     Returns:
         () float32, nats per token.
@@ -138,23 +139,24 @@ def classification_loss(
 ) -> Tensor:
     """Loss of a classifier of whole rows, as transformers' `ForSequenceClassificationLoss`.
 
-    That one divides by `num_items_in_batch` where labels are class ids alone, so that for the other kinds the losses
-    of accumulated batches come out as many times too large.
+    That one ignores `num_items_in_batch` for regression and for several labels a row, so that with gradients
+    accumulated over n batches their losses come out n times too large; this one divides in every case.
 
     Args:
-        labels: (B,) class ids, -100 to leave a row out; (B, L) floats for several labels a row; (B,) or (B, L) floats
-            for regression.
+        labels: (B,) class ids, -100 to leave a row out; (B, L) floats for several labels a row, or for regression;
+            (B,) floats for regression with L = 1.
         pooled_logits: (B, L).
         config: of the model; its `problem_type` is filled in if it is None.
         num_items_in_batch: what a trainer counts in all the micro-batches of an update: the sum is divided by it, so
             that their losses add up to the mean. None: the mean of this batch.
-        **kwargs: of other losses.
+        **kwargs: ignored; callers pass all losses the same arguments.
 
     Returns:
         () float32 or wider.
 
     Raises:
-        ValueError: if there is no problem type of that name.
+        ValueError: if there is no problem type of that name, the labels do not fit the logits, or a class id is out
+            of range (on a GPU that is a device-side assertion, as everywhere: to look here would make the CPU wait).
     """
     if config.problem_type is None:
         if pooled_logits.shape[-1] == 1:
@@ -165,6 +167,12 @@ def classification_loss(
             config.problem_type = "multi_label_classification"
     logits = pooled_logits.to(torch.promote_types(pooled_logits.dtype, torch.float32))
     labels = labels.to(logits.device)
+    if config.problem_type == "single_label_classification":
+        _check_class_ids(labels, logits.shape[-1])
+    elif labels.numel() != logits.numel():  # else they would be broadcast
+        raise ValueError(
+            f"labels for {config.problem_type} have the shape {tuple(labels.shape)}, expected {tuple(logits.shape)}."
+        )
     if config.problem_type == "regression":
         loss, arguments = F.mse_loss, (logits.squeeze(), labels.to(logits.dtype).squeeze())
     elif config.problem_type == "single_label_classification":
@@ -179,6 +187,16 @@ def classification_loss(
     if num_items_in_batch is None:
         return loss(*arguments)
     return _share(loss(*arguments, reduction="sum"), num_items_in_batch)
+
+
+def _check_class_ids(labels: Tensor, num_labels: int) -> None:
+    if labels.device.type != "cpu" or labels.numel() == 0 or is_tracing(labels):
+        return
+    low, high = labels.where(labels != -100, 0).aminmax()
+    if low < 0 or high >= num_labels:
+        raise ValueError(
+            f"Labels must lie between 0 and {num_labels - 1} (or be -100), got {low.item()} to {high.item()}."
+        )
 
 
 __all__ = ["classification_loss", "head_loss"]

@@ -604,8 +604,8 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         Args:
             pixel_values_videos, attention_mask, cache, use_cache, output_hidden_states, pixel_values: as in
                 `MinConvGRUModel.forward`.
-            labels: (B,) class ids, -100 to leave a clip out; (B, num_labels) floats for several labels a clip; (B,)
-                or (B, num_labels) floats for regression.
+            labels: (B,) class ids, -100 to leave a clip out; (B, num_labels) floats for several labels a clip, or for
+                regression; (B,) floats for regression with one label.
             output_frame_logits: return logits after every frame too.
 
         Returns:
@@ -615,11 +615,8 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
             its own end, so no frame's logits need equal them.
 
         Raises:
-            ValueError: as `MinConvGRUModel.forward`, or if a label is out of range (on a GPU that is a device-side
-                assertion, as everywhere: asking here would make the CPU wait for it in every step).
+            ValueError: as `MinConvGRUModel.forward` and `classification_loss`.
         """
-        if labels is not None:
-            self._check_labels(labels)
         outputs = self.model(
             pixel_values_videos=pixel_values_videos,
             attention_mask=attention_mask,
@@ -647,18 +644,6 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         depths = self.dropout(features).split(self.model.feature_sizes, dim=-1)
         logits = [classifier(part) for classifier, part in zip(self.classifiers, depths, strict=True)]
         return torch.stack(logits).mean(dim=0)
-
-    def _check_labels(self, labels: Tensor) -> None:
-        is_class_id = self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
-        if not is_class_id or labels.is_floating_point() or labels.numel() == 0:
-            return
-        if labels.device.type != "cpu" or is_tracing(labels):
-            return
-        low, high = labels.where(labels != -100, 0).aminmax()
-        if low < 0 or high >= self.num_labels:
-            raise ValueError(
-                f"Labels must lie between 0 and {self.num_labels - 1} (or be -100), got {low.item()} to {high.item()}."
-            )
 
 
 # Saving one of these copies this file and those it imports beside the weights.

@@ -419,8 +419,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids.
-            attention_mask: (B, T), or longer with the tokens behind `cache` in front: 0 at padding, on whichever
-                side or in between. The state passes over padding unchanged.
+            attention_mask: (B, T), or (B, past + T) after the tokens that `cache` has seen; only the last T columns
+                are read. 0 marks padding, which may stand anywhere: the state passes over it unchanged.
             position_ids: (B, T) or (1, T). A 0 starts a new document, unless it is that of padding: the state goes
                 back to g(0). Other positions change nothing. None: every row continues.
             cache: the state to continue from; it is updated in place. In training, gradients flow through a
@@ -433,7 +433,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 back. None: all.
             **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,),
                 places in the rows behind each other, mark the documents of packed rows as transformers' collators
-                do; a document may begin with padding. Both speak of this call alone: with a cache the first document
+                do; a document may begin with padding. Both describe this call only: with a cache the first document
                 of a row continues, whatever its number.
 
         Returns:
@@ -610,7 +610,7 @@ class _EndedRows(StoppingCriteriaList):
         """(B, 1) False where the last token is padding; None if there is none, unless `always` asks for a mask."""
         if self.padded is None:
             return torch.ones_like(self.ended).unsqueeze(1) if always else None
-        # As above; generate() itself has just waited for this token, except on Apple's GPUs.
+        # Looking makes the CPU wait for the GPU, but generate() has just done that, except on Apple's GPUs.
         if not always and self.padded.device.type != "mps" and not self.padded.any():
             return None
         return ~self.padded.unsqueeze(1)
@@ -656,7 +656,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
                 which have ended.
 
         Raises:
-            ValueError: if a cache is passed that has seen all of the ids already, or more.
+            ValueError: if a cache is passed that has seen all of the ids already, or more; if the prompt holds no
+                token, or position_ids fewer than the prompt.
         """
         if cache is not None and not is_first_iteration:
             position_ids = None
@@ -669,7 +670,13 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         nothing_new = next_sequence_length is not None and next_sequence_length <= 0
         if nothing_new and (cache is None or cache.get_seq_length() == 0):
             raise ValueError("The prompt holds no token: give at least one, or leave input_ids out to begin with BOS.")
-        if nothing_new or (position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]):
+        too_few = position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]
+        if too_few and (cache is None or cache.get_seq_length() == 0):
+            raise ValueError(
+                f"position_ids has {position_ids.shape[-1]} columns, expected one for each of the "
+                f"{input_ids.shape[-1]} tokens."
+            )
+        if nothing_new or too_few:
             raise ValueError(
                 f"The cache has seen {cache.get_seq_length()} tokens, and the ids passed with it hold no further one. "
                 "Pass all ids, at least one more than the cache has seen; or only the new ids, with an attention_mask "
@@ -871,15 +878,18 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
-            labels: (B,) class ids; (B, num_labels) floats for several labels a row; (B,) or (B, num_labels) floats
-                for regression.
+            labels: (B,) class ids, -100 to leave a row out; (B, num_labels) floats for several labels a row, or for
+                regression; (B,) floats for regression with one label.
 
         Returns:
-            loss (if labels are given), logits (B, num_labels), cache, hidden_states.
+            loss (if labels are given), logits (B, num_labels) at each row's last real token, cache, hidden_states.
+            attention_mask tells which token that is, or else pad_token_id; for inputs_embeds without a mask it is the
+            last one.
 
         Raises:
-            ValueError: as `MinGRUModel.forward`, or if the last real token of several rows cannot be told, for lack
-                of both an attention_mask and a pad_token_id.
+            ValueError: as `MinGRUModel.forward` and `classification_loss`; if the last real token of several rows
+                cannot be told, for lack of both an attention_mask and a pad_token_id; or if a row that goes on from a
+                cache has none in this call.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -891,7 +901,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        last = self._last_real_token(input_ids, attention_mask, outputs.last_hidden_state)  # (B,)
+        last = self._last_real_token(input_ids, attention_mask, outputs.last_hidden_state, outputs.cache)  # (B,)
         rows = torch.arange(last.shape[0], device=last.device)
         logits = self.score(self.dropout(outputs.last_hidden_state[rows, last]))  # (B, num_labels)
         loss = None
@@ -901,16 +911,26 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
-    def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+    def _last_real_token(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor, cache: Cache | None
+    ) -> Tensor:
+        """(B,) columns of this call; where nothing tells padding apart, the last one."""
         batch, steps = hidden.shape[:2]
-        columns = torch.arange(steps, device=hidden.device)
         if attention_mask is not None:
-            return (columns * attention_mask[:, -steps:].to(hidden.device).bool()).argmax(-1)
-        if input_ids is not None and self.config.pad_token_id is not None:
-            return (columns * (input_ids != self.config.pad_token_id)).argmax(-1)
-        if batch > 1 and input_ids is not None:
+            is_real = attention_mask[:, -steps:].to(hidden.device).bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            is_real = input_ids != self.config.pad_token_id
+        elif batch > 1 and input_ids is not None:
             raise ValueError("Cannot tell where each row ends: pass an attention_mask, or set config.pad_token_id.")
-        return columns[-1].expand(batch)
+        else:
+            is_real = torch.ones(batch, steps, dtype=torch.bool, device=hidden.device)
+        goes_on = not is_tracing(is_real) and cache is not None and cache.get_seq_length() > steps
+        if goes_on and not is_real.any(1).all():
+            raise ValueError(
+                "A row that goes on from the cache has no real token in this call, and the output at its last one was "
+                "returned by an earlier call: leave out the rows that have ended (cache.batch_select_indices)."
+            )
+        return (torch.arange(steps, device=hidden.device) * is_real).argmax(-1)
 
 
 class MinGRUForTokenClassification(MinGRUPreTrainedModel):

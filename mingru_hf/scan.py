@@ -46,12 +46,12 @@ def mingru_scan(
 
     Args:
         gate_and_candidate: (B, T, 2D, *) pre-activations, the gate half first, of any floating dtype.
-        h0: (B, 1, D, *) state before step 0; g(0) = 0.5 if None.
+        h0: (B, 1, D, *) h_0, the state before the first step; g(0) = 0.5 if None.
         mask: (B, T) boolean; where False the state passes through the step unchanged.
         reset: (B, T) boolean; where True the state is 0.5 before this step, whatever came earlier, and no gradient
             flows back across it. It is applied before the mask: a masked reset step leaves 0.5.
-        bias: (2D,) added to the pre-activations. "numba" adds it on the way, which saves the projection in front the
-            pass over memory that its own bias takes.
+        bias: (2D,) added to the pre-activations. "numba" adds it while it reads them, which saves the pass over
+            memory that the projection in front would need for it.
         backend: "auto" obeys the environment variable MINGRU_SCAN where that is set, and else takes the fastest one
             that applies; under torch.export always torch's own operators, so that the program runs without this
             package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch" (blocks
@@ -188,8 +188,8 @@ def initial_state(like: Tensor, shape: list[int], value: float = INITIAL_STATE) 
 def draw_memory_(bias: Tensor, num_steps: float) -> Tensor:
     """Draw, in place, how many steps each channel remembers: m log-uniformly between 1 and `num_steps`.
 
-    A gate bias of -log(m) makes z = sigmoid(-log(m)) = 1 / (1 + m) while the inputs say nothing. After Tallec and
-    Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
+    A gate bias of -log(m) makes z = sigmoid(-log(m)) = 1 / (1 + m) while the inputs say nothing: the chrono
+    initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
 
     Args:
         bias: (2D,) of the projection to gate and candidate; the candidate half becomes 0.

@@ -252,6 +252,8 @@ def test_how_far_a_recording_goes_back(model, input_ids):
     for steps in (256, 300):
         with pytest.raises(ValueError, match=f"Cannot take back {steps} of 1008 steps: the states after the last 256"):
             cache.crop(-steps)
+    with pytest.raises(ValueError, match="Raise min_recorded_steps"):  # recording was on
+        cache.crop(-300)
     model(ids[:, 1008:1108], cache=cache)
     assert {tensor.shape[1] for tensor in tensors_of(cache)} == {256}  # and no more is kept from call to call
 

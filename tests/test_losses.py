@@ -295,6 +295,16 @@ def test_labels_of_other_number_types_are_taken_as_they_are_meant():
     assert classification_loss(torch.tensor([0.5, 1.0]), logits[:, :1].double(), config).dtype == torch.float64
 
 
+def test_labels_that_do_not_fit_are_refused():
+    logits, config = torch.randn(3, 4), MinGRUConfig(num_labels=4)
+    for labels in ([0, 4, -100], [-1, 0, 1]):
+        with pytest.raises(ValueError, match=r"Labels must lie between 0 and 3 \(or be -100\), got "):
+            classification_loss(torch.tensor(labels), logits, config)
+    config = MinGRUConfig(num_labels=4, problem_type="regression")
+    with pytest.raises(ValueError, match=r"labels for regression have the shape \(4,\), expected \(3, 4\)"):
+        classification_loss(torch.rand(4), logits, config)
+
+
 # ---- when ----
 
 

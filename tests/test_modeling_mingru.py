@@ -279,7 +279,7 @@ def test_autocast_keeps_a_float32_residual_and_16_bit_states(input_ids):
         if use_out_proj:
             mixer.out_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].dtype))
         with torch.autocast("cpu", torch.bfloat16):
-            out, _ = mixer(torch.randn(2, 5, 16), None, None, None, False, "auto")
+            out, _ = mixer(torch.randn(2, 5, 16), None, None, None, 0, "auto")
         assert (seen or [out.dtype]) == [expected]
 
 
@@ -429,6 +429,12 @@ def test_a_turn_with_the_new_ids_alone(model, input_ids):
     mask = torch.ones(3, first.cache.get_seq_length() + new.shape[1], dtype=torch.long)
     continued = model.generate(new, attention_mask=mask, cache=first.cache, **settings)
     assert torch.equal(continued[:, -6:], expected[:, -6:])
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_positions_of_too_few_tokens_are_refused(model, input_ids, use_cache):
+    with pytest.raises(ValueError, match="position_ids has 3 columns, expected one for each of the 12 tokens"):
+        model.generate(input_ids, position_ids=torch.arange(3)[None], use_cache=use_cache, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("seen", [12, 10])
@@ -606,6 +612,22 @@ def test_sequence_classification_reads_the_last_real_token(input_ids):
     last = torch.ones_like(ids)  # without a mask all of them are read
     assert_close(classifier(ids).logits, classifier(ids, attention_mask=last).logits)
     assert_close(classifier(inputs_embeds=classifier.get_input_embeddings()(input_ids[:1, :7])).logits, alone)
+
+
+@torch.no_grad()
+def test_a_row_that_has_ended_is_not_classified_at_its_padding(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=3, initializer_range=0.3)
+    classifier = MinGRUForSequenceClassification(config).eval()
+    mask = torch.ones_like(input_ids)
+    mask[1, 5:] = 0
+    cache = classifier(input_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+    with pytest.raises(ValueError, match="no real token in this call"):
+        classifier(input_ids[:, 6:], attention_mask=mask, cache=cache)
+    cache = classifier(input_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
+    rows = torch.tensor([0, 2])
+    cache.batch_select_indices(rows)
+    logits = classifier(input_ids[rows, 6:], attention_mask=mask[rows], cache=cache).logits
+    assert_close(logits, classifier(input_ids, attention_mask=mask).logits[rows])
 
 
 @pytest.mark.parametrize(

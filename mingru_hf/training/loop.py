@@ -128,6 +128,7 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
         ValueError: if `output_dir` holds another run or cannot be written, `resume_from_checkpoint` is not a complete
             checkpoint, device and precision do not fit, the tracker is not installed, or the launcher's way to
             distribute the model is not supported.
+        OSError: with `push_to_hub`, if nobody is logged in, or the Hub refuses or cannot be reached.
     """
     check_output_dir(
         args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
@@ -218,7 +219,9 @@ def train(
     Raises:
         SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, or the
             checkpoint belongs to another run, or has another vocabulary, other labels or another model.
+        ValueError: if no parameter is trainable, or the validation set has no target.
         FloatingPointError: if the loss is no longer finite.
+        OSError: if the disk is full, or the Hub cannot be reached.
     """
     _check_data(args, train_dataset, eval_dataset)
     run = _Run(
