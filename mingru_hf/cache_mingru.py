@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
-from .scan import initial_state
+from .scan_reference import initial_state
 
 
 class MinGRUCacheLayer(CacheLayerMixin):

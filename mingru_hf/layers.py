@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .calling import module_call
-from .scan import draw_memory_, initial_state, mingru_scan, scan_reference
+from .scan import draw_memory_, mingru_scan
+from .scan_reference import initial_state, scan_reference
 
 
 def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .scan_torch import INITIAL_STATE, accumulation_dtype
+from .scan_reference import INITIAL_STATE, accumulation_dtype
 
 _MIN_VERSION = (0, 61)
 

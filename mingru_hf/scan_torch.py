@@ -1,6 +1,6 @@
 """The MinGRU scan in torch's own operators: runs on any device and needs no other package.
 
-The equation is that of `scan_reference` in scan.py. Blocks of steps are copied time first into buffers that stay in
+The equation is that of `scan_reference`. Blocks of steps are copied time first into buffers that stay in
 cache from one block to the next, so that each step is one in-place operator on a contiguous row.
 
 Where a row is so small that calling an operator takes longer than its arithmetic, time is cut into chunks that run
@@ -15,8 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-# h_0 = g(0): the state before the first step when no other is given.
-INITIAL_STATE = 0.5
+from .scan_reference import INITIAL_STATE, accumulation_dtype, first_state
 
 # Elements of a buffer: on a CPU, for each thread, few enough for its cache, so many that Python's cost does not show.
 _BLOCK_ELEMENTS = 1 << 16
@@ -30,19 +29,6 @@ _MIN_CHUNKS = 4
 # apart (an odd number: inputs may have a period).
 _LONG_MEMORY_Z = 1 / 128
 _LOOKS, _FARTHEST = 16, 17
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """What the state is kept and summed in: float64 for float64 inputs, float32 for all others."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def first_state(x: Tensor, h0: Tensor | None) -> Tensor:
-    """(B, 1, D, *) the state before the first step of x (B, T, 2D, *), in the accumulation dtype."""
-    if h0 is None:
-        shape = [x.shape[0], 1, x.shape[2] // 2, *x.shape[3:]]
-        return x.new_full(shape, INITIAL_STATE, dtype=accumulation_dtype(x))
-    return h0.to(accumulation_dtype(x))
 
 
 class _Layout:
@@ -83,39 +69,39 @@ def _fill(array: Tensor, flags: Tensor | None, number: float) -> None:
 
 
 class _Block:
-    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype; carry and drive in `dtype`."""
+    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype; decay and drive in `dtype`."""
 
     def __init__(self, steps: int, like: Tensor, dtype: torch.dtype):
         shape = (2, steps, *like.shape[2:])
         self.inputs, self.sigmoids = (like.new_empty(shape, dtype=accumulation_dtype(like)) for _ in range(2))
         self.one_minus_z, self.candidate = self.inputs.unbind(0)
         self.z, self.sigmoid_candidate = self.sigmoids.unbind(0)
-        self.carry, self.drive = self.one_minus_z, self.sigmoid_candidate
+        self.decay, self.drive = self.one_minus_z, self.sigmoid_candidate
         self.is_wide = dtype != self.z.dtype
         if self.is_wide:
-            self.carry, self.drive = like.new_empty(shape, dtype=dtype).unbind(0)
+            self.decay, self.drive = like.new_empty(shape, dtype=dtype).unbind(0)
         # A row each step, so that the loops over time need not make them anew for every block.
-        self.carry_rows, self.drive_rows = self.carry.unbind(0), self.drive.unbind(0)
+        self.decay_rows, self.drive_rows = self.decay.unbind(0), self.drive.unbind(0)
         self.cuts: list[Tensor | None] = [None] * steps
         self.passing: Tensor | None = None
 
-    def load(self, x: Tensor, mask: Tensor | None, reset: Tensor | None, carry_only: bool) -> None:
-        if not carry_only:
+    def load(self, x: Tensor, mask: Tensor | None, reset: Tensor | None, decay_only: bool) -> None:
+        if not decay_only:
             torch.sigmoid(self.inputs.copy_(x), out=self.sigmoids)
             self.one_minus_z.neg_().sigmoid_()
-        if carry_only or self.is_wide:
-            self.carry.copy_(x[0]).neg_().sigmoid_()
+        if decay_only or self.is_wide:
+            self.decay.copy_(x[0]).neg_().sigmoid_()
         self.passing = None if mask is None else ~mask
-        _fill(self.carry, self.passing, 1.0)
+        _fill(self.decay, self.passing, 1.0)
         if reset is not None:
             any_reset = reset.flatten(1).any(1).tolist()
             self.cuts = [cut if any_ else None for cut, any_ in zip(reset.unbind(0), any_reset, strict=True)]
 
 
-def _blocks(x, mask, reset, dtype, *, backwards=False, carry_only=False):
+def _blocks(x, mask, reset, dtype, *, backwards=False, decay_only=False):
     """Yield slices of time and their gates, in buffers that the next block overwrites.
 
-    carry_t = 1 - z_t is the factor of h_{t-1}, in `dtype`, 1 where the step is masked (`passing`). `cuts` holds for
+    decay_t = 1 - z_t is the factor of h_{t-1}, in `dtype`, 1 where the step is masked (`passing`). `cuts` holds for
     each step the rows that a reset cuts off from their past, None where it cuts none: a factor of 0 would let NaN and
     Inf through.
     """
@@ -129,12 +115,12 @@ def _blocks(x, mask, reset, dtype, *, backwards=False, carry_only=False):
         if block is None or len(block.cuts) != now.stop - start:
             block = _Block(now.stop - start, x, dtype)
         flags = (None if flags is None else flags[now] for flags in (mask, reset))
-        block.load(x[:, now], *flags, carry_only)
+        block.load(x[:, now], *flags, decay_only)
         yield now, block
 
 
 def _forward_steps(x, mask, reset, h, states, product=None):
-    """Write the states, beginning with h (B, chunks, N); return the last one. Multiply `product` by all carries."""
+    """Write the states, beginning with h (B, chunks, N); return the last one. Multiply `product` by all decays."""
     for now, block in _blocks(x, mask, reset, h.dtype):
         # g(v) = max(v + 0.5, sigmoid(v)): the two curves touch at v = 0 and nowhere else.
         drive = block.sigmoid_candidate
@@ -143,11 +129,11 @@ def _forward_steps(x, mask, reset, h, states, product=None):
         if block.is_wide:
             drive = block.drive.copy_(drive)
         if product is not None:
-            product *= block.carry.prod(0)
-        for carry_t, drive_t, cut in zip(block.carry_rows, block.drive_rows, block.cuts, strict=True):
+            product *= block.decay.prod(0)
+        for decay_t, drive_t, cut in zip(block.decay_rows, block.drive_rows, block.cuts, strict=True):
             if cut is not None:
                 h = torch.where(cut, INITIAL_STATE, h)
-            h = drive_t.addcmul_(carry_t, h)
+            h = drive_t.addcmul_(decay_t, h)
         states[now] = drive
         h = h.clone()  # the next block overwrites it
     return h
@@ -156,12 +142,12 @@ def _forward_steps(x, mask, reset, h, states, product=None):
 def _add_start(x, mask, reset, start, states):
     """Add to states that began with 0 what comes from another start (B, chunks, N)."""
     negligible = torch.finfo(states.dtype).eps / 8
-    for now, block in _blocks(x, mask, reset, start.dtype, carry_only=True):
-        for carry_t, cut in zip(block.carry_rows, block.cuts, strict=True):
+    for now, block in _blocks(x, mask, reset, start.dtype, decay_only=True):
+        for decay_t, cut in zip(block.decay_rows, block.cuts, strict=True):
             if cut is not None:
                 start = torch.where(cut, 0.0, start)
-            start = carry_t.mul_(start)
-        states[now] += block.carry
+            start = decay_t.mul_(start)
+        states[now] += block.decay
         # Its share of the state only falls, and rounding swallows it from here on.
         if (start.abs() <= states[now.stop - 1] * negligible).all():
             return
@@ -175,25 +161,25 @@ def _copy(array: Tensor, dtype: torch.dtype) -> Tensor:
 def _flow_back(block, grad, inflow):
     """Turn gradients of the outputs into those of the states, in place; return what flows to the step before.
 
-    With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}: the same scan, run backwards.
+    With r_t = dL/dh_t in full, r_t = grad_t + decay_{t+1} r_{t+1}: the same scan, run backwards.
     """
     r = grad.unbind(0)
     r_next = r[-1].add_(inflow)
-    for r_t, carry_next, cut_next in zip(r[-2::-1], block.carry_rows[:0:-1], block.cuts[:0:-1], strict=True):
+    for r_t, decay_next, cut_next in zip(r[-2::-1], block.decay_rows[:0:-1], block.cuts[:0:-1], strict=True):
         if cut_next is None:
-            r_next = r_t.addcmul_(carry_next, r_next)
+            r_next = r_t.addcmul_(decay_next, r_next)
         else:
-            r_next = r_t.copy_(torch.where(cut_next, r_t, torch.addcmul(r_t, carry_next, r_next)))
-    outflow = block.carry_rows[0] * r_next
+            r_next = r_t.copy_(torch.where(cut_next, r_t, torch.addcmul(r_t, decay_next, r_next)))
+    outflow = block.decay_rows[0] * r_next
     return outflow if block.cuts[0] is None else torch.where(block.cuts[0], 0.0, outflow)
 
 
 def _outflows(grad, x, mask, reset, inflow):
-    """What flows (B, chunks, N) to the state before the first step, and the product of all carries."""
+    """What flows (B, chunks, N) to the state before the first step, and the product of all decays."""
     product = torch.ones_like(inflow)
-    for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True, carry_only=True):
+    for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True, decay_only=True):
         inflow = _flow_back(block, _copy(grad[now], inflow.dtype), inflow)
-        product *= block.carry.prod(0)
+        product *= block.decay.prod(0)
     return inflow, product
 
 

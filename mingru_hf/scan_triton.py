@@ -1,6 +1,6 @@
 """The MinGRU scan fused into Triton kernels for CUDA, forward and backward, in parallel over rows, channels and time.
 
-The equation is that of `scan_reference` in scan.py. Each step is a map of the state, h -> carry h + drive, and the
+The equation is that of `scan_reference`. Each step is a map of the state, h -> decay h + drive, and the
 composition of two such maps is another: that is all the algorithm. A program owns one row, a block of channels and a
 chunk of the steps, and walks through its chunk in tiles of (BLOCK_T, BLOCK_N): load, compute the gates, compose the
 maps along the tile's time axis, apply them to the state before the tile.
@@ -13,12 +13,12 @@ What a card needs most is many bytes on their way at a time. Triton keeps the ne
 shared memory (cp.async) if the loop says `num_stages`; and only where no step of a tile is masked does the compiler
 leave a tile's loads together. So the last tile of a chunk, where it is not whole, is run by itself.
 
-Where z is small, carry = 1 - z has few of its digits left, and a state that hardly changes forgets the error no
-faster than all else. So a map also holds less = 1 - carry, as precise as z itself; the state moves by drive - less h
+Where z is small, decay = 1 - z has few of its digits left, and a state that hardly changes forgets the error no
+faster than all else. So a map also holds less = 1 - decay, as precise as z itself; the state moves by drive - less h
 from tile to tile, and what rounding leaves out of the sum is added to the next one (Kahan). Within a tile
-carry h + drive is precise enough: a few roundings, which the next tile does not inherit.
+decay h + drive is precise enough: a few roundings, which the next tile does not inherit.
 
-A reset is a map that forgets its input. It is marked by carry = -1, which no sigmoid gives, and selected instead of
+A reset is a map that forgets its input. It is marked by decay = -1, which no sigmoid gives, and selected instead of
 multiplied, so that not even a NaN crosses it.
 
 State and accumulation are float32 (float64 for float64 inputs); the backward pass recomputes z and g and runs the
@@ -39,7 +39,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .scan_torch import accumulation_dtype
+from .scan_reference import accumulation_dtype
 
 _OLDEST_TRITON = (3, 5)  # what torch 2.9 comes with
 
@@ -141,61 +141,61 @@ def _candidate(value):
 
 
 @_jit
-def _compose(carry_1, less_1, drive_1, carry_2, less_2, drive_2):
+def _compose(decay_1, less_1, drive_1, decay_2, less_2, drive_2):
     """The map of step 1 and then step 2."""
-    return carry_1 * carry_2, carry_1 * less_2 + less_1, carry_2 * drive_1 + drive_2
+    return decay_1 * decay_2, decay_1 * less_2 + less_1, decay_2 * drive_1 + drive_2
 
 
 @_jit
-def _compose_reset(carry_1, less_1, drive_1, carry_2, less_2, drive_2):
-    """The map of step 1 and then step 2, where a negative carry marks a map that forgets its input."""
-    carry, less, drive = _compose(carry_1, less_1, drive_1, carry_2, less_2, drive_2)
-    forgets = carry_2 < 0
-    carry = tl.where(carry_1 < 0, carry_1, carry)
-    return tl.where(forgets, carry_2, carry), tl.where(forgets, less_2, less), tl.where(forgets, drive_2, drive)
+def _compose_reset(decay_1, less_1, drive_1, decay_2, less_2, drive_2):
+    """The map of step 1 and then step 2, where a negative decay marks a map that forgets its input."""
+    decay, less, drive = _compose(decay_1, less_1, drive_1, decay_2, less_2, drive_2)
+    forgets = decay_2 < 0
+    decay = tl.where(decay_1 < 0, decay_1, decay)
+    return tl.where(forgets, decay_2, decay), tl.where(forgets, less_2, less), tl.where(forgets, drive_2, drive)
 
 
 @_jit
-def _scan(carry, less, drive, HAS_RESET: tl.constexpr):
+def _scan(decay, less, drive, HAS_RESET: tl.constexpr):
     """Maps from before the tile to after each of its steps."""
     if HAS_RESET:
-        carry, less, drive = tl.associative_scan((carry, less, drive), 0, _compose_reset)
+        decay, less, drive = tl.associative_scan((decay, less, drive), 0, _compose_reset)
     else:
-        carry, less, drive = tl.associative_scan((carry, less, drive), 0, _compose)
-    return carry, less, drive
+        decay, less, drive = tl.associative_scan((decay, less, drive), 0, _compose)
+    return decay, less, drive
 
 
 @_jit
-def _apply(carry, drive, state, HAS_RESET: tl.constexpr):
+def _apply(decay, drive, state, HAS_RESET: tl.constexpr):
     """The maps of a tile's steps, applied to the state before the tile."""
-    result = carry * state + drive
+    result = decay * state + drive
     if HAS_RESET:
-        result = tl.where(carry < 0, drive, result)
+        result = tl.where(decay < 0, drive, result)
     return result
 
 
 @_jit
-def _advance(carry, less, drive, state, low, HAS_RESET: tl.constexpr):
+def _advance(decay, less, drive, state, low, HAS_RESET: tl.constexpr):
     """The map of a tile, applied to the state before it and what rounding has left out of that (BLOCK_N)."""
-    slow = carry >= 0.5
+    slow = decay >= 0.5
     change = drive - less * state + low
     moved = state + change
     low = tl.where(slow, change - (moved - state), 0.0)
-    return tl.where(slow, moved, _apply(carry, drive, state, HAS_RESET)), low
+    return tl.where(slow, moved, _apply(decay, drive, state, HAS_RESET)), low
 
 
 @_jit
-def _append(total_carry, total_less, total_drive, low, carry, less, drive, HAS_RESET: tl.constexpr):
+def _append(total_decay, total_less, total_drive, low, decay, less, drive, HAS_RESET: tl.constexpr):
     """The map of all tiles so far and then one more; `low` is what rounding has left out of the drive."""
-    total_drive, low = _advance(carry, less, drive, total_drive, low, HAS_RESET)
-    forgets = (carry < 0) | (total_carry < 0)
-    total_less = total_carry * less + total_less
+    total_drive, low = _advance(decay, less, drive, total_drive, low, HAS_RESET)
+    forgets = (decay < 0) | (total_decay < 0)
+    total_less = total_decay * less + total_less
     # As long as it has them, `less` knows the digits that a long product loses.
-    product = tl.where(carry >= 0.5, total_carry - total_carry * less, total_carry * carry)
-    total_carry = tl.where(total_less <= 0.5, 1.0 - total_less, product)
+    product = tl.where(decay >= 0.5, total_decay - total_decay * less, total_decay * decay)
+    total_decay = tl.where(total_less <= 0.5, 1.0 - total_less, product)
     if HAS_RESET:
-        total_carry = tl.where(forgets, -1.0, total_carry)
-    return total_carry, total_less, total_drive, low
+        total_decay = tl.where(forgets, -1.0, total_decay)
+    return total_decay, total_less, total_drive, low
 
 
 @_jit
@@ -258,7 +258,7 @@ def _maps(
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The steps of a tile as maps h -> carry h + drive, less = 1 - carry; steps from `stop` on are the identity."""
+    """The steps of a tile as maps h -> decay h + drive, less = 1 - decay; steps from `stop` on are the identity."""
     valid = WHOLE | (t < stop)
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
@@ -266,18 +266,18 @@ def _maps(
     g, _ = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
     if HAS_MASK:
         keep = keep & _flags(mask, t, mask_stride_t, valid)
-    carry = tl.where(keep, one_minus_z, 1.0)
+    decay = tl.where(keep, one_minus_z, 1.0)
     less = tl.where(keep, z, 0.0)
     drive = tl.where(keep, z * g, 0.0)
     if HAS_RESET:
         forget = _flags(reset, t, reset_stride_t, valid)
-        drive = tl.where(forget, 0.5 * carry + drive, drive)
-        carry = tl.where(forget, -1.0, carry)
-    return carry, less, drive
+        drive = tl.where(forget, 0.5 * decay + drive, drive)
+        decay = tl.where(forget, -1.0, decay)
+    return decay, less, drive
 
 
 @_jit
-def _carries(
+def _decays(
     x,
     mask,
     reset,
@@ -293,16 +293,16 @@ def _carries(
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The carries alone, and less = 1 - carry; 1 and 0 where a step is not valid, though it is there if WHOLE."""
+    """The decays alone, and less = 1 - decay; 1 and 0 where a step is not valid, though it is there if WHOLE."""
     keep = valid[:, None]
     inside = (WHOLE | valid)[:, None] & (n < num_channels)[None, :]
     z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
     if HAS_MASK:
         keep = keep & _flags(mask, t, mask_stride_t, valid)
-    carry = tl.where(keep, one_minus_z, 1.0)
+    decay = tl.where(keep, one_minus_z, 1.0)
     if HAS_RESET:
-        carry = tl.where(_flags(reset, t, reset_stride_t, valid), -1.0, carry)
-    return carry, tl.where(keep, z, 0.0)
+        decay = tl.where(_flags(reset, t, reset_stride_t, valid), -1.0, decay)
+    return decay, tl.where(keep, z, 0.0)
 
 
 # --- The kernels.
@@ -331,17 +331,17 @@ def _forward_tile(
 ):
     """Write the states of a tile; give the last of them and what rounding has left out of it."""
     t = t_0 + tl.arange(0, BLOCK_T)
-    carry, less, drive = _maps(
+    decay, less, drive = _maps(
         x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
         WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
     )  # fmt: skip
-    carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-    tile = _apply(carry, drive, h[None, :], HAS_RESET)
+    decay, less, drive = _scan(decay, less, drive, HAS_RESET)
+    tile = _apply(decay, drive, h[None, :], HAS_RESET)
     offsets = t.to(tl.int64)[:, None] * num_channels + n[None, :]
     inside = (WHOLE | (t < stop))[:, None] & (n < num_channels)[None, :]
     tl.store(states + offsets, tile.to(states.dtype.element_ty), mask=inside)
-    carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
-    return _advance(carry, less, drive, h, low, HAS_RESET)
+    decay, less, drive = _last(decay, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
+    return _advance(decay, less, drive, h, low, HAS_RESET)
 
 
 @_jit
@@ -356,7 +356,7 @@ def _forward_summary_tile(
     stop,
     n,
     num_channels,
-    total_carry,
+    total_decay,
     total_less,
     total_drive,
     low,
@@ -368,14 +368,14 @@ def _forward_summary_tile(
 ):
     """Append the map of a tile to that of the steps before it."""
     t = t_0 + tl.arange(0, BLOCK_T)
-    carry, less, drive = _maps(
+    decay, less, drive = _maps(
         x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
         WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
     )  # fmt: skip
-    carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+    decay, less, drive = _scan(decay, less, drive, HAS_RESET)
     return _append(
-        total_carry, total_less, total_drive, low,
-        _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+        total_decay, total_less, total_drive, low,
+        _last(decay, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
     )  # fmt: skip
 
 
@@ -444,7 +444,7 @@ def _forward_summary_kernel(
     x,
     mask,
     reset,
-    carries,
+    decays,
     lesses,
     drives,
     x_stride_b,
@@ -465,13 +465,13 @@ def _forward_summary_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One map for each chunk, state before it to state after it: carries, lesses and drives (B, C, N)."""
+    """One map for each chunk, state before it to state after it: decays, lesses and drives (B, C, N)."""
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
     x += row * x_stride_b
     mask += row * mask_stride_b
     reset += row * reset_stride_b
-    total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
+    total_decay = tl.full([BLOCK_N], 1.0, ACCUMULATE)
     total_less = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
@@ -479,24 +479,24 @@ def _forward_summary_kernel(
     stop = tl.minimum(start + chunk_steps, num_steps)
     whole = start + (stop - start) // BLOCK_T * BLOCK_T
     for t_0 in tl.range(start, whole, BLOCK_T, num_stages=STAGES):
-        total_carry, total_less, total_drive, low = _forward_summary_tile(
+        total_decay, total_less, total_drive, low = _forward_summary_tile(
             x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t_0, stop, n, num_channels,
-            total_carry, total_less, total_drive, low, True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
+            total_decay, total_less, total_drive, low, True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     if whole < stop:
-        total_carry, total_less, total_drive, low = _forward_summary_tile(
+        total_decay, total_less, total_drive, low = _forward_summary_tile(
             x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, whole, stop, n, num_channels,
-            total_carry, total_less, total_drive, low, False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
+            total_decay, total_less, total_drive, low, False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
-    tl.store(carries + offsets, total_carry, mask=n < num_channels)
+    tl.store(decays + offsets, total_decay, mask=n < num_channels)
     tl.store(lesses + offsets, total_less, mask=n < num_channels)
     tl.store(drives + offsets, total_drive, mask=n < num_channels)
 
 
 @_jit
 def _boundary_kernel(
-    carries,
+    decays,
     lesses,
     drives,
     start,
@@ -515,7 +515,7 @@ def _boundary_kernel(
     """What crosses the boundaries of the chunks, (B, C + 1, N): states, or gradients from the end to the start."""
     row, _, block = _locate(1, num_blocks)
     n = _channels(block, BLOCK_N)
-    carries += row * num_chunks * num_channels
+    decays += row * num_chunks * num_channels
     lesses += row * num_chunks * num_channels
     drives += row * num_chunks * num_channels
     boundaries += row * (num_chunks + 1) * num_channels
@@ -532,15 +532,15 @@ def _boundary_kernel(
         else:
             chunk = done - 1
             boundary = done
-        carry = tl.where(valid[:, None], _load(carries, chunk, num_channels, n, inside, ACCUMULATE), 1.0)
+        decay = tl.where(valid[:, None], _load(decays, chunk, num_channels, n, inside, ACCUMULATE), 1.0)
         less = _load(lesses, chunk, num_channels, n, inside, ACCUMULATE)
         drive = _load(drives, chunk, num_channels, n, inside, ACCUMULATE)
-        carry, less, drive = _scan(carry, less, drive, HAS_RESET)
-        tile, _rounding = _advance(carry, less, drive, state[None, :], 0.0, HAS_RESET)
+        decay, less, drive = _scan(decay, less, drive, HAS_RESET)
+        tile, _rounding = _advance(decay, less, drive, state[None, :], 0.0, HAS_RESET)
         inside = (done <= num_chunks)[:, None] & (n < num_channels)[None, :]
         tl.store(boundaries + boundary.to(tl.int64)[:, None] * num_channels + n[None, :], tile, mask=inside)
-        carry, less, drive = _last(carry, BLOCK_C), _last(less, BLOCK_C), _last(drive, BLOCK_C)
-        state, low = _advance(carry, less, drive, state, low, HAS_RESET)
+        decay, less, drive = _last(decay, BLOCK_C), _last(less, BLOCK_C), _last(drive, BLOCK_C)
+        state, low = _advance(decay, less, drive, state, low, HAS_RESET)
 
 
 @_jit
@@ -577,15 +577,15 @@ def _backward_tile(
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
 
-    # The carry of the step after, from the tile itself: a second load that finds its data in the cache. For the
+    # The decay of the step after, from the tile itself: a second load that finds its data in the cache. For the
     # tile's latest step it is in `flow` already.
     after = tl.minimum(t + 1, num_steps - 1)
-    carry, less = _carries(
+    decay, less = _decays(
         x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, after, (index > 0) & (WHOLE | (t + 1 < stop)), n,
         num_channels, WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
     )  # fmt: skip
-    carry, less, drive = _scan(carry, less, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
-    r = _apply(carry, drive, flow[None, :], HAS_RESET)
+    decay, less, drive = _scan(decay, less, _load(grad, t, grad_stride_t, n, inside, ACCUMULATE), HAS_RESET)
+    r = _apply(decay, drive, flow[None, :], HAS_RESET)
 
     z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
     g, slope = _candidate(_load(x + num_channels, t, x_stride_t, n, inside, ACCUMULATE))
@@ -593,18 +593,18 @@ def _backward_tile(
     previous = tl.where((t > 0)[:, None], previous, initial[None, :])
     if HAS_MASK:
         keep = keep & _flags(mask, t, mask_stride_t, valid)
-    step_carry = tl.where(keep, one_minus_z, 1.0)
+    step_decay = tl.where(keep, one_minus_z, 1.0)
     step_less = tl.where(keep, z, 0.0)
     if HAS_RESET:
         forget = _flags(reset, t, reset_stride_t, valid)
         previous = tl.where(forget, 0.5, previous)
-        step_carry = tl.where(forget, -1.0, step_carry)
+        step_decay = tl.where(forget, -1.0, step_decay)
     # The map from this tile's end to the state before it.
-    carry, less, drive = _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
-    carry, less, drive, _ = _append(
-        carry, less, drive, 0.0, _last(step_carry, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
+    decay, less, drive = _last(decay, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T)
+    decay, less, drive, _ = _append(
+        decay, less, drive, 0.0, _last(step_decay, BLOCK_T), _last(step_less, BLOCK_T), 0.0, HAS_RESET
     )
-    flow, low = _advance(carry, less, drive, flow, low, HAS_RESET)
+    flow, low = _advance(decay, less, drive, flow, low, HAS_RESET)
 
     r = r * z
     grad_gate = tl.where(keep, r * one_minus_z * (g - previous), 0.0)
@@ -655,7 +655,7 @@ def _backward_kernel(
 ):
     """Gradients (B, T, 2N) of one chunk's pre-activations, from what flows back across its end.
 
-    With r_t = dL/dh_t in full, r_t = grad_t + carry_{t+1} r_{t+1}; rows of a tile go back in time.
+    With r_t = dL/dh_t in full, r_t = grad_t + decay_{t+1} r_{t+1}; rows of a tile go back in time.
     """
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
@@ -706,7 +706,7 @@ def _backward_summary_tile(
     stop,
     n,
     num_channels,
-    total_carry,
+    total_decay,
     total_less,
     total_drive,
     low,
@@ -720,17 +720,17 @@ def _backward_summary_tile(
     t = t_0 + BLOCK_T - 1 - tl.arange(0, BLOCK_T)
     valid = WHOLE | (t < stop)
     inside = valid[:, None] & (n < num_channels)[None, :]
-    carry, less = _carries(
+    decay, less = _decays(
         x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, valid, n, num_channels,
         WHOLE, HAS_MASK, HAS_RESET, ACCUMULATE,
     )  # fmt: skip
-    drive = carry * _load(grad, t, grad_stride_t, n, inside, ACCUMULATE)
+    drive = decay * _load(grad, t, grad_stride_t, n, inside, ACCUMULATE)
     if HAS_RESET:
-        drive = tl.where(carry < 0, 0.0, drive)
-    carry, less, drive = _scan(carry, less, drive, HAS_RESET)
+        drive = tl.where(decay < 0, 0.0, drive)
+    decay, less, drive = _scan(decay, less, drive, HAS_RESET)
     return _append(
-        total_carry, total_less, total_drive, low,
-        _last(carry, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
+        total_decay, total_less, total_drive, low,
+        _last(decay, BLOCK_T), _last(less, BLOCK_T), _last(drive, BLOCK_T), HAS_RESET,
     )  # fmt: skip
 
 
@@ -740,7 +740,7 @@ def _backward_summary_kernel(
     x,
     mask,
     reset,
-    carries,
+    decays,
     lesses,
     drives,
     grad_stride_b,
@@ -770,7 +770,7 @@ def _backward_summary_kernel(
     x += row * x_stride_b
     mask += row * mask_stride_b
     reset += row * reset_stride_b
-    total_carry = tl.full([BLOCK_N], 1.0, ACCUMULATE)
+    total_decay = tl.full([BLOCK_N], 1.0, ACCUMULATE)
     total_less = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     total_drive = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
@@ -778,18 +778,18 @@ def _backward_summary_kernel(
     stop = tl.minimum(start + chunk_steps, num_steps)
     whole = start + (stop - start) // BLOCK_T * BLOCK_T
     if whole < stop:
-        total_carry, total_less, total_drive, low = _backward_summary_tile(
+        total_decay, total_less, total_drive, low = _backward_summary_tile(
             grad, x, mask, reset, grad_stride_t, x_stride_t, mask_stride_t, reset_stride_t, whole, stop, n,
-            num_channels, total_carry, total_less, total_drive, low, False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
+            num_channels, total_decay, total_less, total_drive, low, False, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     for tile in tl.range((whole - start) // BLOCK_T, num_stages=STAGES):
-        total_carry, total_less, total_drive, low = _backward_summary_tile(
+        total_decay, total_less, total_drive, low = _backward_summary_tile(
             grad, x, mask, reset, grad_stride_t, x_stride_t, mask_stride_t, reset_stride_t,
-            whole - (tile + 1) * BLOCK_T, stop, n, num_channels, total_carry, total_less, total_drive, low,
+            whole - (tile + 1) * BLOCK_T, stop, n, num_channels, total_decay, total_less, total_drive, low,
             True, HAS_MASK, HAS_RESET, ACCUMULATE, BLOCK_T,
         )  # fmt: skip
     offsets = (row * num_chunks + chunk) * num_channels + n
-    tl.store(carries + offsets, total_carry, mask=n < num_channels)
+    tl.store(decays + offsets, total_decay, mask=n < num_channels)
     tl.store(lesses + offsets, total_less, mask=n < num_channels)
     tl.store(drives + offsets, total_drive, mask=n < num_channels)
 
@@ -827,12 +827,12 @@ def triton_forward(
     with call.device:
         boundaries = states
         if call.num_chunks > 1:
-            carries, lesses, drives, boundaries = call.summaries()
+            decays, lesses, drives, boundaries = call.summaries()
             _forward_summary_kernel[call.grid](
-                x, call.mask, call.reset, carries, lesses, drives, *call.x_strides, *call.flag_strides,
+                x, call.mask, call.reset, decays, lesses, drives, *call.x_strides, *call.flag_strides,
                 *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset, **call.blocks,
             )  # fmt: skip
-            call.boundaries(carries, lesses, drives, call.h0 if call.has_h0 else None, boundaries, reverse=False)
+            call.boundaries(decays, lesses, drives, call.h0 if call.has_h0 else None, boundaries, reverse=False)
         _forward_kernel[call.grid](
             x, call.h0, call.mask, call.reset, boundaries, states, last, *call.x_strides, call.h0_stride,
             *call.flag_strides, *call.sizes, HAS_H0=call.has_h0, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
@@ -876,13 +876,13 @@ def triton_backward(
     with call.device:
         boundaries = grad_h0
         if call.num_chunks > 1:
-            carries, lesses, drives, boundaries = call.summaries()
+            decays, lesses, drives, boundaries = call.summaries()
             _backward_summary_kernel[call.grid](
-                grad, x, call.mask, call.reset, carries, lesses, drives, grad.stride(0), grad.stride(1),
+                grad, x, call.mask, call.reset, decays, lesses, drives, grad.stride(0), grad.stride(1),
                 *call.x_strides, *call.flag_strides, *call.sizes, HAS_MASK=call.has_mask, HAS_RESET=call.has_reset,
                 **call.blocks,
             )  # fmt: skip
-            call.boundaries(carries, lesses, drives, grad_last, boundaries, reverse=True)
+            call.boundaries(decays, lesses, drives, grad_last, boundaries, reverse=True)
             grad_h0.copy_(boundaries[:, :1])
         _backward_kernel[call.grid](
             grad, grad_last if has_grad_last else grad, x, call.h0, states, call.mask, call.reset, boundaries, grad_x,
@@ -934,14 +934,14 @@ class _Call:
         return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=self.dtype)
 
     def boundaries(
-        self, carries: Tensor, lesses: Tensor, drives: Tensor, start: Tensor | None, boundaries: Tensor, reverse: bool
+        self, decays: Tensor, lesses: Tensor, drives: Tensor, start: Tensor | None, boundaries: Tensor, reverse: bool
     ) -> None:
         """Fill `boundaries` from the maps of the chunks and what the scan starts with, (B, 1, N) or None."""
-        batch, chunks, channels = carries.shape
-        block_c, block_n = _summary_blocks(chunks, channels, carries.dtype)
+        batch, chunks, channels = decays.shape
+        block_c, block_n = _summary_blocks(chunks, channels, decays.dtype)
         num_blocks = triton.cdiv(channels, block_n)
         _boundary_kernel[(batch * num_blocks,)](
-            carries, lesses, drives, carries if start is None else start, boundaries,
+            decays, lesses, drives, decays if start is None else start, boundaries,
             0 if start is None else start.stride(0), channels, chunks, num_blocks,
             HAS_START=start is not None, HAS_RESET=self.has_reset, REVERSE=reverse, ACCUMULATE=self.accumulate,
             BLOCK_C=block_c, BLOCK_N=block_n, num_warps=4, **_OPTIONS,

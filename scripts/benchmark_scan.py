@@ -40,8 +40,9 @@ from benchmarking import (
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mingru_hf.scan import BACKENDS, carry_and_drive, mingru_scan, scan_reference
+from mingru_hf.scan import BACKENDS, mingru_scan
 from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_backward, numba_forward
+from mingru_hf.scan_reference import decay_and_drive, scan_reference
 
 SHAPES = [(8, 1024, 512), (16, 256, 384), (1, 65536, 64), (16, 64, 3136)]
 CURVE = [(4, steps, 256) for steps in (64, 256, 1024, 4096, 16384)]  # for --png: time against T
@@ -107,9 +108,9 @@ def accelerated_scan(channels: int) -> Callable:
     from accelerated_scan.scalar import scan
 
     def forward(x: Tensor, h0: Tensor) -> Tensor:
-        carry, drive = carry_and_drive(x)
-        drive = torch.cat([drive[:, :1] + carry[:, :1] * h0, drive[:, 1:]], dim=1)
-        return scan(carry.transpose(1, 2).contiguous(), drive.transpose(1, 2).contiguous()).transpose(1, 2)
+        decay, drive = decay_and_drive(x)
+        drive = torch.cat([drive[:, :1] + decay[:, :1] * h0, drive[:, 1:]], dim=1)
+        return scan(decay.transpose(1, 2).contiguous(), drive.transpose(1, 2).contiguous()).transpose(1, 2)
 
     return forward
 
@@ -118,8 +119,8 @@ def fla_hgrn(channels: int) -> Callable:
     from fla.ops.hgrn import chunk_hgrn
 
     def forward(x: Tensor, h0: Tensor) -> Tensor:
-        carry, drive = carry_and_drive(x)
-        return chunk_hgrn(drive, carry.log(), initial_state=h0[:, 0])[0]
+        decay, drive = decay_and_drive(x)
+        return chunk_hgrn(drive, decay.log(), initial_state=h0[:, 0])[0]
 
     return forward
 

@@ -16,13 +16,15 @@ OPTIONAL = {"numba", "triton", "datasets", "accelerate", "matplotlib", "torchvis
 
 # What each file of the package may import from it, lower floors only.
 ALLOWED = {
-    "scan_torch": set(),
-    "scan_numba": {"scan_torch"},
-    "scan_triton": {"scan_torch"},
+    "scan_reference": set(),
+    "scan_torch": {"scan_reference"},
+    "scan_numba": {"scan_reference"},
+    "scan_triton": {"scan_reference"},
     "observers": set(),
-    "scan": {"observers", "scan_numba", "scan_torch", "scan_triton"},
-    "layers": {"calling", "scan"},
-    "cache_mingru": {"scan"},
+    "scan_operator": {"observers", "scan_numba", "scan_reference", "scan_torch", "scan_triton"},
+    "scan": {"observers", "scan_numba", "scan_operator", "scan_reference", "scan_torch", "scan_triton"},
+    "layers": {"calling", "scan", "scan_reference"},
+    "cache_mingru": {"scan_reference"},
     "calling": {"linear", "observers"},
     "configuration_common": set(),
     "continuous_batching": set(),

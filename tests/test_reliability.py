@@ -17,8 +17,8 @@ from mingru_hf import (
     MinGRUForCausalLM,
     mingru_scan,
 )
-from mingru_hf.scan import scan_reference
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
+from mingru_hf.scan_reference import scan_reference
 from mingru_hf.training.checkpoints import save_pretrained
 
 hypothesis = pytest.importorskip("hypothesis", reason="the property tests are written with hypothesis")

@@ -12,8 +12,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mingru_hf.scan
-from mingru_hf.scan import mingru_scan, mingru_step, scan_reference
+from mingru_hf.scan import mingru_scan, mingru_step
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
+from mingru_hf.scan_reference import scan_reference
 
 needs_numba = pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
 FAST_BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
@@ -898,6 +899,7 @@ copied.scan.mingru_scan(x).sum().backward()
 assert x.grad.any()
 
 import gc, importlib  # as a notebook does when a file has changed
+importlib.reload(mingru_hf.scan_operator)
 importlib.reload(mingru_hf.scan)
 gc.collect()
 mingru_hf.scan.mingru_scan(x).sum().backward()
@@ -909,12 +911,12 @@ mingru_hf.scan.mingru_scan(x).sum().backward()
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_backend_runs_its_own_kernels_both_ways(monkeypatch, backend):
     calls = []
-    forward, backward = mingru_hf.scan._KERNELS[backend]
+    forward, backward = mingru_hf.scan.KERNELS[backend]
     spies = (
         lambda *inputs: calls.append("forward") or forward(*inputs),
         lambda *inputs: calls.append("backward") or backward(*inputs),
     )
-    monkeypatch.setattr(mingru_hf.scan, "_KERNELS", {backend: spies})
+    monkeypatch.setattr(mingru_hf.scan_operator, "KERNELS", {backend: spies})
     mingru_scan(torch.randn(2, 5, 4, requires_grad=True), backend=backend).sum().backward()
     assert calls == ["forward", "backward"]
 
@@ -938,7 +940,7 @@ def test_impossible_choices_say_why(monkeypatch):
 )
 def test_kernels_of_a_card_are_tried_with_all_that_is_optional(fault, monkeypatch):
     """The torch scan stands in for them here."""
-    forward, backward = mingru_hf.scan._KERNELS["torch"]
+    forward, backward = mingru_hf.scan.KERNELS["torch"]
 
     def faulty_forward(x, h0, mask, reset, dtype):
         if fault == "memory":
@@ -959,7 +961,7 @@ def test_kernels_of_a_card_are_tried_with_all_that_is_optional(fault, monkeypatc
 
     monkeypatch.setattr(mingru_hf.scan, "triton_unavailable_reason", lambda device: None)
     monkeypatch.setattr(mingru_hf.scan, "_trial", mingru_hf.scan._trial.__wrapped__)
-    monkeypatch.setitem(mingru_hf.scan._KERNELS, "triton", (faulty_forward, faulty_backward))
+    monkeypatch.setitem(mingru_hf.scan.KERNELS, "triton", (faulty_forward, faulty_backward))
     if fault is None:
         assert mingru_scan(torch.randn(2, 5, 4), backend="triton").shape == (2, 5, 2)
     elif fault == "memory":  # no fault of the kernels

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mingru_hf import scan_numba
-from mingru_hf.scan import scan_reference
+from mingru_hf.scan_reference import scan_reference
 
 needs_numba = pytest.mark.skipif(
     not scan_numba.NUMBA_AVAILABLE, reason=f"no numba scan here: {scan_numba.unavailable_reason()}"
@@ -419,7 +419,7 @@ import torch
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
 from mingru_hf import scan_numba
-from mingru_hf.scan import scan_reference
+from mingru_hf.scan_reference import scan_reference
 x = 2 * torch.randn(2, 50, 66).bfloat16()
 x[0, 30, 40] = float("nan")
 states, _ = scan_numba.numba_forward(x, None, None, None, torch.bfloat16)

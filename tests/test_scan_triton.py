@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from triton_interpreter import combine_rows_at_once
 
 from mingru_hf import mingru_scan, scan, scan_triton
-from mingru_hf.scan import scan_reference
+from mingru_hf.scan_reference import scan_reference
 from mingru_hf.scan_torch import torch_backward, torch_forward
 from mingru_hf.scan_triton import triton_backward, triton_forward
 
@@ -308,7 +308,7 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     block_t, block_n, _ = scan_triton._plan(8, 1024, channels, 132, getattr(torch, f"float{accumulate[2:]}"))
     pointers = dict.fromkeys(("x", "states", "grad", "grad_x"), f"*{dtype}")
-    wide = "h0", "last", "start", "boundaries", "carries", "lesses", "drives", "grad_last", "grad_h0"
+    wide = "h0", "last", "start", "boundaries", "decays", "lesses", "drives", "grad_last", "grad_h0"
     pointers |= dict.fromkeys(wide, f"*{accumulate}")
     pointers |= dict.fromkeys(("mask", "reset"), "*u8")
     switches = "HAS_H0", "HAS_START", "HAS_GRAD_LAST", "HAS_MASK", "HAS_RESET", "CHUNKED", "REVERSE"
@@ -385,7 +385,7 @@ import sys, warnings, torch
 from mingru_hf import mingru_scan, scan
 
 fault, x = sys.argv[1], torch.randn(2, 5, 6)
-forward, backward = scan._KERNELS["triton"]
+forward, backward = scan.KERNELS["triton"]
 
 def does_not_compile(*args):
     raise RuntimeError("Failed to find C compiler.")
@@ -399,7 +399,7 @@ def nothing_written(*args):
     states, last = forward(*args)
     return torch.full_like(states, torch.nan), last
 
-scan._KERNELS["triton"] = {
+scan.KERNELS["triton"] = {
     "none": (forward, backward),
     "compiler": (does_not_compile, backward),
     "gradient": (forward, one_off),
@@ -461,7 +461,7 @@ def test_auto_goes_on_without_kernels_that_fail(monkeypatch):
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
-    monkeypatch.setitem(scan._KERNELS, "triton", (fail, fail))
+    monkeypatch.setitem(scan.KERNELS, "triton", (fail, fail))
     monkeypatch.setattr(scan, "_trial", functools.cache(scan._trial.__wrapped__))
     with FakeTensorMode():
         x = torch.randn(2, 5, 6, device="cuda")

@@ -1,0 +1,284 @@
+"""The kernels as operators of torch: what compiles, exports or checks sees one node with rules for shapes, gradients
+and batching.
+
+`run_kernel` is what scan.py calls; it leaves the operator out where nobody but the caller looks.
+
+Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .observers import differentiates_in_transform, is_observed
+from .scan_numba import numba_backward, numba_forward, numba_step
+from .scan_reference import accumulation_dtype, add_bias, initial_state, reference_states
+from .scan_torch import torch_backward, torch_forward
+from .scan_triton import triton_backward, triton_forward
+
+KERNELS = {
+    "torch": (torch_forward, torch_backward),
+    "numba": (numba_forward, numba_backward),
+    "triton": (triton_forward, triton_backward),
+}
+
+# The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
+# installed package) finds the operator and uses it.
+_NAMESPACE = "mingru_hf_v3"
+_OPERATORS = getattr(torch.ops, _NAMESPACE)
+
+
+def _flat(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() == 3 else tensor.flatten(2)
+
+
+def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
+    """The bias for the kernels that take one, repeated over the trailing axes of x (B, T, 2D, *)."""
+    if bias is None:
+        return {}
+    return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
+
+
+def _scan_and_last_impl(
+    gate_and_candidate: Tensor,
+    bias: Tensor | None,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    backend: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    forward, _ = KERNELS[backend]
+    x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
+    if x.dim() == 3:
+        return forward(x, h0, mask, reset, dtype, **more)
+    states, last = forward(_flat(x), _flat(h0), mask, reset, dtype, **more)
+    sizes = x.shape[2] // 2, *x.shape[3:]
+    return states.unflatten(2, sizes), last.unflatten(2, sizes)
+
+
+def _scan_impl(x: Tensor, bias: Tensor | None, h0: Tensor | None, mask: Tensor | None, *rest) -> Tensor:
+    reset, backend, dtype = rest
+    if backend == "numba" and mask is None and reset is None:
+        states = numba_step(x, h0, bias, dtype)
+        if states is not None:
+            return states
+    return _scan_and_last_impl(x, bias, h0, mask, *rest)[0]
+
+
+def _backward_impl(
+    grad: Tensor,
+    grad_last: Tensor | None,
+    gate_and_candidate: Tensor,
+    bias: Tensor | None,
+    h0: Tensor | None,
+    states: Tensor,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _, backward = KERNELS[backend]
+    x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
+    grads = _flat(grad), _flat(grad_last)
+    grad_x, grad_h0 = backward(*grads, _flat(x), _flat(h0), _flat(states), mask, reset, **more)
+    return grad_x.reshape(x.shape), grad_h0.reshape(states[:, :1].shape)
+
+
+def _scan_fake(x, bias, h0, mask, reset, backend, dtype):
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2, *x.shape[3:]), dtype=dtype)
+
+
+def _scan_and_last_fake(x, *rest):
+    return _scan_fake(x, *rest), _scan_fake(x[:, :1], *rest[:-1], accumulation_dtype(x))
+
+
+def _backward_fake(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, backend):
+    accumulate = accumulation_dtype(gate_and_candidate)
+    return (
+        torch.empty_like(gate_and_candidate, memory_format=torch.contiguous_format),
+        states.new_empty(states[:, :1].shape, dtype=accumulate),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    gate_and_candidate, bias, h0, mask, reset, backend, _ = inputs
+    states = output if isinstance(output, Tensor) else output[0]
+    ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, states)
+    ctx.backend = backend
+    ctx.set_materialize_grads(False)  # the last state's is seldom there
+
+
+def _autograd_backward(ctx, grad, grad_last=None, backward=None):
+    gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
+    backward = _OPERATORS.scan_backward if backward is None else backward
+    grad = torch.zeros_like(states) if grad is None else grad
+    grad_x, grad_h0 = backward(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
+    grad_bias = None
+    if bias is not None and ctx.needs_input_grad[1]:
+        # torch sums a matrix by columns faster than the first two axes of three; and flatten has no batching rule.
+        rows = grad_x.reshape(-1, *grad_x.shape[2:])
+        grad_bias = rows.sum([axis for axis in range(rows.dim()) if axis != 1]).to(bias.dtype)
+    return grad_x, grad_bias, None if h0 is None else grad_h0.to(h0.dtype), None, None, None, None
+
+
+def _setup_second(ctx, inputs, output):
+    grad, grad_last, gate_and_candidate, bias, h0, _, mask, reset, _ = inputs
+    ctx.save_for_backward(grad, grad_last, gate_and_candidate, bias, h0, mask, reset)
+
+
+def _second_backward(ctx, *grads):
+    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop.
+
+    In torch.func's terms, which hold inside its transforms, too.
+    """
+    *inputs, mask, reset = ctx.saved_tensors
+
+    def first(grad, grad_last, x, bias, h0):
+        wide = x.to(accumulation_dtype(x))
+        wide = wide if bias is None else add_bias(wide, bias)
+        start = initial_state(wide, grad[:, :1].shape) if h0 is None else h0
+        # A list of states, not a stack: see `reference_states` about indices.
+        _, pull = torch.func.vjp(lambda x, h0: reference_states(x, h0, mask, reset), wide, start)
+        of_states = list(grad.to(wide.dtype).unbind(1))
+        if grad_last is not None:
+            of_states[-1] = of_states[-1] + grad_last[:, 0]
+        grad_x, grad_h0 = pull(of_states)
+        return grad_x.to(x.dtype), grad_h0.to(wide.dtype)
+
+    wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
+
+    def of_wanted(*values):
+        given = dict(zip(wanted, values, strict=True))
+        return first(*(given.get(i, t) for i, t in enumerate(inputs)))
+
+    results, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
+    grads = tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in zip(results, grads, strict=True))
+    second = dict(zip(wanted, pull(grads), strict=True))
+    return *(second.get(i) for i in range(len(inputs))), None, None, None, None
+
+
+class _ScanBackward(torch.autograd.Function):
+    """The operator `scan_backward` for torch.func's transforms, which do not see the formula registered with it."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_second)
+    backward = staticmethod(_second_backward)
+
+    @staticmethod
+    def forward(*args):
+        return _OPERATORS.scan_backward(*args)
+
+
+class _Scan(torch.autograd.Function):
+    """The operator `scan_and_last` for torch.func's transforms."""
+
+    generate_vmap_rule = True
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def forward(*args):
+        return _OPERATORS.scan_and_last(*args)
+
+    @staticmethod
+    def backward(ctx, grad, grad_last):
+        return _autograd_backward(ctx, grad, grad_last, _ScanBackward.apply)
+
+
+def _fold(args, in_dims, size, bias_at):
+    """The arguments of the operator, or of its gradient, under vmap: the axis mapped over becomes rows of the batch.
+
+    Args:
+        args, in_dims: as vmap hands them on.
+        size: of the axis.
+        bias_at: where the bias is, behind the pre-activations.
+    """
+    args, in_dims = list(args), list(in_dims)
+    for i, (arg, axis) in enumerate(zip(args, in_dims, strict=True)):
+        if isinstance(arg, Tensor) and (axis is not None or i != bias_at):
+            args[i] = arg.expand(size, *arg.shape) if axis is None else arg.movedim(axis, 0)
+    if in_dims[bias_at] is not None:  # each sample has its own, which no kernel takes
+        x, bias = args[bias_at - 1], args[bias_at]
+        args[bias_at - 1] = x + bias.to(x.dtype).reshape(size, 1, 1, -1, *[1] * (x.dim() - 4))
+        args[bias_at] = None
+    return [a.flatten(0, 1) if isinstance(a, Tensor) and i != bias_at else a for i, a in enumerate(args)]
+
+
+def _vmap(name, bias_at):
+    """The rule for an operator."""
+
+    def rule(info, in_dims, *args):
+        results = getattr(_OPERATORS, name.partition("::")[2])(*_fold(args, in_dims, info.batch_size, bias_at))
+        if isinstance(results, Tensor):
+            return results.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0)
+
+    return rule
+
+
+def _register() -> torch.library.Library | None:
+    """Define the operators unless another copy of this file already has; the library must be kept alive."""
+    if hasattr(_OPERATORS, "scan"):
+        return None
+    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+    inputs = "Tensor gate_and_candidate, Tensor? bias, Tensor? h0"
+    flags = "Tensor? mask, Tensor? reset, str backend"
+    grads = "Tensor grad, Tensor? grad_last"
+
+    def define(schema, bias_at, kernel, fake, setup_context, backward):
+        name = schema.partition("(")[0]
+        library.define(schema)
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        name = f"{_NAMESPACE}::{name}"
+        torch.library.register_fake(name, fake, lib=library)
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+        torch.library.register_vmap(name, _vmap(name, bias_at), lib=library)
+
+    first = _setup_context, _autograd_backward
+    define(f"scan({inputs}, {flags}, ScalarType dtype) -> Tensor", 1, _scan_impl, _scan_fake, *first)
+    schema = f"scan_and_last({inputs}, {flags}, ScalarType dtype) -> (Tensor, Tensor)"
+    define(schema, 1, _scan_and_last_impl, _scan_and_last_fake, *first)
+    schema = f"scan_backward({grads}, {inputs}, Tensor states, {flags}) -> (Tensor, Tensor)"
+    define(schema, 3, _backward_impl, _backward_fake, _setup_second, _second_backward)
+    return library
+
+
+_LIBRARY = _register() or globals().get("_LIBRARY")  # importlib.reload leaves what was there
+
+
+def run_kernel(
+    gate_and_candidate: Tensor,
+    bias: Tensor | None,
+    h0: Tensor | None,
+    mask: Tensor | None,
+    reset: Tensor | None,
+    backend: str,
+    dtype: torch.dtype,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run one of KERNELS.
+
+    Args:
+        gate_and_candidate, bias, h0, mask, reset, dtype, return_last_state: as in `mingru_scan`, checked; the bias for
+            "numba" alone.
+        backend: "torch", "numba" or "triton".
+
+    Returns:
+        As `mingru_scan`.
+    """
+    inputs = gate_and_candidate, bias, h0, mask, reset, backend, dtype
+    if not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
+        # The operator's dispatch would cost as much as a short scan.
+        return (_scan_and_last_impl if return_last_state else _scan_impl)(*inputs)
+    if differentiates_in_transform():
+        states, last = _Scan.apply(*inputs)
+        return (states, last) if return_last_state else states
+    return (_OPERATORS.scan_and_last if return_last_state else _OPERATORS.scan)(*inputs)
+
+
+def _holds_numbers(x: Tensor, h0: Tensor | None) -> bool:
+    """Whether these are plain tensors with data: no subclass, not meta, no lazy negation (`Tensor.is_neg`)."""
+    return type(x) is Tensor and not (x.is_meta or x.is_neg() or (h0 is not None and h0.is_neg()))
+
+
+__all__ = ["KERNELS", "run_kernel"]

@@ -1,0 +1,187 @@
+"""The MinGRU recurrence as it is defined, and its slower ways: what all kernels are tested against.
+
+    z_t = sigmoid(gate_t)
+    g_t = candidate_t + 0.5 where candidate_t >= 0, sigmoid(candidate_t) elsewhere
+    h_t = (1 - z_t) h_{t-1} + z_t g_t
+
+Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201, section 3.1 and appendix B.
+`scan_reference` is the definition, a loop over time. `scan_log` is what other implementations run, and `scan_exported`
+one for torch.export. All are made of torch's own operators, which autograd and compilers see.
+
+Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# h_0 = g(0): the state before the first step when no other is given.
+INITIAL_STATE = 0.5
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """What the state is kept and summed in: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def first_state(x: Tensor, h0: Tensor | None) -> Tensor:
+    """(B, 1, D, *) the state before the first step of x (B, T, 2D, *), in the accumulation dtype."""
+    if h0 is None:
+        shape = [x.shape[0], 1, x.shape[2] // 2, *x.shape[3:]]
+        return x.new_full(shape, INITIAL_STATE, dtype=accumulation_dtype(x))
+    return h0.to(accumulation_dtype(x))
+
+
+def initial_state(like: Tensor, shape: list[int], value: float = INITIAL_STATE) -> Tensor:
+    """g(0) = 0.5 everywhere, in the dtype and on the device of `like`; TorchScript takes the value as a default."""
+    return like.new_full(shape, value)
+
+
+def add_bias(x: Tensor, bias: Tensor) -> Tensor:
+    """(B, T, 2D, *) + (2D,), in the dtype of x."""
+    return x + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 3))
+
+
+def scan_reference(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> Tensor:
+    """The recurrence as a loop over time that autograd differentiates: the definition all else is compared with.
+
+    Also the path inside TorchScript, so a scripted layer holds only torch's own operators.
+
+    Args:
+        gate_and_candidate, h0, mask, reset: as in `mingru_scan`.
+
+    Returns:
+        (B, T, D, *) states in the accumulation dtype: float32 for 16-bit inputs, else the inputs' dtype.
+    """
+    return torch.stack(reference_states(gate_and_candidate, h0, mask, reset), dim=1)
+
+
+def _zero_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """x (B, T, *) with 0 where the mask (B, T) is False: NaN there would come back in gradients, as 0 times NaN."""
+    return torch.where(mask.reshape(list(mask.shape) + [1] * (x.dim() - 2)), x, torch.zeros_like(x))
+
+
+def reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> list[Tensor]:
+    """The states (B, D, *) of `scan_reference`, one a step."""
+    if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
+        x = x.float()
+    if mask is not None:
+        x = _zero_padding(x, mask)
+    gate, candidate = x.chunk(2, dim=2)  # (B, T, D, *) each
+    z = torch.sigmoid(gate)
+    one_minus_z = torch.sigmoid(-gate)  # not a subtraction, which loses all digits of a small 1 - z
+    g = torch.where(candidate >= 0, candidate + 0.5, torch.sigmoid(candidate))
+    zg = z * g
+
+    if h0 is None:
+        h = initial_state(x, gate[:, 0].shape)  # (B, D, *)
+    else:
+        h = h0[:, 0].to(x.dtype)
+    row = [x.shape[0]] + [1] * (x.dim() - 2)  # (B, 1, ...): one flag a row
+
+    states: list[Tensor] = []
+    # Taken apart at once: the backward pass of an index into all steps would fill a tensor of all steps for each.
+    decays, drives = one_minus_z.unbind(1), zg.unbind(1)
+    for t in range(x.shape[1]):
+        if reset is not None:
+            h = torch.where(reset[:, t].reshape(row), initial_state(h, h.shape), h)
+        h_next = decays[t] * h + drives[t]
+        if mask is not None:
+            h_next = torch.where(mask[:, t].reshape(row), h_next, h)
+        h = h_next
+        states.append(h)
+    return states
+
+
+def decay_and_drive(gate_and_candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence as h_t = decay_t h_{t-1} + drive_t: 1 - z and z g, for scans that compute no gates.
+
+    Args:
+        gate_and_candidate: (B, T, 2D, *) pre-activations.
+
+    Returns:
+        (B, T, D, *) each.
+    """
+    gate, candidate = gate_and_candidate.chunk(2, dim=2)
+    return torch.sigmoid(-gate), torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
+
+
+def scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The recurrence in torch's own operators for any T, so that an exported program runs without this package.
+
+    One node of the graph whatever T is: torch's scan over h_t = decay_t h_{t-1} + drive_t.
+    """
+    from torch._higher_order_ops.scan import scan
+
+    if isinstance(x.shape[1], int) and x.shape[1] == 1:
+        return scan_reference(x, h0, mask, reset)
+    x = x.to(accumulation_dtype(x))
+    if mask is not None:
+        x = _zero_padding(x, mask)
+    decay, drive = decay_and_drive(x)
+    shape = [*x.shape[:2]] + [1] * (x.dim() - 2)
+    if mask is not None:
+        keep = mask.reshape(shape)
+        drive = torch.where(keep, drive, 0.0)
+        decay = torch.where(keep, decay, 1.0)
+    if reset is not None:
+        cut = reset.reshape(shape)
+        drive = torch.where(cut, drive + INITIAL_STATE * decay, drive)
+        decay = torch.where(cut, 0.0, decay)
+    h0 = initial_state(x, decay[:, :1].shape) if h0 is None else h0.to(x.dtype)
+
+    def step(h, inputs):
+        h = inputs[0] * h + inputs[1]
+        return h, h.clone()  # a scan's results must not be one and the same tensor
+
+    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides. Over the first axis:
+    # from any other, torch 2.9 returns the results along the first and later versions along that one.
+    return scan(step, h0[:, 0].contiguous(), (decay.movedim(1, 0), drive.movedim(1, 0)))[1].movedim(0, 1)
+
+
+def scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The scan as a cumulative log-sum-exp (arXiv:2410.01201, appendix B): what the peers compute.
+
+    Its error grows with T, and a reset (log 0) cannot be expressed.
+    """
+    if reset is not None:
+        raise ValueError(
+            "The 'log' scan cannot reset the state inside a row (log 0); choose 'torch', 'reference' or 'auto'."
+        )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"The 'log' scan works in float32 and float64 only, got {x.dtype}; choose 'torch', 'reference' or 'auto'."
+        )
+    if mask is not None:
+        x = _zero_padding(x, mask)
+    gate, candidate = x.chunk(2, dim=2)
+    h0 = initial_state(x, gate[:, :1].shape) if h0 is None else h0.to(x.dtype)
+    log_one_minus_z = -F.softplus(gate)
+    log_g = torch.where(candidate >= 0, (F.relu(candidate) + 0.5).log(), -F.softplus(-candidate))
+    log_zg = log_g - F.softplus(-gate)
+    if mask is not None:
+        keep = mask.reshape(*mask.shape, *[1] * (x.dim() - 2))
+        log_one_minus_z = torch.where(keep, log_one_minus_z, 0.0)
+        log_zg = torch.where(keep, log_zg, -1e30)
+    log_decay = F.pad(log_one_minus_z.cumsum(dim=1).movedim(1, -1), (1, 0)).movedim(-1, 1)  # (B, T + 1, D, *)
+    log_values = torch.cat([h0.log(), log_zg], dim=1)
+    return (log_decay + torch.logcumsumexp(log_values - log_decay, dim=1)).exp()[:, 1:]
+
+
+__all__ = [
+    "INITIAL_STATE",
+    "accumulation_dtype",
+    "add_bias",
+    "decay_and_drive",
+    "first_state",
+    "initial_state",
+    "reference_states",
+    "scan_exported",
+    "scan_log",
+    "scan_reference",
+]
