@@ -211,6 +211,10 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
     def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
         super().__init__()
 
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens seen, padding included; () long after the first call, so that counting compiles nothing anew."""
+        return self.seq_length
+
     @property
     def is_compileable(self) -> bool:
         """Whether the tensors have a fixed place, which they have unless the past is recorded."""

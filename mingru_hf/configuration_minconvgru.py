@@ -25,17 +25,17 @@ AUTO_MAP = {
 class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
     """Backbone, sizes and switches of the MinConvGRU video model.
 
-    An image backbone turns every frame into feature maps at several depths; at each depth a stack of convolutional
-    MinGRU layers runs over time, and its last output, pooled to a few cells, is classified. The logits of the depths
+    An image backbone turns every frame into feature maps at several stages; at each stage a stack of convolutional
+    MinGRU layers runs over time, and its last output, pooled to a few cells, is classified. The logits of the stages
     are averaged. The defaults of the stacks are those of torch-mingru's UCF101 classifier, whose backbone is
     `TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])` with `feature_pooling=True`.
 
     Args:
         backbone_config: configuration of any backbone that AutoBackbone knows, or its dict with a `model_type`. Its
-            `out_features` or `out_indices` choose the depths. None: a ResNet-50 with its four stages.
-        feature_pooling: halve the feature maps by 2 x 2 max pooling, at all depths or at those marked in a list.
-        hidden_sizes: channels of the recurrent states at each depth. None: as many as the feature map has.
-        num_hidden_layers: recurrent layers at each depth; at least 1.
+            `out_features` or `out_indices` choose the stages. None: a ResNet-50 with its four stages.
+        feature_pooling: halve the feature maps by 2 x 2 max pooling, at all stages or at those marked in a list.
+        hidden_sizes: channels of the recurrent states at each stage. None: as many as the feature map has.
+        num_hidden_layers: recurrent layers at each stage; at least 1.
         kernel_size: of the recurrent layers' convolutions, in cells of the feature map; at least 1.
         stride: of the same convolutions; at least 1.
         padding: of the same convolutions; at least 0.
@@ -55,7 +55,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
             choice for this run: it is not written to config.json.
 
     Raises:
-        ValueError: if backbone_config is a dict of no known kind, or its backbone has no such depth.
+        ValueError: if backbone_config is a dict of no known kind, or its backbone has no such stage.
         huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is no choice.
         huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
 
@@ -105,7 +105,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def num_depths(self) -> int:
+    def num_stages(self) -> int:
         """Feature maps that the backbone hands over for each frame."""
         return len(self.backbone_config.out_indices or self.backbone_config.out_features)
 
@@ -120,12 +120,12 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
         stages = getattr(self.backbone_config, "stage_names", None)
         indices = self.backbone_config.out_indices or []
         if stages is not None and not all(-len(stages) <= index < len(stages) for index in indices):
-            raise ValueError(f"The backbone has {len(stages)} depths, {', '.join(stages)}; out_indices is {indices}.")
+            raise ValueError(f"The backbone has {len(stages)} stages, {', '.join(stages)}; out_indices is {indices}.")
         for name in ("feature_pooling", "hidden_sizes"):
             value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and len(value) != self.num_depths:
+            if isinstance(value, (list, tuple)) and len(value) != self.num_stages:
                 raise ValueError(
-                    f"{name} must have one entry for each of the backbone's {self.num_depths} depths, got {value}."
+                    f"{name} must have one entry for each of the backbone's {self.num_stages} stages, got {value}."
                 )
         sizes = ("num_hidden_layers", "kernel_size", "stride", "pooled_size", "num_frames")
         for name, least in (*((size, 1) for size in sizes), ("padding", 0)):

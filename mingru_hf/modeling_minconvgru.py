@@ -4,7 +4,7 @@ Source: torch-mingru (github.com/cheind/mingru), after Ballas et al. 2015, "Delv
 for Learning Video Representations", arXiv:1511.06432.
 
 Legend: B clips, T frames, C x H x W of a frame or feature map, D channels of a recurrent state, P cells along a side
-of the pooled output, F = D x P x P (twice that if bidirectional) pooled features of a depth, N frames of all clips.
+of the pooled output, F = D x P x P (twice that if bidirectional) pooled features of a stage, N frames of all clips.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class MinConvGRUCache:
     Pass an empty one with the first frames of a stream and the same one with those that follow.
 
     Attributes:
-        states: one (B, 1, D, H, W) a recurrent layer, depth by depth, float32 (float64 for float64 models); empty
+        states: one (B, 1, D, H, W) a recurrent layer, stage by stage, float32 (float64 for float64 models); empty
             before the first frames.
-        features: (B, F of all depths) pooled outputs at each clip's last real frame; None before the first frames.
+        features: (B, F of all stages) pooled outputs at each clip's last real frame; None before the first frames.
         seq_length: frames seen, padding included.
     """
 
@@ -93,12 +93,12 @@ class MinConvGRUModelOutput(ModelOutput):
     """What MinConvGRUModel returns.
 
     Args:
-        last_hidden_state: (B, T, F of all depths) pooled outputs for every frame; at padding those of the last real
+        last_hidden_state: (B, T, F of all stages) pooled outputs for every frame; at padding those of the last real
             frame before it (for backward stacks, after it), or zeros where there is none.
-        pooler_output: (B, F of all depths) pooled outputs for the clips: those of the last real frame, and for
+        pooler_output: (B, F of all stages) pooled outputs for the clips: those of the last real frame, and for
             backward stacks those of the first.
         cache: the state to continue from, if one was asked for.
-        hidden_states: for each depth the feature map (B, T, C, H, W), then the output of each recurrent layer.
+        hidden_states: for each stage the feature map (B, T, C, H, W), then the output of each recurrent layer.
     """
 
     last_hidden_state: Tensor | None = None
@@ -175,7 +175,7 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
 
 
 class MinConvGRUStack(nn.Module):
-    """The recurrent layers of one depth and one direction of time."""
+    """The recurrent layers of one stage and one direction of time."""
 
     def __init__(self, config: MinConvGRUConfig, input_size: int, hidden_size: int):
         super().__init__()
@@ -240,12 +240,12 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         Args:
             backbone_name_or_path: a checkpoint of an image model, on the Hub or in a directory; "timm/NAME" takes
                 timm's weights of that name.
-            out_indices: depths whose feature maps are used, counted from the first. None: the checkpoint's choice.
+            out_indices: stages whose feature maps are used, counted from the first. None: the checkpoint's choice.
             out_features: the same by name; timm's backbones are chosen by index only.
             **kwargs: fields of `MinConvGRUConfig`.
 
         Raises:
-            ValueError: if the checkpoint is no backbone or lacks a depth.
+            ValueError: if the checkpoint is no backbone or lacks a stage.
             OSError: if the checkpoint is not found.
             ImportError: if timm is needed and not installed.
 
@@ -254,8 +254,8 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
             ...     "timm/vgg16.tv_in1k", out_indices=[0, 1, 2, 3, 4], feature_pooling=True, num_labels=101
             ... )
         """
-        depths = {"out_indices": out_indices, "out_features": out_features}
-        depths = {name: value for name, value in depths.items() if value is not None}
+        stages = {"out_indices": out_indices, "out_features": out_features}
+        stages = {name: value for name, value in stages.items() if value is not None}
         if backbone_name_or_path.startswith("timm/"):
             if out_features is not None:
                 raise ValueError("timm's backbones are chosen by out_indices, not by out_features.")
@@ -269,7 +269,7 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
             pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=out_indices)
             weights = {f"_backbone.{key}": tensor for key, tensor in pretrained.state_dict().items()}
         else:
-            backbone_config = AutoConfig.from_pretrained(backbone_name_or_path, **depths)
+            backbone_config = AutoConfig.from_pretrained(backbone_name_or_path, **stages)
             if type(backbone_config) not in MODEL_FOR_BACKBONE_MAPPING:
                 raise ValueError(
                     f"{backbone_name_or_path} holds a {backbone_config.model_type} model, which transformers cannot "
@@ -289,7 +289,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         config: backbone, sizes and switches.
 
     Raises:
-        ValueError: if the backbone lacks one of the depths asked for.
+        ValueError: if the backbone lacks one of the stages asked for.
     """
 
     def __init__(self, config: MinConvGRUConfig):
@@ -303,7 +303,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if config.bidirectional:
             self.backward_stacks = nn.ModuleList(MinConvGRUStack(config, *size) for size in sizes)
             directions = 2
-        self.feature_sizes = [directions * size * config.pooled_size**2 for size in hidden_sizes]  # F of each depth
+        self.feature_sizes = [directions * size * config.pooled_size**2 for size in hidden_sizes]  # F of each stage
         for module in self.backbone.modules():
             if isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(_order_channels_first)
@@ -355,7 +355,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             **kwargs: `return_dict`.
 
         Returns:
-            last_hidden_state (B, T, F of all depths), pooler_output (B, F of all depths), cache, hidden_states.
+            last_hidden_state (B, T, F of all stages), pooler_output (B, F of all stages), cache, hidden_states.
 
         Raises:
             ValueError: if the frames are missing, of a wrong shape or dtype, or too small for the layers; if the
@@ -386,15 +386,15 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         goes_on = use_cache and cache.batch_size != -1
         past_features = cache.features.split(self.feature_sizes, dim=-1) if goes_on else [None] * len(self.stacks)
         features, clip_features, states, hidden_states = [], [], [], []
-        for depth, maps in enumerate(self._feature_maps(frames, mask)):
-            past_states = cache.states[depth * num_layers : (depth + 1) * num_layers] if goes_on else None
-            outputs, last_states = self.stacks[depth](maps, past_states, mask, use_cache)
+        for stage, maps in enumerate(self._feature_maps(frames, mask)):
+            past_states = cache.states[stage * num_layers : (stage + 1) * num_layers] if goes_on else None
+            outputs, last_states = self.stacks[stage](maps, past_states, mask, use_cache)
             states.extend(last_states)
-            features.append(self._pool(outputs[-1], mask, past_features[depth]))  # (B, T, F)
+            features.append(self._pool(outputs[-1], mask, past_features[stage]))  # (B, T, F)
             clip_features.append(features[-1][:, -1])  # (B, F)
             if self.config.bidirectional:
                 backward_mask = None if mask is None else mask.flip(1)
-                backward, _ = self.backward_stacks[depth](maps.flip(1), None, backward_mask, False)
+                backward, _ = self.backward_stacks[stage](maps.flip(1), None, backward_mask, False)
                 features.append(self._pool(backward[-1], backward_mask).flip(1))
                 clip_features.append(features[-1][:, 0])
                 outputs = [torch.cat([a, b.flip(1)], dim=2) for a, b in zip(outputs, backward, strict=True)]
@@ -455,7 +455,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         return mask
 
     def _feature_maps(self, frames: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """frames (B, T, C, H, W) -> a feature map (B, T, C_i, H_i, W_i) a depth, zeros at padding."""
+        """frames (B, T, C, H, W) -> a feature map (B, T, C_i, H_i, W_i) a stage, zeros at padding."""
         images = frames.flatten(0, 1)  # (N, C, H, W)
         real = None
         if mask is not None and not is_tracing(mask):
@@ -472,20 +472,20 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             chunk = self.config.backbone_chunk_size
             pieces = [run(piece) for piece in (images.split(chunk) if chunk else [images])]
-        depths = pieces[0] if len(pieces) == 1 else [torch.cat(maps) for maps in zip(*pieces, strict=True)]
+        stages = pieces[0] if len(pieces) == 1 else [torch.cat(maps) for maps in zip(*pieces, strict=True)]
         if real is not None:
-            depths = [
+            stages = [
                 maps.new_zeros(frames.shape[0] * frames.shape[1], *maps.shape[1:]).index_copy(0, real, maps)
-                for maps in depths
+                for maps in stages
             ]
-        depths = [maps.unflatten(0, frames.shape[:2]) for maps in depths]
+        stages = [maps.unflatten(0, frames.shape[:2]) for maps in stages]
         if (
             checkpointing
             and not trains
             and getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
         ):
-            depths = [maps.requires_grad_() for maps in depths]  # or the first layers get no gradient
-        return depths
+            stages = [maps.requires_grad_() for maps in stages]  # or the first layers get no gradient
+        return stages
 
     def _checkpoint_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
         """The same as `_run_backbone`, which runs once more in the backward pass; norms count the batch once."""
@@ -505,8 +505,8 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         return self._gradient_checkpointing_func(run, images, images.new_zeros((), requires_grad=True))
 
     def _run_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a depth."""
-        depths = []
+        """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a stage."""
+        stages = []
         outputs = self.backbone(images).feature_maps
         if getattr(getattr(self.backbone, "_backbone", None), "output_fmt", "NCHW") == "NHWC":  # some of timm's
             outputs = [maps.movedim(3, 1) for maps in outputs]
@@ -514,15 +514,15 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             if maps.dim() != 4 or maps.shape[1] != channels:
                 raise ValueError(
                     f"The backbone was to give feature maps (N, {channels}, H, W), and gave {tuple(maps.shape)}: look "
-                    "at its options (a transformer's reshape_hidden_states), or take other depths."
+                    "at its options (a transformer's reshape_hidden_states), or take other stages."
                 )
             if pooling and min(maps.shape[-2:]) < 2:
                 raise ValueError(
                     f"Frames of {images.shape[-2]} x {images.shape[-1]} pixels leave a feature map of "
                     f"{maps.shape[-2]} x {maps.shape[-1]}, too small for feature_pooling: use larger frames."
                 )
-            depths.append(F.max_pool2d(maps, 2) if pooling else maps)
-        return tuple(depths)
+            stages.append(F.max_pool2d(maps, 2) if pooling else maps)
+        return tuple(stages)
 
     def _pool(self, outputs: Tensor, mask: Tensor | None, past: Tensor | None = None) -> Tensor:
         """Average to P x P cells, and hold the last real frame's features through padding.
@@ -555,17 +555,17 @@ def _order_channels_first(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Te
 
 
 def _load_backbone(config: MinConvGRUConfig) -> nn.Module:
-    """The backbone with new weights; timm's complaints about depths that are not there put in words."""
+    """The backbone with new weights; timm's complaints about stages that are not there put in words."""
     try:
         return load_backbone(config)
     except (AssertionError, IndexError) as error:
         raise ValueError(
-            f"The backbone lacks one of the depths out_indices={config.backbone_config.out_indices}."
+            f"The backbone lacks one of the stages out_indices={config.backbone_config.out_indices}."
         ) from error
 
 
 class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
-    """The video model with a linear classifier on the pooled features of each depth; their logits are averaged.
+    """The video model with a linear classifier on the pooled features of each stage; their logits are averaged.
 
     Args:
         config: backbone, sizes and switches; `num_labels`, `id2label` and `problem_type` as all over transformers.
@@ -640,9 +640,9 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         )
 
     def _classify(self, features: Tensor) -> Tensor:
-        """(B, *, F of all depths) -> (B, *, num_labels), the mean of the depths' logits."""
-        depths = self.dropout(features).split(self.model.feature_sizes, dim=-1)
-        logits = [classifier(part) for classifier, part in zip(self.classifiers, depths, strict=True)]
+        """(B, *, F of all stages) -> (B, *, num_labels), the mean of the stages' logits."""
+        stages = self.dropout(features).split(self.model.feature_sizes, dim=-1)
+        logits = [classifier(part) for classifier, part in zip(self.classifiers, stages, strict=True)]
         return torch.stack(logits).mean(dim=0)
 
 

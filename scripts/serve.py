@@ -15,7 +15,6 @@ import transformers
 from transformers.cli.transformers import main
 
 import mingru_hf
-from mingru_hf.training.arguments import ArgumentParser
 
 # The server looks up a model's class in transformers' own namespace.
 transformers.MinGRUForCausalLM = mingru_hf.MinGRUForCausalLM
@@ -25,4 +24,4 @@ if __name__ == "__main__":
     try:
         main()
     except ImportError as error:  # it names the extra that is missing
-        ArgumentParser().error(str(error))
+        sys.exit(f"serve.py: error: {error}")

@@ -17,17 +17,17 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "num_depths"), list(zip(BACKBONES, [4, 2, 2, 5, 1], strict=True)))
-def test_round_trip_through_json(backbone, num_depths, tmp_path):
+@pytest.mark.parametrize(("backbone", "num_stages"), list(zip(BACKBONES, [4, 2, 2, 5, 1], strict=True)))
+def test_round_trip_through_json(backbone, num_stages, tmp_path):
     config = MinConvGRUConfig(backbone_config=BACKBONES[backbone], id2label={0: "left", 1: "right", 2: "up"}, stride=1)
-    assert config.num_depths == num_depths
+    assert config.num_stages == num_stages
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is MinConvGRUConfig
     assert type(loaded.backbone_config) is type(config.backbone_config)
     loaded._name_or_path = config._name_or_path
     assert loaded.to_dict() == config.to_dict()
-    assert loaded.num_depths == num_depths
+    assert loaded.num_stages == num_stages
     assert loaded.num_labels == 3
     assert loaded.stride == 1
 
@@ -44,11 +44,11 @@ def test_scan_backend_is_a_choice_for_one_run(tmp_path):
     ("arguments", "message"),
     [
         ({"backbone_config": {"model_type": "bert"}}, "got a BertConfig: it has no out_indices"),
-        ({"backbone_config": ResNetConfig(out_indices=[1]), "hidden_sizes": [8, 8]}, "backbone's 1 depths"),
+        ({"backbone_config": ResNetConfig(out_indices=[1]), "hidden_sizes": [8, 8]}, "backbone's 1 stages"),
         ({"hidden_sizes": [8, 8, 8, 0]}, "hidden_sizes must be at least 1"),
-        ({"feature_pooling": [True]}, "backbone's 4 depths"),
-        ({"feature_pooling": (True,)}, "backbone's 4 depths"),
-        ({"hidden_sizes": (8, 8)}, "backbone's 4 depths"),
+        ({"feature_pooling": [True]}, "backbone's 4 stages"),
+        ({"feature_pooling": (True,)}, "backbone's 4 stages"),
+        ({"hidden_sizes": (8, 8)}, "backbone's 4 stages"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"kernel_size": 0}, "kernel_size must be at least 1"),
         ({"stride": 0}, "stride must be at least 1"),

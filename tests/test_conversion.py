@@ -108,7 +108,7 @@ def test_text_and_copying_models_keep_their_logits(name, kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def video_example():
-    """torch-mingru's video example with weights that keep the signal alive down to the last depth."""
+    """torch-mingru's video example with weights that keep the signal alive down to the last stage."""
     pytest.importorskip("timm", reason="VGG16, its backbone, comes from timm")
     torch.manual_seed(0)
     example = ReferenceClassifier(7).eval()

@@ -143,7 +143,7 @@ def test_reference_configuration_equals_torch_mingrus_classifier():
         MinConvGRUConfig(backbone_config=backbone, feature_pooling=True, num_labels=7)
     )
     reference = ReferenceClassifier(7)
-    for parameter in reference.feature_parts.parameters():  # keep the signal alive down to the last depth
+    for parameter in reference.feature_parts.parameters():  # keep the signal alive down to the last stage
         if parameter.dim() > 1:
             nn.init.kaiming_normal_(parameter, nonlinearity="relu")
     model.load_state_dict(converted(reference.state_dict()))  # strict: nothing is missing or left over
@@ -164,15 +164,15 @@ def test_reference_configuration_equals_torch_mingrus_classifier():
     )
 
 
-def test_logits_are_the_mean_over_depths_of_what_the_core_layers_give(model, frames):
+def test_logits_are_the_mean_over_stages_of_what_the_core_layers_give(model, frames):
     config = model.config
     with torch.no_grad():
         maps = model.model.backbone(frames.flatten(0, 1)).feature_maps
         pooling = [config.feature_pooling] * 2 if config.feature_pooling is False else config.feature_pooling
         frame_logits = []
-        for depth, (x, pool) in enumerate(zip(maps, pooling, strict=False)):
+        for stage, (x, pool) in enumerate(zip(maps, pooling, strict=False)):
             x = F.max_pool2d(x, 2) if pool else x
-            sizes = [(config.hidden_sizes or model.model.backbone.channels)[depth]] * config.num_hidden_layers
+            sizes = [(config.hidden_sizes or model.model.backbone.channels)[stage]] * config.num_hidden_layers
             rnn = MinConv2dGRU(
                 x.shape[1],
                 sizes,
@@ -182,13 +182,13 @@ def test_logits_are_the_mean_over_depths_of_what_the_core_layers_give(model, fra
                 norm=config.norm,
                 residual=config.residual,
             )
-            rnn.load_state_dict(model.model.stacks[depth].state_dict())
+            rnn.load_state_dict(model.model.stacks[stage].state_dict())
             out, _ = rnn(x.unflatten(0, frames.shape[:2]))
             pooled = F.adaptive_avg_pool2d(out.flatten(0, 1), config.pooled_size).flatten(1).unflatten(0, (3, 7))
-            frame_logits.append(model.classifiers[depth](pooled))
+            frame_logits.append(model.classifiers[stage](pooled))
         expected = sum(frame_logits) / len(frame_logits)
         outputs = model(frames, output_frame_logits=True)
-    assert len(frame_logits) == config.num_depths
+    assert len(frame_logits) == config.num_stages
     assert_close(outputs.frame_logits, expected)
     assert_close(outputs.logits, expected[:, -1])
     assert expected.diff(dim=1).abs().mean() > 0.01  # they vary from frame to frame
@@ -223,7 +223,7 @@ def test_both_directions_meet_at_every_frame(frames):
         outputs = model.model(frames, output_hidden_states=True)
         there = forward.model(frames, output_hidden_states=True)
         back = backward.model(frames.flip(1), output_hidden_states=True)
-    parts = outputs.last_hidden_state.split([32, 32, 48, 48], dim=-1)  # two directions of each depth
+    parts = outputs.last_hidden_state.split([32, 32, 48, 48], dim=-1)  # two directions of each stage
     assert_close(torch.cat(parts[::2], -1), there.last_hidden_state)
     assert_close(torch.cat(parts[1::2], -1), back.last_hidden_state.flip(1))
     parts = outputs.pooler_output.split([32, 32, 48, 48], dim=-1)
@@ -575,8 +575,8 @@ def test_saved_models_load_through_the_auto_classes(kind, tmp_path, frames):
 def test_new_layers_are_drawn_by_their_size():
     torch.manual_seed(0)
     model = make_model(backbone_config=ResNetConfig(**(RESNET | {"hidden_sizes": [64, 16]}), out_indices=[1, 2]))
-    for depth, channels in enumerate((64, 16)):
-        layer = model.model.stacks[depth].layers[0]
+    for stage, channels in enumerate((64, 16)):
+        layer = model.model.stacks[stage].layers[0]
         for conv in (layer.gate_hidden, layer.res_align):
             expected = (3 * 9 * channels) ** -0.5  # that of nn.Conv2d
             assert abs(conv.weight.std().item() / expected - 1) < 0.1
@@ -789,11 +789,11 @@ def test_a_refused_piece_leaves_the_stream_as_it_was(frames):
         assert_close(model(frames[:, 4:], cache=cache).logits, model(frames).logits)
 
 
-def test_a_timm_backbone_without_the_depth_is_refused():
+def test_a_timm_backbone_without_the_stage_is_refused():
     pytest.importorskip("timm", reason="the backbone comes from it")
     from transformers import TimmBackboneConfig
 
-    with pytest.raises(ValueError, match=r"lacks one of the depths out_indices=\[9\]"):
+    with pytest.raises(ValueError, match=r"lacks one of the stages out_indices=\[9\]"):
         MinConvGRUModel(MinConvGRUConfig(backbone_config=TimmBackboneConfig(backbone="vgg16", out_indices=[9])))
 
 

@@ -866,7 +866,7 @@ def test_the_export_knows_text_from_video(capsys, monkeypatch, trained, video_mo
     assert not any(tmp_path.iterdir())
 
 
-def test_the_server_says_what_to_install(capsys, monkeypatch):
+def test_the_server_says_what_to_install(monkeypatch):
     serve = importlib.import_module("transformers.cli.serve")
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     command_line = importlib.import_module("transformers.cli.transformers")
@@ -874,10 +874,8 @@ def test_the_server_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve.py", "model"])
     with pytest.raises(SystemExit) as error:
         runpy.run_path(str(SCRIPTS / "serve.py"), run_name="__main__")
-    assert error.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("serve.py: error: ")
-    assert "pip install transformers[serving]" in line
+    assert error.value.code.startswith("serve.py: error: ")  # a line on stderr, and status 1
+    assert "pip install transformers[serving]" in error.value.code
 
 
 # ---- all of them, in processes of their own ----
