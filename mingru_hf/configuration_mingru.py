@@ -161,8 +161,11 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
                 )
             sizes.update({f"hidden_sizes[{i}]": size for i, size in enumerate(self.hidden_sizes)})
         for name, size in sizes.items():
-            if size <= 0:
-                raise ValueError(f"{name} must be above 0, got {size}.")
+            if not 0 < size < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite, got {size}.")
+        for name in ("norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}.")
         if min(int(self.expand * size) for size in self.block_sizes) < 1:
             raise ValueError(f"expand={self.expand} leaves a recurrent state of no channels.")
         if self.conv_kernel < 0 or self.conv_kernel == 1:

@@ -36,8 +36,8 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 _MAX_REQUESTS = 256
 _MAX_TOKENS = 4096
 
-# Options of generate() that are refused, with the values that mean none: these need beams, text, a second pass, or the
-# length of a prompt that all rows share.
+# Options of generate() that are refused, with the values that mean none: these need beams, text, a second pass, a
+# clock, or a prompt or a length that all rows share.
 _NOT_IN_A_BATCH = {
     "num_beams": 1,
     "stop_strings": None,
@@ -45,6 +45,10 @@ _NOT_IN_A_BATCH = {
     "min_new_tokens": 0,
     "begin_suppress_tokens": None,
     "exponential_decay_length_penalty": None,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "forced_eos_token_id": None,
+    "max_time": None,
 }
 
 

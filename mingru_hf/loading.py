@@ -20,10 +20,12 @@ _KNOWN_KWARGS = {
 
 
 def refuse_unknown(kwargs: dict) -> None:
-    """Raise a TypeError if a forward pass was given an argument that no model takes."""
-    if not _KNOWN_KWARGS.issuperset(kwargs):
-        unknown = ", ".join(sorted(set(kwargs) - _KNOWN_KWARGS))
-        raise TypeError(f"The model's forward() knows no argument {unknown}.")
+    """Raise a TypeError if a forward pass was given an argument that no model takes; None asks for nothing."""
+    if _KNOWN_KWARGS.issuperset(kwargs):
+        return
+    unknown = sorted(name for name, value in kwargs.items() if name not in _KNOWN_KWARGS and value is not None)
+    if unknown:
+        raise TypeError(f"The model's forward() knows no argument {', '.join(unknown)}.")
 
 
 class LoadingMixin:

@@ -789,7 +789,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
             labels: (B, T) token ids, usually input_ids: the loss at place t is that of predicting labels[:, t + 1];
                 -100 leaves a place out.
-            logits_to_keep: compute logits for this many places at the end, or for the places in a tensor; 0: all.
+            logits_to_keep: compute logits for this many places at the end, or for the places in a tensor; 0: all;
+                below 0: all but that many at the start.
             skip_logits: return the loss alone, computed a few rows at a time, so that the logits of all places never
                 take up memory. None: in training with labels, if config.skip_logits says so.
 
@@ -824,7 +825,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             outputs = model(**arguments, return_dict=True, **kwargs)
             hidden_states, cache = outputs.last_hidden_state, outputs.cache
             all_hidden_states = outputs.hidden_states
-        if not isinstance(logits_to_keep, int) or 0 < logits_to_keep < hidden_states.shape[1]:
+        if not isinstance(logits_to_keep, int) or (logits_to_keep and logits_to_keep < hidden_states.shape[1]):
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
         loss = logits = None
         if skip_logits and plain_linear(modules["lm_head"]) is not None and not in_transform():

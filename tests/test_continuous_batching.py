@@ -317,6 +317,10 @@ def test_what_a_batch_cannot_do_is_refused(model):
         {"min_new_tokens": 2},
         {"begin_suppress_tokens": [3]},
         {"exponential_decay_length_penalty": (2, 1.1)},
+        {"encoder_repetition_penalty": 3.0},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"forced_eos_token_id": 1},
+        {"max_time": 1.0},
     ):
         with pytest.raises(ValueError, match=f"no {next(iter(option))}"):
             model.generate_batch([[1, 2]], greedy(max_new_tokens=2, **option))

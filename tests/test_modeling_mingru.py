@@ -203,6 +203,7 @@ def test_embeddings_instead_of_ids(model, input_ids):
 def test_logits_to_keep_and_hidden_states(model, input_ids):
     output = model(input_ids, output_hidden_states=True)
     assert_close(model(input_ids, logits_to_keep=2).logits, output.logits[:, -2:])
+    assert_close(model(input_ids, logits_to_keep=-2).logits, output.logits[:, 2:])  # as slices go in transformers
     widths = [model.config.hidden_size, *model.config.block_sizes]
     assert [state.shape for state in output.hidden_states] == [(3, 12, width) for width in widths]
     assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
@@ -887,6 +888,7 @@ def test_what_tokenizers_and_older_code_pass_on_is_accepted(model, input_ids):
 def test_unknown_arguments_are_not_swallowed(model, input_ids):
     with pytest.raises(TypeError, match="attention_maks"):
         model(input_ids, attention_maks=torch.ones_like(input_ids))
+    model(input_ids, head_mask=None)  # as old programs pass it; it asks for nothing
 
 
 def test_nothing_is_logged_while_saving_and_loading(tmp_path, model, caplog):
