@@ -344,7 +344,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         """Compute pooled features of clips.
 
         Args:
-            pixel_values_videos: (B, T, C, H, W) frames as the video processor returns them.
+            pixel_values_videos: (B, T, C, H, W) frames as the video processor returns them, of any floating dtype.
             attention_mask: (B, T) 0 at padding, on whichever side or in between. The backbone does not look at
                 padding and the states pass over it unchanged, so a padded clip gives the numbers of the clip alone.
             cache: the state to continue from; it is updated in place. It keeps the graph of the frames behind it
@@ -368,6 +368,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             raise ValueError("Give exactly one of pixel_values_videos and pixel_values.")
         frames = pixel_values_videos if pixel_values is None else pixel_values
         self._check_frames(frames)
+        frames = frames.to(self.dtype)  # the processor returns float32, whatever the model was loaded in
         use_cache = bool(use_cache) or cache is not None
         if use_cache and self.config.bidirectional:
             raise ValueError(

@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
         if args.carry_state and accelerator.num_processes > 1:
             raise ValueError("carry_state reads one text from beginning to end: start one process")
-        tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).to(accelerator.device).eval()
+        tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         names = ("dataset_name", "dataset_config_name", "train_file", "validation_split_percentage")
         source = {name: getattr(args, name) for name in names}
         text = load_text_split(args.split, args.test_file, args.text_column_name, args.cache_dir, **source)

@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         check_new_files(output_dir, FILES, args.overwrite_output_dir)
         precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
-        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
+        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         data_args, args.seed = split_as_in_training(data_args, args.seed, args.split, args.model_name_or_path)
         videos = data_args.load(args.seed)
         if args.split not in videos:

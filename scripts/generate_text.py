@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.seed is not None:
         set_seed(args.seed)
     with parser.user_errors():
-        tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).eval()
+        tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         prompt = prompt_ids(tokenizer, args.prompt)
     unknown = unknown_parts(tokenizer, args.prompt)
     if unknown:

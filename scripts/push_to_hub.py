@@ -8,6 +8,8 @@ A new repository is private. Log in first with `hf auth login`.
 
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
+
 from mingru_hf.training.arguments import ArgumentParser
 from mingru_hf.training.hub import files_to_upload, push_directory
 
@@ -29,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     name = args.hub_model_id or Path(args.model_dir).resolve().name
     with parser.user_errors():
+        validate_repo_id(name)
         files = files_to_upload(args.model_dir)
         size = sum((Path(args.model_dir) / file).stat().st_size for file in files)
         print("\n".join(files))

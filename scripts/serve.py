@@ -23,5 +23,5 @@ if __name__ == "__main__":
     sys.argv.insert(1, "serve")
     try:
         main()
-    except ImportError as error:  # it names the extra that is missing
+    except (ImportError, OSError) as error:  # they name the extra that is missing, or the model
         sys.exit(f"serve.py: error: {error}")

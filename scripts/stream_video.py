@@ -195,8 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     parser, args = parse_args(argv)
     with parser.user_errors():
         av = import_av()
-        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
+        processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         output_file = args.output_file and Path(args.output_file)
         if output_file and output_file.exists() and not args.overwrite_output_file:
             raise ValueError(f"{output_file} exists: choose another output_file, or add --overwrite_output_file")

@@ -194,6 +194,10 @@ def load_model(model_args: ModelArguments, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"config_overrides: vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
+        )
     return AutoModelForCausalLM.from_config(config)
 
 

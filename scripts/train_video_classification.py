@@ -114,8 +114,8 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
     id2label = dict(enumerate(names))
     values = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
     if model_args.model_name_or_path is not None:
-        processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
         model = load_pretrained(AutoModelForVideoClassification, model_args.model_name_or_path)
+        processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
         if list(model.config.id2label.values()) != names:
             if not model_args.ignore_mismatched_sizes:
                 raise ValueError(
@@ -174,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
             videos["train"], processor, clip_args.clips_per_video, augment=augment, training=True, **options
         )
         eval_clips = VideoClips(videos["validation"], processor, **options)
+        for clips in (train_clips, eval_clips):
+            clips[0]  # if none can be read, now and not in a worker of the DataLoader
 
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(names)} classes, {len(videos['train']):,} videos to train on, "

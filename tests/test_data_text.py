@@ -6,6 +6,8 @@ import gzip
 import importlib.metadata
 import json
 import lzma
+import random
+import re
 import subprocess
 import sys
 from itertools import chain
@@ -836,7 +838,7 @@ def test_the_name_of_the_column_holds_for_the_validation_file_too(tmp_path):
 def test_a_validation_file_that_does_not_fit_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text(rows_of("a", "b"))
     (tmp_path / "b.jsonl").write_text('{"number": 1}\n')
-    with pytest.raises(ValueError, match=r"b\.jsonl has 0 columns of strings"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has no column of strings; its columns are: number \(int64\)"):
         load_text_datasets(train_file=tmp_path / "a.jsonl", validation_file=tmp_path / "b.jsonl")
 
 
@@ -891,6 +893,18 @@ def test_bytes_alone_make_the_smallest_vocabulary_and_4096_tokens_the_usual_one(
 
 def test_the_first_text_trains_a_bpe_too():
     assert "hello" in build_tokenizer("bpe", iter(["", "hello " * 50, "x"]), 270).get_vocab()
+
+
+def test_a_bpe_is_trained_on_pieces_of_endless_words():
+    """A word of a million letters would take the trainer minutes, in which it says nothing."""
+    dna = "".join(random.Random(0).choices("acgt", k=5_000))
+    text = f"one two {dna}, three{' ' * 2_500}{dna[:1_000]} four"
+    pieces = list(text_module._without_long_words(text))
+    assert "".join(pieces) == text
+    assert max(len(word) for piece in pieces for word in re.findall(r"\S+|\s+", piece)) == 1_000
+    assert list(text_module._without_long_words(TEXT)) == [TEXT]
+    tokenizer = build_tokenizer("bpe", [text], 300)
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_a_tokenizer_without_a_fast_version_is_refused(monkeypatch):

@@ -247,6 +247,9 @@ def test_without_a_login_nothing_happens(hub, client, directory, monkeypatch, ca
     listed = capsys.readouterr().out
     assert "model.safetensors\n" in listed
     assert "checkpoint-10" not in listed
+    with pytest.raises(SystemExit):
+        push("--model_dir", directory, "--hub_model_id", "me/x y/z", "--dry_run")
+    assert "me/x y/z" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(SystemExit):
         push("--model_dir", directory)

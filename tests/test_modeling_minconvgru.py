@@ -261,6 +261,13 @@ def test_gradients_flow_through_the_pieces_of_a_stream(frames):
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), parameters), expected, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_frames_of_another_precision_are_taken(frames):
+    """The video processor returns float32, whatever the model was loaded in."""
+    model = make_model().bfloat16()
+    assert_close(model(frames).logits, model(frames.bfloat16()).logits)
+
+
 def test_a_stream_in_bfloat16_goes_on_from_the_exact_state(frames):
     model, frames = make_model().bfloat16(), frames.bfloat16()
     with torch.no_grad():

@@ -328,6 +328,8 @@ def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, ca
     assert "block_size" in error_of(capsys, *train, "--train_file", text_file, "--block_size", 100_000)
     assert "no file" in error_of(capsys, *train, "--train_file", text_file, "--config_name", "missing.json")
     assert "'x'" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "x=1")
+    error = error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "vocab_size=3")
+    assert "vocab_size 3 is less than the" in error
     assert "config" in error_of(capsys, *train, "--train_file", text_file, "--config_overrides", "hidden_size=0")
     error = error_of(capsys, *train, "--train_file", "not-looked-for.txt", "--config_overrides", "hiden_size=8")
     assert "mingru has no field 'hiden_size'; did you mean 'hidden_size'?" in error
@@ -826,6 +828,9 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert "holds no videos" in error_of(capsys, *train, "--dataset_name", tmp_path / "empty")
     given = (*train, "--dataset_name", shapes)
     assert "is less than crop_size" in error_of(capsys, *given, "--resize_size", 16)
+    error = error_of(capsys, *given, "--num_frames", 1000)
+    assert "videos can be read and is long enough" in error
+    assert "Lower num_frames or frame_stride" in error
     assert "min_crop_scale" in error_of(capsys, *given, "--min_crop_scale", 0)
     error = error_of(capsys, *given, "--model_name_or_path", video_model)
     assert "leave out config_name and config_overrides" in error
@@ -864,6 +869,24 @@ def test_the_export_knows_text_from_video(capsys, monkeypatch, trained, video_mo
     assert "video is for video classifiers" in error_of(capsys, *export, trained, "--video", "a.mp4")
     assert "frame_size is for video classifiers" in error_of(capsys, *export, trained, "--frame_size", 8)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_model_of_another_kind_is_named(trained, video_model, tmp_path, capsys):
+    for name in ("generate_text", "evaluate_causal_lm"):
+        error = error_of(capsys, name, "--model_name_or_path", video_model)
+        assert f"{video_model} is a minconvgru model, which AutoModelForCausalLM does not load" in error
+    for name, *more in (("stream_video", "--video", "a.mp4"), ("evaluate_video_classification", "--use_cpu")):
+        error = error_of(capsys, name, "--model_name_or_path", trained, *more)
+        assert f"{trained} is a mingru model, which AutoModelForVideoClassification does not load" in error
+
+
+def test_a_run_that_diverges_ends_with_one_line(text_file, tmp_path, capsys):
+    train = ("train_causal_lm", "--train_file", text_file, "--output_dir", tmp_path / "run", *TINY, *FAST)
+    with pytest.raises(SystemExit) as error:
+        call(*train, "--max_train_steps", 20, "--learning_rate", 1e30, "--max_grad_norm", 0)
+    assert error.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"loss is (nan|inf) at step \d+", line)
 
 
 def test_the_server_says_what_to_install(monkeypatch):

@@ -56,6 +56,8 @@ EOS_TOKEN = "<|endoftext|>"
 # A dataset with fewer rows is split, and tokenised in parallel, by character position and not by row.
 FEW_ROWS = 100
 PIECE_CHARACTERS = 65_536
+_LONGEST_WORD = 1_000
+_LONG_WORDS = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}|\s{{{_LONGEST_WORD + 1},}}")
 # This many characters on either side of a cut are tokenised to check that it changes no token.
 CUT_CONTEXT = 256
 CUT_CANDIDATES = 8
@@ -474,6 +476,11 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     columns = {column: getattr(feature, "dtype", None) for column, feature in dataset.features.items()}
     strings = [column for column, feature in dataset.features.items() if _is_text(feature)]
     listing = ", ".join(f"{column} ({dtype or 'nested'})" for column, dtype in columns.items())
+    if not strings:
+        raise ValueError(
+            f"{source} has no column of strings; its columns are: {listing}. Documents are strings: write numbers in "
+            "quotation marks, or convert the column."
+        )
     if name is not None:
         if name not in strings:
             raise ValueError(
@@ -629,8 +636,19 @@ def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(itertools.chain([first], texts), trainer)
+    pieces = itertools.chain.from_iterable(map(_without_long_words, itertools.chain([first], texts)))
+    backend.train_from_iterator(pieces, trainer)
     return backend
+
+
+def _without_long_words(text: str) -> Iterator[str]:
+    """Cut a text inside its words of thousands of characters (DNA, base64): the trainer takes their length squared."""
+    start = 0
+    for word in _LONG_WORDS.finditer(text):
+        for end in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
+            yield text[start:end]
+            start = end
+    yield text[start:]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -671,7 +689,7 @@ def group_texts(
     if count == 0:
         raise ValueError(
             f"The training text has {len(ids)} tokens, expected at least one block of block_size={block_size}. Give "
-            f"a block_size of at most {len(ids)}, or more text."
+            f"{f'a block_size of at most {len(ids)}, or ' if len(ids) > 1 else ''}more text."
         )
     return dataset_of_rows({"input_ids": ids[: count * block_size].reshape(count, block_size)})
 

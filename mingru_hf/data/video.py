@@ -233,7 +233,10 @@ class VideoClips(torch.utils.data.Dataset):
                     else:
                         label = self.videos[video]["label"] if self.training or step == 0 else IGNORE_INDEX
                         return {"pixel_values_videos": self.prepare(frames), "labels": label}
-        raise ValueError(f"none of the {len(self.videos)} videos can be read and is long enough: see the warnings")
+        raise ValueError(
+            f"none of the {len(self.videos)} videos can be read and is long enough for a clip: the warnings say why. "
+            "Lower num_frames or frame_stride, or repair the files"
+        )
 
     def read(self, video: int, positions: list[float]) -> np.ndarray:
         """Decode clips of one video.

@@ -257,7 +257,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextmanager
     def setup_errors(self) -> Iterator[None]:
-        """The same for SetupError alone, and for Ctrl-C: wrap the training in it."""
+        """The same for SetupError alone, for a loss that is not finite and for Ctrl-C: wrap the training in it."""
         try:
             yield
         except KeyboardInterrupt:
@@ -265,6 +265,8 @@ class ArgumentParser(argparse.ArgumentParser):
             self.exit(130, f"\n{self.prog}: interrupted; {advice} from the newest checkpoint\n")
         except SetupError as error:
             self.error(str(error))
+        except FloatingPointError as error:
+            self.exit(1, f"{self.prog}: {error}\n")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

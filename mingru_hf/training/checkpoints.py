@@ -66,7 +66,7 @@ def check_output_dir(
                 f"output_dir {path} holds {other.name}, which this script did not write ({damage(other)}) and cannot "
                 "resume from: choose another --output_dir, or move the checkpoint away"
             )
-    checkpoint = find_checkpoint(resume, path)
+    checkpoint = find_checkpoint(resume, path, warn=False)
     if checkpoint is not None:
         later = [other for other in existing if _step(other) > _step(checkpoint) and damage(other) is None]
         if later or (existing and checkpoint.resolve().parent != path.resolve()):
@@ -250,12 +250,13 @@ def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
             temporary.unlink(missing_ok=True)  # two names of one file: os.replace did nothing
 
 
-def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path | None:
+def find_checkpoint(choice: str | Path | None, output_dir: str | Path, warn: bool = True) -> Path | None:
     """Find the checkpoint to resume from.
 
     Args:
         choice: a directory; `latest` for the newest complete one in `output_dir`; None for none.
         output_dir: of the run.
+        warn: of newer ones that are damaged.
 
     Returns:
         Its directory; None if none was asked for, or there is none yet.
@@ -270,7 +271,7 @@ def find_checkpoint(choice: str | Path | None, output_dir: str | Path) -> Path |
         for path in reversed(checkpoints_in(output_dir)):
             reason = damage(path)
             if reason is None:
-                for words in damaged:
+                for words in damaged if warn else ():
                     warnings.warn(f"{words}: resuming from the one before", stacklevel=2)
                 return path
             damaged.append(f"{path} is not a complete checkpoint ({reason})")

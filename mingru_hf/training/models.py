@@ -121,6 +121,7 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
     Raises:
         OSError: if it is neither, or a directory without what is asked for or with damaged weights; a name that can
             only be a path is not looked up on the Hub.
+        ValueError: if it is another kind of model than `cls` loads.
     """
     path = Path(name)
     if path.is_dir():
@@ -146,6 +147,11 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
         if path.is_dir():
             raise
         raise OSError(f"{name} is no directory here, and the Hub gave no model: {error}") from None
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # a list of all the models that there are follows
+            raise
+        kind = AutoConfig.from_pretrained(name).model_type
+        raise ValueError(f"{name} is a {kind} model, which {cls.__name__} does not load") from None
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
