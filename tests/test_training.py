@@ -375,6 +375,23 @@ def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+def test_a_step_may_be_compiled(args, tmp_path, monkeypatch):
+    """As by `accelerate launch --dynamo_backend inductor`, less the code of inductor."""
+    _, expected = run(args())
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is read by a process's first Accelerator alone
+    compiled = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append(model) or compile_(model, **kwargs))
+    model, result = run(args(output_dir=str(tmp_path / "compiled")))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert compiled == [model]
+    losses = ([record["loss"] for record in r["history"] if "loss" in record] for r in (result, expected))
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-5)
+    assert set(load_file(tmp_path / "compiled" / "model.safetensors")) == set(model.state_dict())  # no _orig_mod
+
+
 # ---- several processes ----
 
 
