@@ -152,7 +152,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
         recorded = 0 if self.states is None else self.states.shape[1]
         if steps >= recorded:
             advice = "Call cache.activate_past_recording() before running the steps to be taken back."
-            if self._record_past and recorded > 1:
+            if self._record_past and recorded >= self.min_recorded_steps:
                 advice = "Raise min_recorded_steps of each of cache.layers before running the steps to be taken back."
             raise ValueError(
                 f"Cannot take back {steps} of {self.seq_length} steps: the states after the last {recorded} are held. "

@@ -137,6 +137,8 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
             raise ValueError(
                 f"backbone_chunk_size is a number of frames, or 0 for all of them, got {self.backbone_chunk_size}."
             )
+        if not 0 <= self.initializer_range < float("inf"):
+            raise ValueError(f"initializer_range must be 0 or above and finite, got {self.initializer_range}.")
         for name in ("dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}.")

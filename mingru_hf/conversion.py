@@ -195,10 +195,10 @@ _VGG16_STARTS = (0, 5, 10, 17, 24)
 _VIDEO_NAMES = (
     *(
         (
-            rf"feature_parts\.{depth}\.{i}\.(weight|bias)",
+            rf"feature_parts\.{stage}\.{i}\.(weight|bias)",
             rf"model.backbone._backbone.features_{start + i}.\1",
         )
-        for depth, start in enumerate(_VGG16_STARTS)
+        for stage, start in enumerate(_VGG16_STARTS)
         for i in range(0, 7, 2)
     ),
     (
@@ -225,15 +225,15 @@ def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
     """
     names = _rename(state, _VIDEO_NAMES)
     last = max((int(name.split(".")[1]) for name in state if name.startswith("heads.")), default=0)
-    depths = list(range(last + 1))
-    first = [f"heads.{depth}.rnn.layers.0.gate_hidden.weight" for depth in depths]
-    needed = [*first, *(f"heads.{depth}.fc.weight" for depth in depths)]
+    stages = list(range(last + 1))
+    first = [f"heads.{stage}.rnn.layers.0.gate_hidden.weight" for stage in stages]
+    needed = [*first, *(f"heads.{stage}.fc.weight" for stage in stages)]
     _refuse({"are missing": [name for name in needed if name not in state]})
 
     hidden_sizes = [state[name].shape[0] // 2 for name in first]
     num_labels, features = state["heads.0.fc.weight"].shape
     config = MinConvGRUConfig(
-        backbone_config=TimmBackboneConfig(backbone="vgg16", out_indices=depths),
+        backbone_config=TimmBackboneConfig(backbone="vgg16", out_indices=stages),
         feature_pooling=True,
         hidden_sizes=hidden_sizes,
         num_hidden_layers=len({name.split(".")[4] for name in state if name.startswith("heads.0.rnn.layers.")}),

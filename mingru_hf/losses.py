@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_tracing
 
 from .linear import linear
+from .observers import in_transform
 
 # At most this many logits exist at a time. At a vocabulary of 50,257 the logits of all tokens would be by far the
 # largest tensors of a small model's training step; at one of a few hundred characters this is the whole batch.
@@ -130,6 +131,30 @@ class _HeadLoss(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+def check_class_ids(labels: Tensor, config: PreTrainedConfig) -> None:
+    """Refuse class ids that are out of range, before a model runs and moves its state on.
+
+    Not on a GPU, where looking would make the CPU wait: there it is a device-side assertion, as everywhere.
+
+    Args:
+        labels: as for `classification_loss`; other kinds than class ids are let pass.
+        config: of the model.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    if is_tracing(labels) or in_transform() or labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    are_class_ids = config.problem_type in (None, "single_label_classification") and config.num_labels > 1
+    if not are_class_ids or labels.is_floating_point():
+        return
+    low, high = labels.where(labels != -100, 0).aminmax()
+    if low < 0 or high >= config.num_labels:
+        raise ValueError(
+            f"Labels must lie between 0 and {config.num_labels - 1} (or be -100), got {low.item()} to {high.item()}."
+        )
+
+
 def classification_loss(
     labels: Tensor,
     pooled_logits: Tensor,
@@ -155,8 +180,8 @@ def classification_loss(
         () float32 or wider.
 
     Raises:
-        ValueError: if there is no problem type of that name, the labels do not fit the logits, or a class id is out
-            of range (on a GPU that is a device-side assertion, as everywhere: to look here would make the CPU wait).
+        ValueError: if there is no problem type of that name, or the labels for regression or for several labels a row
+            do not fit the logits.
     """
     if config.problem_type is None:
         if pooled_logits.shape[-1] == 1:
@@ -167,12 +192,6 @@ def classification_loss(
             config.problem_type = "multi_label_classification"
     logits = pooled_logits.to(torch.promote_types(pooled_logits.dtype, torch.float32))
     labels = labels.to(logits.device)
-    if config.problem_type == "single_label_classification":
-        _check_class_ids(labels, logits.shape[-1])
-    elif labels.numel() != logits.numel():  # else they would be broadcast
-        raise ValueError(
-            f"labels for {config.problem_type} have the shape {tuple(labels.shape)}, expected {tuple(logits.shape)}."
-        )
     if config.problem_type == "regression":
         loss, arguments = F.mse_loss, (logits.squeeze(), labels.to(logits.dtype).squeeze())
     elif config.problem_type == "single_label_classification":
@@ -184,19 +203,13 @@ def classification_loss(
             "config.problem_type must be 'regression', 'single_label_classification', 'multi_label_classification' "
             f"or None, got {config.problem_type!r}."
         )
+    if loss is not F.cross_entropy and not is_tracing(labels) and arguments[0].shape != arguments[1].shape:
+        raise ValueError(  # else they would be broadcast
+            f"labels for {config.problem_type} have the shape {tuple(labels.shape)}, expected {tuple(logits.shape)}."
+        )
     if num_items_in_batch is None:
         return loss(*arguments)
     return _share(loss(*arguments, reduction="sum"), num_items_in_batch)
 
 
-def _check_class_ids(labels: Tensor, num_labels: int) -> None:
-    if labels.device.type != "cpu" or labels.numel() == 0 or is_tracing(labels):
-        return
-    low, high = labels.where(labels != -100, 0).aminmax()
-    if low < 0 or high >= num_labels:
-        raise ValueError(
-            f"Labels must lie between 0 and {num_labels - 1} (or be -100), got {low.item()} to {high.item()}."
-        )
-
-
-__all__ = ["classification_loss", "head_loss"]
+__all__ = ["check_class_ids", "classification_loss", "head_loss"]

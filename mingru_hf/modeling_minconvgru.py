@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_tracing
 from .configuration_minconvgru import MinConvGRUConfig
 from .layers import MinConv2dGRULayer
 from .loading import LoadingMixin, refuse_unknown
-from .losses import classification_loss
+from .losses import check_class_ids, classification_loss
 from .scan import mingru_scan
 
 
@@ -368,7 +368,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             raise ValueError("Give exactly one of pixel_values_videos and pixel_values.")
         frames = pixel_values_videos if pixel_values is None else pixel_values
         self._check_frames(frames)
-        frames = frames.to(self.dtype)  # the processor returns float32, whatever the model was loaded in
+        frames = frames.to(self._parameter_dtype(frames))  # from a processor, which knows float32 alone
         use_cache = bool(use_cache) or cache is not None
         if use_cache and self.config.bidirectional:
             raise ValueError(
@@ -410,6 +410,10 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             cache=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
+
+    def _parameter_dtype(self, frames: Tensor) -> torch.dtype:
+        """The model's dtype; that of the frames in replicas, where the parameters are plain tensors."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), frames.dtype)
 
     def _check_frames(self, frames: Tensor) -> None:
         channels = getattr(self.config.backbone_config, "num_channels", 3)
@@ -618,6 +622,8 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         Raises:
             ValueError: as `MinConvGRUModel.forward` and `classification_loss`.
         """
+        if labels is not None:
+            check_class_ids(labels, self.config)
         outputs = self.model(
             pixel_values_videos=pixel_values_videos,
             attention_mask=attention_mask,

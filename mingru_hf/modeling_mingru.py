@@ -36,7 +36,7 @@ from .calling import calls_directly, choose_call, direct_call, direct_output, is
 from .configuration_mingru import MinGRUConfig
 from .linear import linear
 from .loading import LoadingMixin, refuse_unknown
-from .losses import classification_loss, head_loss
+from .losses import check_class_ids, classification_loss, head_loss
 from .observers import in_transform
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
 
@@ -889,9 +889,12 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
 
         Raises:
             ValueError: as `MinGRUModel.forward` and `classification_loss`; if the last real token of several rows
-                cannot be told, for lack of both an attention_mask and a pad_token_id; or if a row that goes on from a
-                cache has none in this call.
+                cannot be told, for lack of both an attention_mask and a pad_token_id; or if the mask says that a row
+                ended before this call.
         """
+        _refuse_ended_rows(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+        if labels is not None:
+            check_class_ids(labels, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -902,7 +905,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        last = self._last_real_token(input_ids, attention_mask, outputs.last_hidden_state, outputs.cache)  # (B,)
+        last = self._last_real_token(input_ids, attention_mask, outputs.last_hidden_state)  # (B,)
         rows = torch.arange(last.shape[0], device=last.device)
         logits = self.score(self.dropout(outputs.last_hidden_state[rows, last]))  # (B, num_labels)
         loss = None
@@ -912,26 +915,32 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             loss=loss, logits=logits, cache=outputs.cache, hidden_states=outputs.hidden_states
         )
 
-    def _last_real_token(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor, cache: Cache | None
-    ) -> Tensor:
+    def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
         """(B,) columns of this call; where nothing tells padding apart, the last one."""
         batch, steps = hidden.shape[:2]
+        columns = torch.arange(steps, device=hidden.device)
         if attention_mask is not None:
-            is_real = attention_mask[:, -steps:].to(hidden.device).bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            is_real = input_ids != self.config.pad_token_id
-        elif batch > 1 and input_ids is not None:
+            return (columns * attention_mask[:, -steps:].to(hidden.device).bool()).argmax(-1)
+        if input_ids is not None and self.config.pad_token_id is not None:
+            return (columns * (input_ids != self.config.pad_token_id)).argmax(-1)
+        if batch > 1 and input_ids is not None:
             raise ValueError("Cannot tell where each row ends: pass an attention_mask, or set config.pad_token_id.")
-        else:
-            is_real = torch.ones(batch, steps, dtype=torch.bool, device=hidden.device)
-        goes_on = not is_tracing(is_real) and cache is not None and cache.get_seq_length() > steps
-        if goes_on and not is_real.any(1).all():
-            raise ValueError(
-                "A row that goes on from the cache has no real token in this call, and the output at its last one was "
-                "returned by an earlier call: leave out the rows that have ended (cache.batch_select_indices)."
-            )
-        return (torch.arange(steps, device=hidden.device) * is_real).argmax(-1)
+        return columns[-1].expand(batch)
+
+
+def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Refuse to classify a row at its padding: one that ended in an earlier call, by a mask over that one, too."""
+    if inputs is None or attention_mask is None or attention_mask.dim() != 2 or in_transform():
+        return
+    steps = inputs.shape[1]
+    if is_tracing(attention_mask) or attention_mask.shape[1] <= steps:
+        return
+    real = attention_mask.bool()
+    if (real[:, :-steps].any(1) & ~real[:, -steps:].any(1)).any():
+        raise ValueError(
+            "A row that goes on from the cache has no real token in this call; its logits were those of an earlier "
+            "one. Leave out the rows that have ended (cache.batch_select_indices)."
+        )
 
 
 class MinGRUForTokenClassification(MinGRUPreTrainedModel):

@@ -291,4 +291,4 @@ def torch_backward(
     return grad_x, inflow.unsqueeze(1).to(accumulation_dtype(x))
 
 
-__all__ = ["INITIAL_STATE", "accumulation_dtype", "first_state", "torch_backward", "torch_forward"]
+__all__ = ["torch_backward", "torch_forward"]

@@ -258,6 +258,15 @@ def test_how_far_a_recording_goes_back(model, input_ids):
     assert {tensor.shape[1] for tensor in tensors_of(cache)} == {256}  # and no more is kept from call to call
 
 
+def test_crop_says_when_recording_should_have_begun(model, input_ids):
+    cache = DynamicCache(config=model.config)
+    model(input_ids[:, :9], cache=cache)
+    cache.activate_past_recording()
+    model(input_ids[:, 9:], cache=cache)
+    with pytest.raises(ValueError, match=r"Call cache.activate_past_recording\(\) before"):
+        cache.crop(-5)
+
+
 def test_what_transformers_asks_of_a_cache(model, input_ids):
     for make in MAKERS:
         cache = make(config=model.config)

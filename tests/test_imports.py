@@ -32,7 +32,7 @@ ALLOWED = {
     "exporting": {"modeling_minconvgru"},
     "linear": {"observers", "scan_numba"},
     "loading": set(),
-    "losses": {"linear"},
+    "losses": {"linear", "observers"},
     "modeling_mingru": {
         "scan",
         "cache_mingru",

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mingru_hf.losses
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
-from mingru_hf.losses import classification_loss, head_loss
+from mingru_hf.losses import check_class_ids, classification_loss, head_loss
 
 # Sums of the same float32 numbers in another order.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
@@ -299,7 +299,9 @@ def test_labels_that_do_not_fit_are_refused():
     logits, config = torch.randn(3, 4), MinGRUConfig(num_labels=4)
     for labels in ([0, 4, -100], [-1, 0, 1]):
         with pytest.raises(ValueError, match=r"Labels must lie between 0 and 3 \(or be -100\), got "):
-            classification_loss(torch.tensor(labels), logits, config)
+            check_class_ids(torch.tensor(labels), config)
+    with pytest.raises(ValueError, match="problem_type must be 'regression'"):
+        classification_loss(torch.rand(3), logits, MinGRUConfig(num_labels=4, problem_type="foo"))
     config = MinGRUConfig(num_labels=4, problem_type="regression")
     with pytest.raises(ValueError, match=r"labels for regression have the shape \(4,\), expected \(3, 4\)"):
         classification_loss(torch.rand(4), logits, config)

@@ -268,6 +268,25 @@ def test_frames_of_another_precision_are_taken(frames):
     assert_close(model(frames).logits, model(frames.bfloat16()).logits)
 
 
+@torch.no_grad()
+def test_a_replica_without_parameters_of_its_own_runs(frames):
+    """As DataParallel makes them: plain tensors stand in the parameters' places."""
+    model = make_model()
+    expected, replica = model(frames).logits, copy.deepcopy(model)
+    for module in replica.modules():
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            setattr(module, name, None if parameter is None else parameter.data)
+    assert_close(replica(frames).logits, expected)
+
+
+def test_a_wrong_label_does_not_move_the_stream_on(frames):
+    cache = MinConvGRUCache()
+    with pytest.raises(ValueError, match="Labels must lie between 0 and 4"):
+        make_model()(frames, cache=cache, labels=torch.tensor([0, 7, 1]))
+    assert cache.batch_size == -1
+
+
 def test_a_stream_in_bfloat16_goes_on_from_the_exact_state(frames):
     model, frames = make_model().bfloat16(), frames.bfloat16()
     with torch.no_grad():

@@ -615,20 +615,52 @@ def test_sequence_classification_reads_the_last_real_token(input_ids):
     assert_close(classifier(inputs_embeds=classifier.get_input_embeddings()(input_ids[:1, :7])).logits, alone)
 
 
+def make_classifier():
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=3, initializer_range=0.3)
+    return MinGRUForSequenceClassification(config).eval()
+
+
 @torch.no_grad()
 def test_a_row_that_has_ended_is_not_classified_at_its_padding(input_ids):
-    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_labels=3, initializer_range=0.3)
-    classifier = MinGRUForSequenceClassification(config).eval()
-    mask = torch.ones_like(input_ids)
+    classifier, mask, rows = make_classifier(), torch.ones_like(input_ids), torch.tensor([0, 2])
     mask[1, 5:] = 0
     cache = classifier(input_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
     with pytest.raises(ValueError, match="no real token in this call"):
         classifier(input_ids[:, 6:], attention_mask=mask, cache=cache)
-    cache = classifier(input_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
-    rows = torch.tensor([0, 2])
-    cache.batch_select_indices(rows)
+    cache.batch_select_indices(rows)  # the refused call has not moved it on
     logits = classifier(input_ids[rows, 6:], attention_mask=mask[rows], cache=cache).logits
     assert_close(logits, classifier(input_ids, attention_mask=mask).logits[rows])
+
+
+@torch.no_grad()
+def test_a_row_that_begins_late_is_classified_in_pieces(input_ids):
+    classifier, cache = make_classifier(), None
+    ids, mask = left_padded(input_ids[:1], 6)
+    for stop in range(3, ids.shape[1] + 1, 3):
+        outputs = classifier(ids[:, stop - 3 : stop], attention_mask=mask[:, :stop], cache=cache, use_cache=True)
+        cache = outputs.cache
+    assert_close(outputs.logits, classifier(input_ids[:1]).logits)
+
+
+def test_a_classifier_has_gradients_for_each_sample(input_ids):
+    classifier, labels = make_classifier(), torch.tensor([0, 2, 1])
+    parameters = {name: p.detach() for name, p in classifier.named_parameters()}
+
+    def loss(parameters, ids, label):
+        inputs = {"input_ids": ids[None], "labels": label[None], "use_cache": False}
+        return torch.func.functional_call(classifier, parameters, (), inputs).loss
+
+    gradients = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, input_ids, labels)
+    classifier(input_ids[1:2], labels=labels[1:2]).loss.backward()
+    assert_close(gradients["score.weight"][1], classifier.score.weight.grad)
+
+
+def test_a_wrong_label_does_not_move_the_state_on(input_ids):
+    classifier = make_classifier()
+    cache = DynamicCache(config=classifier.config)
+    with pytest.raises(ValueError, match="Labels must lie between 0 and 2"):
+        classifier(input_ids, attention_mask=torch.ones_like(input_ids), cache=cache, labels=torch.tensor([0, 3, 1]))
+    assert cache.get_seq_length() == 0
 
 
 @pytest.mark.parametrize(

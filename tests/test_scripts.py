@@ -889,6 +889,12 @@ def test_a_run_that_diverges_ends_with_one_line(text_file, tmp_path, capsys):
     assert re.search(r"loss is (nan|inf) at step \d+", line)
 
 
+def test_the_server_names_a_model_that_is_not_there(tmp_path):
+    done = run(sys.executable, SCRIPTS / "serve.py", tmp_path / "missing")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("serve.py: error: ")
+
+
 def test_the_server_says_what_to_install(monkeypatch):
     serve = importlib.import_module("transformers.cli.serve")
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)

@@ -57,7 +57,7 @@ EOS_TOKEN = "<|endoftext|>"
 FEW_ROWS = 100
 PIECE_CHARACTERS = 65_536
 _LONGEST_WORD = 1_000
-_LONG_WORDS = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}|\s{{{_LONGEST_WORD + 1},}}")
+_LONG_WORDS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGEST_WORD + 1},}}")
 # This many characters on either side of a cut are tokenised to check that it changes no token.
 CUT_CONTEXT = 256
 CUT_CANDIDATES = 8
