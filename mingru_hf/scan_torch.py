@@ -18,7 +18,7 @@ from torch import Tensor
 from .scan_reference import INITIAL_STATE, accumulation_dtype, first_state
 
 # Elements of a buffer: on a CPU, for each thread, few enough for its cache, so many that Python's cost does not show.
-_BLOCK_ELEMENTS = 1 << 16
+_BLOCK_ELEMENTS = 1 << 17
 _DEVICE_BLOCK_ELEMENTS = 1 << 22
 # Rows (B x N) of at most _SMALL_ROW elements are cut into about sqrt(T) chunks of time that run side by side; for
 # longer rows the second look at every step costs more than it saves. Chunks x row stays within _CHUNKED_ROW.
