@@ -66,6 +66,12 @@ def is_observed() -> bool:
     )
 
 
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), which torch 2.9's compiler answers with yes whatever it compiles for."""
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
 def has_global_hooks() -> bool:
     """Whether a hook may be called at every module's forward or backward pass."""
     return not _KNOWN or any(_GLOBAL_HOOKS)
@@ -81,6 +87,7 @@ __all__ = [
     "differentiates_in_transform",
     "has_global_hooks",
     "in_transform",
+    "is_exporting",
     "is_observed",
     "without_modes",
 ]

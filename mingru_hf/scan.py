@@ -16,7 +16,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .observers import differentiates_forward, without_modes
+from .observers import differentiates_forward, is_exporting, without_modes
 from .scan_numba import NUMBA_AVAILABLE, numba_step, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
 from .scan_operator import KERNELS, run_kernel
@@ -103,7 +103,7 @@ def mingru_scan(
 
 def _wants_plain_operators(x: Tensor) -> bool:
     """Whether to use torch's own operators: under torch.export, and for a single step that is compiled."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return True
     return torch.compiler.is_compiling() and isinstance(x.shape[1], int) and x.shape[1] == 1
 
@@ -145,7 +145,7 @@ def requested_backend(backend: str) -> str:
 
     Not under torch.export: the program is for where neither the variable nor the kernels are.
     """
-    if backend != "auto" or torch.compiler.is_exporting():
+    if backend != "auto" or is_exporting():
         return backend
     return os.environ.get("MINGRU_SCAN") or backend
 

@@ -885,6 +885,37 @@ def test_tracers_and_transforms_see_the_operator(grad, backend):
         torch.testing.assert_close(torch.vmap(function)(rows), torch.stack([function(x), function(other)]))
 
 
+@pytest.mark.parametrize("shape", [(4, 12, 16), (3, 1, 6), (2, 9, 8, 2, 3)])
+def test_compiled_by_default_it_is_the_kernels_with_their_gradients(shape):
+    """Torch 2.9's compiler says of every function that it is being exported."""
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(scan_reference(x).shape)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(mingru_scan, backend=backend, fullgraph=True)
+    (gradient,) = torch.autograd.grad((compiled(x) * weight).sum(), x)
+    (expected,) = torch.autograd.grad((scan_reference(x) * weight).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    assert ("mingru_hf" in graphs[0]) == (shape[1] > 1)  # a single step is made of torch's own operators
+
+
+def test_an_exported_scan_can_be_trained():
+    class Scan(torch.nn.Module):
+        def forward(self, x):
+            return mingru_scan(x)
+
+    x = torch.randn(4, 12, 16, requires_grad=True)
+    weight = torch.randn(4, 12, 8)
+    program = torch.export.export(Scan(), (x.detach(),)).module()
+    (gradient,) = torch.autograd.grad((program(x) * weight).sum(), x)
+    (expected,) = torch.autograd.grad((scan_reference(x) * weight).sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_second_copy_of_the_files_uses_the_same_operator(tmp_path):
     """As when code loaded from a Hub meets the installed package in one process."""
     (tmp_path / "copied").mkdir()
