@@ -620,7 +620,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
             its own end, so no frame's logits need equal them.
 
         Raises:
-            ValueError: as `MinConvGRUModel.forward` and `classification_loss`.
+            ValueError: as `MinConvGRUModel.forward`, `check_class_ids` and `classification_loss`.
         """
         if labels is not None:
             check_class_ids(labels, self.config)

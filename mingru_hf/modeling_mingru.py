@@ -888,9 +888,9 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
             last one.
 
         Raises:
-            ValueError: as `MinGRUModel.forward` and `classification_loss`; if the last real token of several rows
-                cannot be told, for lack of both an attention_mask and a pad_token_id; or if the mask says that a row
-                ended before this call.
+            ValueError: as `MinGRUModel.forward`, `check_class_ids` and `classification_loss`; if the last real token
+                of several rows cannot be told, for lack of both an attention_mask and a pad_token_id; or if the mask
+                says that a row ended before this call.
         """
         _refuse_ended_rows(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
         if labels is not None:
@@ -930,7 +930,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
 
 def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> None:
     """Refuse to classify a row at its padding: one that ended in an earlier call, by a mask over that one, too."""
-    if inputs is None or attention_mask is None or attention_mask.dim() != 2 or in_transform():
+    if inputs is None or attention_mask is None or inputs.dim() < 2 or attention_mask.dim() != 2 or in_transform():
         return
     steps = inputs.shape[1]
     if is_tracing(attention_mask) or attention_mask.shape[1] <= steps:

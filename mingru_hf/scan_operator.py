@@ -23,6 +23,7 @@ KERNELS = {
     "triton": (triton_forward, triton_backward),
 }
 
+# What follows takes the arguments of the operators, whose types and order the schemas in `_register` give.
 # The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
 # installed package) finds the operator and uses it.
 _NAMESPACE = "mingru_hf_v3"
@@ -40,17 +41,9 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
-def _scan_and_last_impl(
-    gate_and_candidate: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    backend: str,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
     forward, _ = KERNELS[backend]
-    x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
+    more = _bias_argument(bias, x)
     if x.dim() == 3:
         return forward(x, h0, mask, reset, dtype, **more)
     states, last = forward(_flat(x), _flat(h0), mask, reset, dtype, **more)
@@ -58,29 +51,17 @@ def _scan_and_last_impl(
     return states.unflatten(2, sizes), last.unflatten(2, sizes)
 
 
-def _scan_impl(x: Tensor, bias: Tensor | None, h0: Tensor | None, mask: Tensor | None, *rest) -> Tensor:
-    reset, backend, dtype = rest
+def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
     if backend == "numba" and mask is None and reset is None:
         states = numba_step(x, h0, bias, dtype)
         if states is not None:
             return states
-    return _scan_and_last_impl(x, bias, h0, mask, *rest)[0]
+    return _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype)[0]
 
 
-def _backward_impl(
-    grad: Tensor,
-    grad_last: Tensor | None,
-    gate_and_candidate: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    states: Tensor,
-    mask: Tensor | None,
-    reset: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _backward_impl(grad, grad_last, x, bias, h0, states, mask, reset, backend):
     _, backward = KERNELS[backend]
-    x, more = gate_and_candidate, _bias_argument(bias, gate_and_candidate)
-    grads = _flat(grad), _flat(grad_last)
+    grads, more = (_flat(grad), _flat(grad_last)), _bias_argument(bias, x)
     grad_x, grad_h0 = backward(*grads, _flat(x), _flat(h0), _flat(states), mask, reset, **more)
     return grad_x.reshape(x.shape), grad_h0.reshape(states[:, :1].shape)
 

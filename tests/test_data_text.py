@@ -838,7 +838,7 @@ def test_the_name_of_the_column_holds_for_the_validation_file_too(tmp_path):
 def test_a_validation_file_that_does_not_fit_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text(rows_of("a", "b"))
     (tmp_path / "b.jsonl").write_text('{"number": 1}\n')
-    with pytest.raises(ValueError, match=r"b\.jsonl has no column of strings; its columns are: number \(int64\)"):
+    with pytest.raises(ValueError, match=r"b\.jsonl has no column of strings, .*Its columns are: number \(int64\)"):
         load_text_datasets(train_file=tmp_path / "a.jsonl", validation_file=tmp_path / "b.jsonl")
 
 

@@ -627,6 +627,8 @@ def test_a_row_that_has_ended_is_not_classified_at_its_padding(input_ids):
     cache = classifier(input_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
     with pytest.raises(ValueError, match="no real token in this call"):
         classifier(input_ids[:, 6:], attention_mask=mask, cache=cache)
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(B, T\), got \(12,\)"):
+        classifier(input_ids[0], attention_mask=mask)
     cache.batch_select_indices(rows)  # the refused call has not moved it on
     logits = classifier(input_ids[rows, 6:], attention_mask=mask[rows], cache=cache).logits
     assert_close(logits, classifier(input_ids, attention_mask=mask).logits[rows])

@@ -56,6 +56,7 @@ EOS_TOKEN = "<|endoftext|>"
 # A dataset with fewer rows is split, and tokenised in parallel, by character position and not by row.
 FEW_ROWS = 100
 PIECE_CHARACTERS = 65_536
+# Characters of a word that the trainer of a BPE is given at once, see `_without_long_words`.
 _LONGEST_WORD = 1_000
 _LONG_WORDS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGEST_WORD + 1},}}")
 # This many characters on either side of a cut are tokenised to check that it changes no token.
@@ -478,8 +479,8 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     listing = ", ".join(f"{column} ({dtype or 'nested'})" for column, dtype in columns.items())
     if not strings:
         raise ValueError(
-            f"{source} has no column of strings; its columns are: {listing}. Documents are strings: write numbers in "
-            "quotation marks, or convert the column."
+            f"{source} has no column of strings, expected the text in one. Its columns are: {listing}. Give a file "
+            "with a column of text."
         )
     if name is not None:
         if name not in strings:
