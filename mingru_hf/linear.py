@@ -3,7 +3,8 @@
 On x86 torch multiplies float32 matrices with MKL, which does well on Intel's processors. On AMD's:
 
 - Many rows, in training: MKL uses only 256 of the 512 bits of the vectors of Zen 5 (2024). Convolutions torch gives to
-  oneDNN, which uses all of them; and a linear map is a convolution with a kernel of 1 x 1.
+  oneDNN, which uses all of them, and is a tenth faster on Zen 4 as well; and a linear map is a convolution with a
+  kernel of 1 x 1.
 - Few rows, in a step of decoding: the time should be that of reading the weights. For up to four rows MKL takes two to
   seven times that, and the kernel in scan_numba.py 1.1 to 2.1 times; with bfloat16 oneDNN takes two to four times
   that, the kernel 1.3 to 2.9. For sixteen rows the kernel, too, takes two to five times as long.
@@ -27,9 +28,8 @@ from .scan_numba import NUMBA_AVAILABLE, numba_linear
 # The "family" of the processor; 25 without AVX-512 is Zen 3.
 _ZEN_4, _ZEN_5 = 25, 26
 
-# Smaller products, and weights that are large for so few rows, are not worth the conversion.
+# Few rows, and weights that are large for so few rows, are not worth the conversion.
 _MIN_ROWS = 256
-_MIN_PRODUCTS = 1 << 24
 _MAX_WEIGHTS_PER_ROW = 2048
 # With a single thread torch gives a convolution to oneDNN from this batch size on.
 _BATCH = 16
@@ -56,7 +56,9 @@ def _processor() -> str:
 _FAMILY = amd_family(_processor()) if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 _USES_MKL = torch.backends.mkl.is_available()
 # Whether oneDNN multiplies many rows faster than MKL on this machine.
-CONVOLUTION_IS_FASTER = _FAMILY >= _ZEN_5 and _USES_MKL and torch.backends.mkldnn.is_available()
+CONVOLUTION_IS_FASTER = _FAMILY >= _ZEN_4 and _USES_MKL and torch.backends.mkldnn.is_available()
+# Smaller products are not worth the conversion, either: on Zen 4 there is less to gain.
+_MIN_PRODUCTS = 1 << (24 if _FAMILY >= _ZEN_5 else 28)
 # Whether our kernel multiplies few rows faster than torch; measured on Zen 4. Who asks for a scan without numba gets
 # linear maps without it, too.
 FEW_ROWS_ARE_FASTER = (
@@ -123,7 +125,7 @@ class _BiasGradient(torch.autograd.Function):
 
 
 def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.jit.is_tracing():  # sizes are tensors there
+    if torch.jit.is_tracing() or weight.dim() != 2:  # under a tracer, sizes are tensors
         return False
     size, (outputs, inputs) = x.numel(), weight.shape
     rows = size // inputs if inputs else 0
@@ -132,9 +134,9 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
         and size * outputs >= _MIN_PRODUCTS
         and outputs * inputs <= _MAX_WEIGHTS_PER_ROW * rows
         and (rows % _BATCH == 0 or torch.get_num_threads() > 1)
+        and all(_is_array(t) and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
         and x.shape[-1] == inputs
         and (bias is None or bias.shape == (outputs,))
-        and all(_is_array(t) and t.dtype == torch.float32 for t in (x, weight, bias) if t is not None)
         and torch.backends.mkldnn.enabled
         and torch.backends.mkldnn.conv.fp32_precision in ("none", "ieee")
         and torch.backends.mkldnn.matmul.fp32_precision != "bf16"

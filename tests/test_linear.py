@@ -26,7 +26,7 @@ from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_linear
 
 @pytest.fixture
 def convolutions(monkeypatch):
-    """As on a machine where convolutions are faster; the list of those that ran, by the shape of their weight."""
+    """As on a Zen 5, where convolutions are faster; the list of those that ran, by the shape of their weight."""
     shapes, original = [], F.conv2d
 
     def conv2d(x, weight, *args, **kwargs):
@@ -34,6 +34,7 @@ def convolutions(monkeypatch):
         return original(x, weight, *args, **kwargs)
 
     monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(mingru_hf.linear, "_MIN_PRODUCTS", 1 << 24)
     for module, name in ((mingru_hf.linear, "CONVOLUTION_IS_FASTER"), (mingru_hf.calling, "HAS_FASTER_WAY")):
         monkeypatch.setattr(module, name, True)
     return shapes
@@ -301,6 +302,20 @@ def test_processors(processor, family):
     assert amd_family(processor) == family
 
 
+def linear_module_on(monkeypatch, family, *, capability="AVX512", mkl=True, mkldnn=True, scan=""):
+    """The module as it is on a machine with a processor of this family of AMD's."""
+    monkeypatch.setenv("MINGRU_SCAN", scan)
+    text = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    spec = importlib.util.spec_from_file_location("mingru_hf.linear_elsewhere", mingru_hf.linear.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    return elsewhere
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "convolution", "few_rows"),
     [
@@ -308,7 +323,8 @@ def test_processors(processor, family):
         (26, {"scan": "auto"}, True, True),
         (26, {}, True, True),
         (27, {}, True, True),
-        (25, {}, False, True),
+        (25, {}, True, True),
+        (25, {"capability": "AVX2"}, False, False),
         (23, {}, False, False),
         (26, {"capability": "AVX2"}, False, False),
         (26, {"mkl": False}, False, False),
@@ -316,19 +332,18 @@ def test_processors(processor, family):
     ],
 )
 def test_the_machines_where_there_is_a_faster_way(family, changes, convolution, few_rows, monkeypatch):
-    machine = {"capability": "AVX512", "mkl": True, "mkldnn": True, "scan": ""} | changes
-    monkeypatch.setenv("MINGRU_SCAN", machine["scan"])
-    text = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\n"
-    monkeypatch.setattr(Path, "read_text", lambda self: text)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine["capability"])
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: machine["mkl"])
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: machine["mkldnn"])
-    spec = importlib.util.spec_from_file_location("mingru_hf.linear_elsewhere", mingru_hf.linear.__file__)
-    elsewhere = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(elsewhere)
+    elsewhere = linear_module_on(monkeypatch, family, **changes)
     assert elsewhere.CONVOLUTION_IS_FASTER is convolution
     assert elsewhere.FEW_ROWS_ARE_FASTER is (few_rows and NUMBA_AVAILABLE)
     assert elsewhere.HAS_FASTER_WAY is (convolution or (few_rows and NUMBA_AVAILABLE))
+
+
+@pytest.mark.parametrize(("family", "rows", "runs"), [(26, 1024, 1), (25, 1024, 0), (25, 16384, 1)])
+def test_a_zen_4_gains_in_large_products_alone(family, rows, runs, convolutions, monkeypatch):
+    elsewhere = linear_module_on(monkeypatch, family)
+    x, weight = torch.randn(16, rows // 16, 128), torch.randn(129, 128)
+    torch.testing.assert_close(elsewhere.linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
+    assert len(convolutions) == runs
 
 
 # --- Few rows.
