@@ -1,6 +1,7 @@
 """What the models of this package share when they are loaded, saved and called."""
 
 import warnings
+from typing import Self
 
 import torch
 from transformers.utils import TransformersKwargs
@@ -36,7 +37,7 @@ class LoadingMixin:
         cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         """As in PreTrainedModel, with a warning that names the weights that hold NaN."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

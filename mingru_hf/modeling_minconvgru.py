@@ -9,6 +9,7 @@ of the pooled output, F = D x P x P (twice that if bidirectional) pooled feature
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +200,7 @@ class MinConvGRUStack(nn.Module):
 class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     """What all MinConvGRU models share: configuration, initialisation and how a pretrained backbone is taken over."""
 
-    config_class = MinConvGRUConfig
+    config: MinConvGRUConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values_videos"
     input_modalities = ("video",)
@@ -216,7 +217,7 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=5**0.5)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args, **kwargs) -> Self:
         """As in PreTrainedModel, whose new parameters all ask for gradients; a frozen backbone stays frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -232,7 +233,7 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         out_indices: list[int] | None = None,
         out_features: list[str] | None = None,
         **kwargs,
-    ) -> "MinConvGRUPreTrainedModel":
+    ) -> Self:
         """Build a model on a pretrained image backbone; the recurrent layers and classifiers are newly drawn.
 
         The model is in evaluation mode, as from `from_pretrained`.

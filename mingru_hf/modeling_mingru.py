@@ -332,7 +332,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
 class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     """What all MinGRU text models share: configuration, initialisation and what generate() may do with them."""
 
-    config_class = MinGRUConfig
+    config: MinGRUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MinGRUBlock"]

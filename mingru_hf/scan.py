@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import warnings
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +28,34 @@ from .scan_triton import unavailable_reason as triton_unavailable_reason
 BACKENDS = ("auto", "reference", "log", "torch", "numba", "triton")
 # What autograd and compilers look into; the others are kernels behind an operator.
 _IN_OPERATORS_OF_TORCH = {"exported": scan_exported, "log": scan_log, "reference": scan_reference}
+
+
+@overload
+def mingru_scan(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    return_last_state: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def mingru_scan(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    return_last_state: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def mingru_scan(

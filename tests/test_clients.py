@@ -287,6 +287,32 @@ def test_torchao_int8_weights_stay_close(directory, model, inputs):
     assert greedy(small, inputs).shape == greedy(model, inputs).shape
 
 
+# --- Type checkers
+
+
+@pytest.mark.clients("mypy")
+def test_a_type_checker_knows_what_the_user_gets(tmp_path, monkeypatch):
+    mypy = pytest.importorskip("mypy.api", reason="the types are read by mypy")
+    source = tmp_path / "user.py"
+    source.write_text(
+        "import torch\n"
+        "from mingru_hf import MinConvGRUForVideoClassification, MinGRUConfig, MinGRUForCausalLM, mingru_scan\n"
+        "model = MinGRUForCausalLM(MinGRUConfig(vocab_size=100, hidden_size=16, num_hidden_layers=1))\n"
+        "reveal_type(model.config)\n"
+        'reveal_type(MinConvGRUForVideoClassification.from_pretrained("runs/moving"))\n'
+        "reveal_type(mingru_scan(torch.ones(1, 2, 2)))\n"
+        "reveal_type(mingru_scan(torch.ones(1, 2, 2), return_last_state=True))\n"
+    )
+    monkeypatch.setenv("MYPYPATH", str(ROOT))
+    options = ["--ignore-missing-imports", "--follow-imports=silent", "--cache-dir", str(tmp_path / "cache")]
+    report, _, _ = mypy.run([str(source), *options])
+    types = re.findall(r'Revealed type is "(?:.*?)(\w+(?:\[.*\])?)"', report)
+    tensor = "torch._tensor.Tensor"
+    expected = ["MinGRUConfig", "MinConvGRUForVideoClassification", "Tensor", f"tuple[{tensor}, {tensor}]"]
+    assert types == expected, report
+    assert "error" not in report
+
+
 # --- Servers, evaluation, other runtimes
 
 
