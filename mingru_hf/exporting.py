@@ -37,7 +37,7 @@ class MinGRUPrefill(_Exportable):
 
     Args:
         model: a MinGRUForCausalLM.
-        logits_to_keep: compute logits for this many places at the end only; 0 for all.
+        logits_to_keep: compute logits for this many positions at the end only; 0 for all.
     """
 
     def __init__(self, model: nn.Module, logits_to_keep: int = 0):

@@ -37,10 +37,10 @@ def head_loss(
     Args:
         hidden_states: (B, T, E) inputs of the head.
         head: its weight (V, E), and its bias (V,) if it has one.
-        labels: (B, T) token ids, predicted one place earlier; `ignore_index` leaves a place out.
-        num_items_in_batch: what the sum is divided by; None: the number of places that count.
-        ignore_index: the label of places that do not.
-        shift_labels: (B, T) labels of the places themselves, instead of `labels`.
+        labels: (B, T) token ids, predicted one position earlier; `ignore_index` leaves a position out.
+        num_items_in_batch: what the sum is divided by; None: the number of positions that count.
+        ignore_index: the label of positions that do not.
+        shift_labels: (B, T) labels of the positions themselves, instead of `labels`.
         **kwargs: ignored; callers pass all losses the same arguments.
 
     Returns:
@@ -54,7 +54,7 @@ def head_loss(
     if shift_labels.shape != hidden_states.shape[:-1]:
         raise ValueError(
             f"labels have the shape {tuple(shift_labels.shape)}, expected {tuple(hidden_states.shape[:-1])}: one for "
-            "each place that the head reads."
+            "each position that the head reads."
         )
     target = shift_labels.reshape(-1).to(hidden_states.device)
     device = _autocast_device(hidden_states)

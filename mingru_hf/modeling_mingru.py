@@ -122,9 +122,10 @@ class MinGRUConv(nn.Module):
             )
         if mask is not None:  # real tokens first, in order: then they are each other's neighbours
             num_real = mask.cumsum(1)  # (B, T)
-            places = torch.where(mask, num_real, num_real[:, -1:] + (~mask).cumsum(1)) - 1
-            tokens = torch.arange(steps, device=x.device).expand_as(places)
-            order = torch.empty_like(places).scatter(1, places, tokens)  # a stable argsort, which ONNX does not have
+            positions = torch.where(mask, num_real, num_real[:, -1:] + (~mask).cumsum(1)) - 1
+            tokens = torch.arange(steps, device=x.device).expand_as(positions)
+            # A stable argsort, which ONNX does not have.
+            order = torch.empty_like(positions).scatter(1, positions, tokens)
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             reset = None if reset is None else reset.gather(1, order)
         if window is None:
@@ -138,7 +139,7 @@ class MinGRUConv(nn.Module):
         out = call(self.conv, padded, document)
 
         windows = self._windows(padded, mask, document, num_recorded, steps) if num_recorded else None
-        if mask is not None:  # back to the places of the tokens
+        if mask is not None:  # back to the tokens' own positions
             rank = (num_real - 1).clamp(min=0)
             out = out.gather(1, rank.unsqueeze(-1).expand_as(out))
         return out, windows
@@ -305,10 +306,27 @@ class MinGRUBlock(GradientCheckpointingLayer):
             if state is not None and (window is None) != (modules["conv"] is None):
                 raise ValueError("cache is another model's: one of the two has a convolution, the other has none.")
         if modules["conv"] is not None:
-            conv, windows = call(modules["conv"], hidden_states, window, mask, reset, num_recorded, call)
+            conv, windows = call(
+                modules["conv"],
+                hidden_states,
+                window=window,
+                mask=mask,
+                reset=reset,
+                num_recorded=num_recorded,
+                call=call,
+            )
             hidden_states = hidden_states + conv
         normed = call(modules["norm"], hidden_states)
-        mixed, states = call(modules["mixer"], normed, state, mask, reset, num_recorded, backend, call)
+        mixed, states = call(
+            modules["mixer"],
+            normed,
+            state=state,
+            mask=mask,
+            reset=reset,
+            num_recorded=num_recorded,
+            backend=backend,
+            call=call,
+        )
         if layer is not None:
             layer.append(states, windows, num_steps=steps)
         # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
@@ -357,12 +375,12 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return starts
     document = starts.long().cumsum(1)
-    last_seen = (document * mask).cummax(1).values  # of the real tokens up to each place
+    last_seen = (document * mask).cummax(1).values  # of the real tokens up to each position
     return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
-def _check_places(name: str, numbers: Tensor, batch: int, steps: int) -> None:
-    """Raise a ValueError unless there is a number for each place (B, T), or for those of one row (1, T)."""
+def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None:
+    """Raise a ValueError unless there is one number per token (B, T), or per token of one row for all (1, T)."""
     if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != steps:
         raise ValueError(f"{name} must have shape ({batch}, {steps}) or (1, {steps}), got {list(numbers.shape)}.")
 
@@ -373,11 +391,11 @@ def _packed_starts(
     """(B, T) boolean, True at the first token of each document but the first of a row; None if none are told."""
     starts = None
     if seq_idx is not None:
-        _check_places("seq_idx", seq_idx, batch, steps)
+        _check_positions("seq_idx", seq_idx, batch, steps)
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
     if cu_seq_lens_q is not None:
-        places = torch.arange(batch * steps, device=cu_seq_lens_q.device).view(batch, steps)
-        listed = F.pad(torch.isin(places, cu_seq_lens_q[1:-1])[:, 1:], (1, 0))
+        indices = torch.arange(batch * steps, device=cu_seq_lens_q.device).view(batch, steps)
+        listed = F.pad(torch.isin(indices, cu_seq_lens_q[1:-1])[:, 1:], (1, 0))
         starts = listed if starts is None else starts | listed
     return None if starts is None else _at_real_tokens(starts, mask)
 
@@ -432,7 +450,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
             num_recorded: with a cache that records its past, the steps at the end of this call that `crop` may take
                 back. None: all.
             **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,),
-                places in the rows behind each other, mark the documents of packed rows as transformers' collators
+                offsets into the flattened rows, mark the documents of packed rows as transformers' collators
                 do; a document may begin with padding. Both describe this call only: with a cache the first document
                 of a row continues, whatever its number.
 
@@ -572,7 +590,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         """(B, T) boolean, True at the first token of each document of this call; None where no state changes."""
         reset = None
         if position_ids is not None:
-            _check_places("position_ids", position_ids, batch, steps)
+            _check_positions("position_ids", position_ids, batch, steps)
             reset = (position_ids == 0).expand(batch, steps)
         if mask is not None and reset is not None:
             reset = reset & mask  # generate() gives padding the position 0
@@ -783,19 +801,19 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        """Predict the next token at each place.
+        """Predict the next token at each position.
 
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
-            labels: (B, T) token ids, usually input_ids: the loss at place t is that of predicting labels[:, t + 1];
-                -100 leaves a place out.
-            logits_to_keep: compute logits for this many places at the end, or for the places in a tensor; 0: all;
+            labels: (B, T) token ids, usually input_ids: the loss at position t is that of predicting labels[:, t + 1];
+                -100 leaves a position out.
+            logits_to_keep: compute logits for this many positions at the end, or for those in a tensor; 0: all;
                 below 0: all but that many at the start.
-            skip_logits: return the loss alone, computed a few rows at a time, so that the logits of all places never
-                take up memory. None: in training with labels, if config.skip_logits says so.
+            skip_logits: return the loss alone, computed a few rows at a time, so that all logits at once never take up
+                memory. None: in training with labels, if config.skip_logits says so.
 
         Returns:
-            loss (mean over the places, in nats per token, if labels are given), logits (B, T, vocab_size) unless
+            loss (mean over the positions, in nats per token, if labels are given), logits (B, T, vocab_size) unless
             skipped, cache, hidden_states.
 
         Raises:

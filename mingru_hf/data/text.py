@@ -705,7 +705,7 @@ def evaluation_blocks(
     """Tokenise a split for validation and cut it so that each token but the first is predicted exactly once.
 
     A block begins with the last token of the previous one, which it reads and does not predict; the last block is
-    filled up with places that have no label. So the loss is that of the whole text, whatever the batch size, with at
+    padded with positions that have no label. So the loss is that of the whole text, whatever the batch size, with at
     most block_size - 1 tokens of context.
 
     Args:
@@ -722,9 +722,9 @@ def evaluation_blocks(
         raise ValueError(f"The validation text has {len(ids)} tokens, expected at least two. Give more text.")
     stride = block_size - 1
     count = -(-(len(ids) - 1) // stride)
-    places = np.arange(count)[:, None] * stride + np.arange(block_size)  # (blocks, block_size)
-    inputs = ids[np.minimum(places, len(ids) - 1)]
-    labels = np.where(places < len(ids), inputs, np.int32(-100))
+    positions = np.arange(count)[:, None] * stride + np.arange(block_size)  # (blocks, block_size)
+    inputs = ids[np.minimum(positions, len(ids) - 1)]
+    labels = np.where(positions < len(ids), inputs, np.int32(-100))
     return dataset_of_rows({"input_ids": inputs, "labels": labels})
 
 
@@ -732,7 +732,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
     """Endless blocks of tokens from a stream of documents: one pass after another, each in a new order.
 
     The blocks depend only on stream and seed, so their count says what a run has seen: to resume from a checkpoint
-    the stream is read and tokenised again up to that place.
+    the stream is read and tokenised again up to that point.
 
     Args:
         stream: column "text" (`load_text_stream`).
@@ -772,14 +772,14 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 
 
 class ShiftedBlocks(torch.utils.data.Dataset):
-    """The blocks of a text, cut at different places in every pass, so that a token's context varies between passes.
+    """The blocks of a text, cut at different positions in every pass, so that a token's context varies between passes.
 
     The text is a ring, so every pass has the same number of blocks and each token once. Example i of pass e has the
     index i + e len(self); in the first pass it is block i as given.
 
     Args:
         blocks: column `input_ids` (`group_texts`), the blocks of one text in order.
-        seed: of the places.
+        seed: of the positions.
     """
 
     draws_anew = True  # for training's stream of indices, which then keeps counting from pass to pass
@@ -795,8 +795,8 @@ class ShiftedBlocks(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         number, block = divmod(index, self.num_blocks)
         shift = np.random.default_rng((self.seed, number)).integers(self.block_size) if number else 0
-        places = np.arange(self.block_size) + (shift + block * self.block_size)
-        return {"input_ids": torch.from_numpy(self.ids.take(places, mode="wrap").astype(np.int64))}
+        positions = np.arange(self.block_size) + (shift + block * self.block_size)
+        return {"input_ids": torch.from_numpy(self.ids.take(positions, mode="wrap").astype(np.int64))}
 
 
 class DocumentPositions:
@@ -830,7 +830,7 @@ def unknown_share(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
         tokenizer: theirs.
     """
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if tokenizer.unk_token_id in (None, *others):  # GPT-2's unknown token only fills a place that nothing needs
+    if tokenizer.unk_token_id in (None, *others):  # GPT-2's unknown token only fills an id that nothing needs
         return 0.0
     column = "labels" if "labels" in blocks.column_names else "input_ids"
     some = blocks.select(range(0, len(blocks), max(1, len(blocks) // 2000)))

@@ -170,8 +170,8 @@ def load_ucf101(
 class VideoClips(torch.utils.data.Dataset):
     """Clips of videos as `{"pixel_values_videos": (N, C, H, W) float32, "labels": int}`, decoded on demand.
 
-    Item i is clip `i % clips_per_video` of video `i // clips_per_video`. In training its place in the video and
-    its augmentation are random, and depend only on the seed and i: item `i + e * len(self)` is the same clip
+    Item i is clip `i % clips_per_video` of video `i // clips_per_video`. In training its position in the video
+    and its augmentation are random, and depend only on the seed and i: item `i + e * len(self)` is the same clip
     redrawn for epoch e, whichever worker makes it. Otherwise the clips are spread evenly from beginning to end; a
     single one is in the middle.
 
@@ -184,7 +184,7 @@ class VideoClips(torch.utils.data.Dataset):
         clips_per_video: clips of each video.
         augment: from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8, random by torch's generator; it
             replaces the processor's resizing and cropping; None: the processor's.
-        training: draw the clips' places at random.
+        training: draw the clips' positions at random.
         frame_order: forward, or shuffled (a control: what can be learned without the order of time?).
         seed: of all randomness.
     """
@@ -243,7 +243,7 @@ class VideoClips(torch.utils.data.Dataset):
 
         Args:
             video: its row.
-            positions: places of the clips, each from 0 (the beginning) to 1 (the end).
+            positions: where the clips lie, each from 0 (the beginning) to 1 (the end).
 
         Returns:
             (clips, N, H, W, 3) uint8.
