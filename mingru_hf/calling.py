@@ -1,4 +1,4 @@
-"""A single token's way through a model's modules, where torch's and transformers' detours outweigh the arithmetic.
+"""Faster calls of modules for a single token, where the overhead of ordinary calls exceeds the arithmetic.
 
 `nn.Module.__call__` looks for hooks and compilers, every `self.weight` goes through `__getattr__`, and a ModelOutput
 checks its fields one by one: together that was two fifths of a small model's decoding step (LOG.md). `direct_call`

@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no checkpoint, or holds more than tensors, and reading it could run code: save "
+            f"{path} is not a checkpoint, or contains more than tensors, so that loading it could run code: save "
             f"`model.state_dict()` instead of the model. torch says: {str(error).splitlines()[0]}"
         ) from None
     except Exception as error:  # bytes that are no pickle fail in any way: KeyError, IndexError, EOFError, ...
@@ -303,7 +303,7 @@ def _fill(cls: type, config: PreTrainedConfig, state: dict[str, Tensor], names: 
 def _refuse(problems: dict[str, list[str]]) -> None:
     told = [f"these tensors {problem}: {_some(names)}" for problem, names in problems.items() if names]
     if told:
-        raise ValueError(f"Not a checkpoint of torch-mingru that this package knows: {'; '.join(told)}.")
+        raise ValueError(f"This is no checkpoint of torch-mingru that this package supports: {'; '.join(told)}.")
 
 
 def _some(names: Iterable[str], limit: int = 20) -> str:

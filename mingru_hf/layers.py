@@ -1,7 +1,7 @@
 """MinGRU layers with the interface of the torch-mingru package: arguments, returns and parameter names.
 
 `out, h = rnn(x, h)`: x (B, T, D_in) runs in parallel over time, one step at a time with the same numbers if T = 1
-and the returned h is passed on. h is a list with one (B, 1, D) tensor a layer, in float32 where x or autocast has 16
+and the returned h is passed on. h is a list with one (B, 1, D) tensor per layer, in float32 where x or autocast has 16
 bits: rounded at every step, a state that changes slowly would not change at all. The convolutional layers do the same
 for frames: x (B, T, C, H, W), h (B, 1, D, H_out, W_out). All layers can be scripted with `torch.jit.script`.
 
@@ -39,7 +39,7 @@ def _check_sequence(x: Tensor, input_size: int) -> None:
 
 def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
     if len(h) != len(hidden_sizes):
-        raise ValueError(f"h must be a list of one state a layer, {len(hidden_sizes)} in all, got {len(h)}.")
+        raise ValueError(f"h must be a list of one state per layer, {len(hidden_sizes)} in all, got {len(h)}.")
     for i, state in enumerate(h):
         expected = [x.shape[0], 1, hidden_sizes[i]]
         if list(state.shape) != expected:
@@ -194,7 +194,7 @@ class MinGRU(nn.Module):
         )
 
     def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size) from h, one (B, 1, hidden_sizes[i]) a layer; 0.5 everywhere if None.
+        """Run over x (B, T, input_size) from h, one (B, 1, hidden_sizes[i]) per layer; 0.5 everywhere if None.
 
         Returns:
             Outputs of the last layer (B, T, hidden_sizes[-1]) and the last state of each layer, taken before the
@@ -220,7 +220,7 @@ class MinGRU(nn.Module):
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for a batch like x: one (B, 1, hidden_sizes[i]) a layer."""
+        """The default state g(0) = 0.5 for a batch like x: one (B, 1, hidden_sizes[i]) per layer."""
         return [initial_state(x, [x.shape[0], 1, size]) for size in self.layer_sizes[1:]]
 
     def extra_repr(self) -> str:
@@ -248,7 +248,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _per_layer(name: str, value: int | list, num_layers: int) -> list:
-    """One value a layer, from an int for all of them or a list."""
+    """One value per layer, from an int for all of them or a list."""
     values = [value] * num_layers if isinstance(value, Integral) else list(value)
     if len(values) != num_layers:
         raise ValueError(f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {value}.")
@@ -347,7 +347,7 @@ class MinConv2dGRUCell(nn.Module):
         if h is None:
             h = [initial_state(x, shape)]
         elif len(h) != 1:
-            raise ValueError(f"h must be a list of one state a layer, 1 in all, got {len(h)}.")
+            raise ValueError(f"h must be a list of one state per layer, 1 in all, got {len(h)}.")
         _check_frame_state(h[0], shape, 0)
         gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
         out, last_state = _scan(gate_and_candidate, h[0])
@@ -427,7 +427,7 @@ class MinConv2dGRU(nn.Module):
         input_size: channels of the frames.
         hidden_sizes: channels of each layer's state; an int means a single layer.
         kernel_sizes, strides, paddings: of the convolutions, in pixels: an int for all layers, or a list with one
-            entry a layer, which is an int or (height, width).
+            entry per layer, which is an int or (height, width).
         dropout: probability of zeroing an output of each layer but the last, in training.
         residual: add each layer's input to its output, through a convolution without bias and with the layer's own
             kernel, stride and padding where channels or pixels differ.
@@ -482,7 +482,7 @@ class MinConv2dGRU(nn.Module):
         )
 
     def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size, H, W) from h, one (B, 1, D, H_out, W_out) a layer; 0.5 everywhere if None.
+        """Run over x (B, T, input_size, H, W) from h, one (B, 1, D, H_out, W_out) per layer; 0.5 everywhere if None.
 
         Returns:
             Outputs of the last layer (B, T, D, H_out, W_out) and the last state of each layer, taken before the
@@ -495,7 +495,7 @@ class MinConv2dGRU(nn.Module):
         if h is None:
             h = self.init_hidden_state(x)
         elif len(h) != self.num_layers:
-            raise ValueError(f"h must be a list of one state a layer, {self.num_layers} in all, got {len(h)}.")
+            raise ValueError(f"h must be a list of one state per layer, {self.num_layers} in all, got {len(h)}.")
         last_states: list[Tensor] = []
         out = x
         for i, layer in enumerate(self.layers):
@@ -509,7 +509,7 @@ class MinConv2dGRU(nn.Module):
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for frames like x: one (B, 1, D, H_out, W_out) a layer."""
+        """The default state g(0) = 0.5 for frames like x: one (B, 1, D, H_out, W_out) per layer."""
         states: list[Tensor] = []
         frames = x
         for layer in self.layers:
@@ -590,7 +590,9 @@ class Bidirectional(nn.Module):
         h_backward: list[Tensor] | None = None
         if h is not None:
             if len(h) != 2 * self.num_layers:
-                raise ValueError(f"h must hold {2 * self.num_layers} states, one a layer and direction, got {len(h)}.")
+                raise ValueError(
+                    f"h must hold {2 * self.num_layers} states, one per layer and direction, got {len(h)}."
+                )
             h_forward, h_backward = h[: self.num_layers], h[self.num_layers :]
         out_forward, h_forward_last = self.rnn(x, h_forward)
         if self.shared_weights:

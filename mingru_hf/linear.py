@@ -1,4 +1,4 @@
-"""Linear maps on a CPU, where the library that torch takes for them leaves half of the processor or more idle.
+"""Faster linear maps on CPUs where the library that torch uses for them leaves much of the processor idle.
 
 On x86 torch multiplies float32 matrices with MKL, which does well on Intel's processors. On AMD's:
 
@@ -97,7 +97,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_unobserved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear where neither autograd nor anything that `is_observed` knows of looks: by the kernel if it pays."""
+    """F.linear outside autograd and all that `is_observed` knows of; uses the kernel where that is faster."""
     if (
         FEW_ROWS_ARE_FASTER
         and not torch.compiler.is_compiling()  # a module may be compiled while the model that calls it is not

@@ -26,7 +26,7 @@ def refuse_unknown(kwargs: dict) -> None:
         return
     unknown = sorted(name for name, value in kwargs.items() if name not in _KNOWN_KWARGS and value is not None)
     if unknown:
-        raise TypeError(f"The model's forward() knows no argument {', '.join(unknown)}.")
+        raise TypeError(f"The model's forward() got unexpected arguments: {', '.join(unknown)}.")
 
 
 class LoadingMixin:

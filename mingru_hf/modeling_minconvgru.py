@@ -519,8 +519,8 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         for maps, channels, pooling in zip(outputs, self.backbone.channels, self.feature_pooling, strict=True):
             if maps.dim() != 4 or maps.shape[1] != channels:
                 raise ValueError(
-                    f"The backbone was to give feature maps (N, {channels}, H, W), and gave {tuple(maps.shape)}: look "
-                    "at its options (a transformer's reshape_hidden_states), or take other stages."
+                    f"Expected feature maps (N, {channels}, H, W) from the backbone, got {tuple(maps.shape)}: check "
+                    "its options (reshape_hidden_states of transformers), or choose other stages."
                 )
             if pooling and min(maps.shape[-2:]) < 2:
                 raise ValueError(

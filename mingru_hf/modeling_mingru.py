@@ -55,7 +55,7 @@ _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_le
 
 @calls_directly
 class _Taps(nn.Conv1d):
-    """The depthwise convolution itself: its weights are read in its forward alone, where offloading hooks bring them.
+    """Depthwise convolution; its weights are read in `forward` alone, because offloading hooks load them there.
 
     Args:
         size: channels E.
@@ -304,7 +304,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
             num_recorded = layer.num_to_record(num_recorded, steps)
             state, window = layer.state, layer.window
             if state is not None and (window is None) != (modules["conv"] is None):
-                raise ValueError("cache is another model's: one of the two has a convolution, the other has none.")
+                raise ValueError("cache belongs to another model: only one of the two has a convolution.")
         if modules["conv"] is not None:
             conv, windows = call(
                 modules["conv"],
@@ -822,7 +822,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = labels is not None and self.training and self.config.skip_logits
         if skip_logits and labels is None:
-            raise ValueError("skip_logits leaves nothing to return without labels: give labels, or leave it out.")
+            raise ValueError("skip_logits needs labels: pass labels, or remove skip_logits.")
         # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.
         num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
         arguments = {
@@ -956,8 +956,8 @@ def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> 
     real = attention_mask.bool()
     if (real[:, :-steps].any(1) & ~real[:, -steps:].any(1)).any():
         raise ValueError(
-            "A row that goes on from the cache has no real token in this call; its logits were those of an earlier "
-            "one. Leave out the rows that have ended (cache.batch_select_indices)."
+            "A row that continues from the cache has only padding in this call: its logits belong to an earlier one. "
+            "Remove the rows that have ended (cache.batch_select_indices)."
         )
 
 

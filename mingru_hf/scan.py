@@ -258,7 +258,7 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
         raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
     problem = _why_not(backend, x, dtype)
     if problem is not None:
-        raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. 'auto' takes another one.")
+        raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. Use 'auto' to select another one.")
     return backend
 
 

@@ -65,12 +65,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--device", type=device_name, default="cpu", help="speed: where to measure: cpu, cuda, cuda:1, ..."
     )
     parser.add_argument(
-        "--rounds", type=at_least_one, default=5, help="speed: times each is timed; the median is shown"
+        "--rounds", type=at_least_one, default=5, help="speed: rounds per measurement; the median is shown"
     )
     parser.add_argument("--decode_steps", type=int, default=100, help="speed: tokens decoded per round")
     parser.add_argument("--prompt_length", type=int, default=8192, help="speed: tokens of the prefill")
     parser.add_argument("--requests", type=at_least_one, default=64, help="batch: requests to serve")
-    parser.add_argument("--rows", type=at_least_one, default=16, help="batch: of them at a time")
+    parser.add_argument("--rows", type=at_least_one, default=16, help="batch: requests served at a time")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="memory: tokens to read, and to write")
     return parser.parse_args(argv)
 

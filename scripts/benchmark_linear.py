@@ -33,9 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
     parser.add_argument("--megabytes", type=at_least_one, default=50, help="weights in a pass, one matrix at least")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
-    parser.add_argument(
-        "--rounds", type=at_least_one, default=15, help="times each pass is timed; the median is shown"
-    )
+    parser.add_argument("--rounds", type=at_least_one, default=15, help="rounds per measurement; the median is shown")
     args = parser.parse_args(argv)
     if not NUMBA_AVAILABLE:
         parser.error(f"there is no kernel to measure: {unavailable_reason()}")

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
-    parser.add_argument("--rounds", type=at_least_one, default=5, help="times each step is timed; the median is shown")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds per measurement; the median is shown")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(argv)
     keep_freed_memory()

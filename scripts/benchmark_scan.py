@@ -1,21 +1,20 @@
 #!/usr/bin/env python
-"""Time every scan backend side by side, and what others offer: forward, backward, both, error and memory.
+"""Time every scan backend and those of other packages: forward, backward, both, error and memory.
 
     python scripts/benchmark_scan.py --threads 1 2 --dtype float32 bfloat16 --json scan.json --png scan.png
 
-The floor is torch.add(a, b, out=c) of (B, T, D): what the memory takes for reading two numbers and writing
-one. "kernel" rows are the fused CPU kernels into preallocated outputs, as the floor is; the other rows pay
-for the memory they allocate. All of a shape take turns, so that a busy machine slows all of them alike, and
-medians are shown.
+The floor is torch.add(a, b, out=c) of (B, T, D): the time to read two numbers and write one. "kernel" rows
+are the fused CPU kernels with preallocated outputs, as for the floor; the other rows include the allocation
+of their outputs. All entries of a shape take turns, so that a busy machine slows all of them alike; medians
+are shown.
 
-Beside the backends stand torch.nn.GRU, whose matrix products cannot be taken out of its time, and, where they
-are installed, minGRU-pytorch and mingru-scans (pip install --no-deps minGRU-pytorch mingru-scans einops),
-without theirs; with --device cuda also the general scan of accelerated-scan and HGRN's of
-flash-linear-attention, fed by torch.
+Also timed are torch.nn.GRU, including its matrix products, and, if installed, minGRU-pytorch and mingru-scans
+(pip install --no-deps minGRU-pytorch mingru-scans einops), without theirs; with --device cuda also the
+general scan of accelerated-scan and that of HGRN in flash-linear-attention, fed by torch.
 
-On a card (--device cuda) a time is the mean over many calls in a row, whose inputs take turns and together
-exceed its caches. The first number is the time from call to call, Python included; the second the time that
-the card itself works on a call, as torch's profiler sees it, with its ratio to the floor's.
+On a GPU (--device cuda) a time is the mean over many calls in a row, whose inputs alternate and together
+exceed its caches. The first number is the time from call to call, Python included; the second is the time
+that the GPU itself works on a call, as torch's profiler sees it, with its ratio to the floor's.
 """
 
 import argparse
@@ -161,11 +160,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=list(PEERS),
         choices=list(PEERS),
         metavar="NAME",
-        help="what others offer; default: all that can run here",
+        help="scans from other packages; default: all that can run here",
     )
     parser.add_argument("--shapes", nargs="*", type=shape_of, metavar="B,T,D", help="default: the four of LOG.md")
     parser.add_argument("--gate_scale", type=float, default=1.0, help="standard deviation of the gates")
-    parser.add_argument("--gate_bias", type=float, default=0.0, help="their mean: far below 0 states hardly change")
+    parser.add_argument(
+        "--gate_bias", type=float, default=0.0, help="mean of the gates; far below 0, states hardly change"
+    )
     parser.add_argument(
         "--rounds", type=at_least_one, default=11, help="interleaved rounds, of which the median is shown"
     )

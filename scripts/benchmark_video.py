@@ -107,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_size", type=int, default=224, help="pixels along a side of a frame")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
-    parser.add_argument("--rounds", type=at_least_one, default=5, help="times each step is timed; the median is shown")
+    parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds per measurement; the median is shown")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     return parser
 

@@ -35,7 +35,7 @@ def device_name(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is not there: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from None
     return name
 
 
@@ -43,7 +43,7 @@ def new_file(name: str) -> Path:
     """Check the value of an option that names a file to write: for argparse's `type`."""
     path = Path(name)
     if path.exists():
-        raise argparse.ArgumentTypeError(f"{name} is there already: give another name, or remove it first")
+        raise argparse.ArgumentTypeError(f"{name} already exists: choose another name, or remove it first")
     return path
 
 

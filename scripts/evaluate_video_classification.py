@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, args, data_args = parse_args(argv)
     with parser.user_errors():
         if args.output_dir is None and not Path(args.model_name_or_path).is_dir():
-            raise ValueError("output_dir is needed for a model of the Hub")
+            raise ValueError("output_dir is required for a model from the Hub")
         output_dir = Path(args.output_dir or Path(args.model_name_or_path) / f"evaluation-{args.split}")
         check_new_files(output_dir, FILES, args.overwrite_output_dir)
         precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)

@@ -161,7 +161,7 @@ def export_video(args) -> None:
         try:
             processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         except OSError as error:
-            raise OSError(f"no video processor tells the size of the frames (--frame_size does): {error}") from None
+            raise OSError(f"no video processor tells the size of the frames, pass --frame_size: {error}") from None
         frame_size = frame_size or [processor.crop_size["height"], processor.crop_size["width"]]
         if args.video is not None:
             crop_size = {"height": frame_size[0], "width": frame_size[-1]}

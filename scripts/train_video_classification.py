@@ -119,8 +119,8 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
         if list(model.config.id2label.values()) != names:
             if not model_args.ignore_mismatched_sizes:
                 raise ValueError(
-                    f"{model_args.model_name_or_path} knows the classes {_listed(model.config.id2label.values())}, "
-                    f"and the data has {_listed(names)}: add --ignore_mismatched_sizes to draw new classifiers"
+                    f"{model_args.model_name_or_path} was trained on {_listed(model.config.id2label.values())}, but "
+                    f"the data has {_listed(names)}: add --ignore_mismatched_sizes to start with new classifiers"
                 )
             model = load_pretrained(
                 AutoModelForVideoClassification, model_args.model_name_or_path, ignore_mismatched_sizes=True, **values

@@ -270,7 +270,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no state dict.*model"):
         read_checkpoint(tmp_path / "nested.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match=r"text\.pt is no checkpoint"):
+    with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint"):
         read_checkpoint(tmp_path / "text.pt")
     (tmp_path / "junk.pt").write_text("junk\n")  # its first byte asks the unpickler for what it has not got
     with pytest.raises(ValueError, match=r"junk\.pt is damaged or no PyTorch checkpoint"):

@@ -566,7 +566,7 @@ def test_a_backbone_that_gives_no_maps_is_named():
     )
     make_model(backbone_config=config)(torch.randn(1, 2, 3, 28, 28))
     config.reshape_hidden_states = False
-    with pytest.raises(ValueError, match=r"feature maps \(N, 16, H, W\), and gave \(2, 5, 16\)"):
+    with pytest.raises(ValueError, match=r"feature maps \(N, 16, H, W\) from the backbone, got \(2, 5, 16\)"):
         make_model(backbone_config=config)(torch.randn(1, 2, 3, 28, 28))
 
 
@@ -794,7 +794,7 @@ def test_wrong_input_is_named(call, message):
 
 
 def test_other_refusals():
-    with pytest.raises(TypeError, match="knows no argument pixel_value"):
+    with pytest.raises(TypeError, match="got unexpected arguments: pixel_value"):
         make_model()(CLIPS, pixel_value=CLIPS)
     bidirectional = make_model(bidirectional=True)
     for options in ({"cache": MinConvGRUCache()}, {"use_cache": True}):

@@ -625,7 +625,7 @@ def test_a_row_that_has_ended_is_not_classified_at_its_padding(input_ids):
     classifier, mask, rows = make_classifier(), torch.ones_like(input_ids), torch.tensor([0, 2])
     mask[1, 5:] = 0
     cache = classifier(input_ids[:, :6], attention_mask=mask[:, :6], use_cache=True).cache
-    with pytest.raises(ValueError, match="no real token in this call"):
+    with pytest.raises(ValueError, match="only padding in this call"):
         classifier(input_ids[:, 6:], attention_mask=mask, cache=cache)
     with pytest.raises(ValueError, match=r"input_ids must have shape \(B, T\), got \(12,\)"):
         classifier(input_ids[0], attention_mask=mask)

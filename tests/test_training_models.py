@@ -90,7 +90,9 @@ def test_only_what_can_be_a_name_is_looked_up_on_the_hub(asked, tmp_path):
 
 def test_an_error_says_whether_the_hub_was_asked(asked, tmp_path, monkeypatch):
     monkeypatch.setattr(asked, "error", OSError("nothing there"))
-    with pytest.raises(OSError, match="owner/name is no directory here, and the Hub gave no model: nothing there"):
+    with pytest.raises(
+        OSError, match="owner/name is not a local directory, and could not be loaded from the Hub: nothing there"
+    ):
         load_pretrained(asked, "owner/name")
     (tmp_path / "config.json").touch()
     with pytest.raises(OSError, match=r"^nothing there$"):

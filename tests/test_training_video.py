@@ -140,11 +140,13 @@ def test_a_model_is_tested_on_the_fold_and_the_split_of_its_training(tmp_path):
     assert split("test") == split("validation") == split("validation", 20, 2, seed=3) == (20, 2, 3)
     assert split("test", 50, seed=1) == (50, 2, 1)  # neither moves a video into the test
     assert split("validation", 50, 1, "others", seed=1) == (50, 1, 1)  # the model has seen none of them
-    with pytest.warns(UserWarning, match=r"with seed 3, not 0: .* validation videos are others.*Leave --seed out"):
+    with pytest.warns(UserWarning, match=r"with seed 3, not 0: .* validation videos differ.*Remove --seed"):
         assert split("validation", seed=0) == (20, 2, 0)
-    with pytest.raises(ValueError, match=r"with fold 2, not 1: the test videos would be others.*Leave --fold out"):
+    with pytest.raises(ValueError, match=r"with fold 2, not 1: the test videos would differ.*Remove --fold"):
         split("test", fold=1)
-    with pytest.warns(UserWarning, match=r"no metrics.json .*: --seed, --validation_split_percentage must be"):
+    with pytest.warns(
+        UserWarning, match=r"no metrics.json .*: set --seed, --validation_split_percentage as in training"
+    ):
         assert split("validation", dataset="mine", directory=tmp_path / "missing") == (10, 1, 0)
     assert split("test", dataset="mine", directory=tmp_path / "missing") == (10, 1, 0)
 

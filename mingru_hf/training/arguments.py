@@ -189,8 +189,8 @@ class TrainArguments:
             raise ValueError("lr_scheduler_type constant has no warm-up: choose constant_with_warmup for one")
         if self.lr_scheduler_type == "inverse_sqrt" and self.max_train_seconds is not None:
             raise ValueError(
-                "lr_scheduler_type inverse_sqrt falls with the number of steps, but with max_train_seconds a schedule "
-                "follows the time: choose another one, or give max_train_steps alone"
+                "lr_scheduler_type inverse_sqrt depends on the number of steps, but with max_train_seconds a schedule "
+                "follows the time: choose another one, or use max_train_steps alone"
             )
         steps = self.checkpointing_steps
         if steps not in (None, "epoch") and not (str(steps).isdigit() and int(steps) > 0):

@@ -698,7 +698,7 @@ def _check_data(args: TrainArguments, train_dataset: Dataset, eval_dataset: Data
                 "a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps"
             )
         if args.dataloader_num_workers:
-            raise SetupError("a stream is read by each process itself: leave dataloader_num_workers out")
+            raise SetupError("each process reads a stream itself: remove dataloader_num_workers")
 
 
 def _spread(dataset: Dataset, count: int | None) -> Dataset:

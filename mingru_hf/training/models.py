@@ -31,9 +31,8 @@ def check_one_source(args: object) -> None:
         raise ValueError(f"model_name_or_path starts from that model as it is: leave out {' and '.join(given)}")
     if args.model_name_or_path is not None and getattr(args, "tokenizer_name", None) in ("char", "bpe"):
         raise ValueError(
-            f"tokenizer_name {args.tokenizer_name} would number the tokens anew, and the embeddings that "
-            f"{args.model_name_or_path} has learned would belong to others: leave it out, to take the model's own "
-            "tokenizer"
+            f"tokenizer_name {args.tokenizer_name} would change the token ids, and the embeddings of "
+            f"{args.model_name_or_path} would no longer fit them: remove it to use the model's own tokenizer"
         )
 
 
@@ -131,8 +130,8 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
         # Some classes of tokenizers would be made all the same, with an empty vocabulary.
         if is_tokenizer and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise FileNotFoundError(
-                f"{name} holds a model but no tokenizer (tokenizer.json or the like): save there the one that it was "
-                "trained with, by tokenizer.save_pretrained"
+                f"{name} holds a model but no tokenizer (tokenizer.json or the like): save the one it was "
+                "trained with there, by tokenizer.save_pretrained"
             )
     else:
         on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
@@ -146,7 +145,7 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
     except OSError as error:
         if path.is_dir():
             raise
-        raise OSError(f"{name} is no directory here, and the Hub gave no model: {error}") from None
+        raise OSError(f"{name} is not a local directory, and could not be loaded from the Hub: {error}") from None
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):  # a list of all the models that there are follows
             raise

@@ -95,18 +95,18 @@ def split_as_in_training(
         if name == "fold":
             raise ValueError(
                 f"{directory} was trained on {data_args.dataset_name} with fold {there}, not {given}: the {split} "
-                "videos would be others than in training. Leave --fold out"
+                "videos would differ from those in training. Remove --fold"
             )
         warnings.warn(
-            f"{directory} was trained on {data_args.dataset_name} with {name} {there}, not {given}: where the dataset "
-            f"brings no validation split, the {split} videos are others than in training. Leave --{name} out.",
+            f"{directory} was trained on {data_args.dataset_name} with {name} {there}, not {given}: unless the "
+            f"dataset has a validation split, the {split} videos differ from those in training. Remove --{name}.",
             stacklevel=2,
         )
     unknown = [f"--{name}" for name in matters if values[name] is None and name not in trained]
     if unknown:
         warnings.warn(
-            f"{directory} holds no metrics.json that tells how it was trained: {', '.join(unknown)} must be as in "
-            f"training, or the {split} videos are others than there.",
+            f"{directory} has no metrics.json with its training arguments: set {', '.join(unknown)} as in training, "
+            f"or the {split} videos will differ.",
             stacklevel=2,
         )
     defaults = {"seed": 0} | {f.name: f.default for f in dataclasses.fields(data_args)}
