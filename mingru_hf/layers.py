@@ -13,6 +13,7 @@ Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing 
 
 import copy
 from collections.abc import Iterable
+from itertools import pairwise
 from numbers import Integral
 
 import torch
@@ -32,21 +33,24 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     return mingru_scan(gate_and_candidate, h0, return_last_state=True)
 
 
-def _check_sequence(x: Tensor, input_size: int) -> None:
-    if x.dim() != 3 or x.shape[2] != input_size or x.shape[1] == 0:
-        raise ValueError(f"x must have shape (B, T, {input_size}) with T of at least 1, got {list(x.shape)}.")
+def _check_input(x: Tensor, input_size: int, pixels: str) -> None:
+    if x.dim() != (5 if pixels else 3) or x.shape[2] != input_size or x.shape[1] == 0:
+        shape = f"(B, T, {input_size}{pixels})"
+        raise ValueError(f"x must have shape {shape} with T of at least 1, got {list(x.shape)}.")
 
 
-def _check_state(h: list[Tensor], x: Tensor, hidden_sizes: list[int]) -> None:
-    if len(h) != len(hidden_sizes):
-        raise ValueError(f"h must be a list of one state per layer, {len(hidden_sizes)} in all, got {len(h)}.")
-    for i, state in enumerate(h):
-        expected = [x.shape[0], 1, hidden_sizes[i]]
-        if list(state.shape) != expected:
-            raise ValueError(f"h[{i}] must have shape {expected} (B, 1, hidden), got {list(state.shape)}.")
+def _check_number(h: list[Tensor], num_layers: int) -> None:
+    if len(h) != num_layers:
+        raise ValueError(f"h must be a list of one state per layer, {num_layers} in all, got {len(h)}.")
 
 
-def _layer_sizes(input_size: int, hidden_sizes: int | list[int], dropout: float = 0.0) -> list[int]:
+def _check_state(state: Tensor, expected: list[int], layer: int) -> None:
+    if list(state.shape) != expected:
+        axes = "B, 1, hidden" if len(expected) == 3 else "B, 1, hidden, H_out, W_out"
+        raise ValueError(f"h[{layer}] must have shape {expected} ({axes}), got {list(state.shape)}.")
+
+
+def _layer_sizes(input_size: int, hidden_sizes: int | list[int]) -> list[int]:
     """[input_size, *hidden_sizes], as plain integers: TorchScript knows no others."""
     hidden_sizes = list(hidden_sizes) if isinstance(hidden_sizes, Iterable) else [hidden_sizes]
     if not all(isinstance(size, Integral) for size in (input_size, *hidden_sizes)):
@@ -55,8 +59,6 @@ def _layer_sizes(input_size: int, hidden_sizes: int | list[int], dropout: float 
         raise ValueError("hidden_sizes is empty: give the width of at least one layer.")
     if min([input_size, *hidden_sizes]) < 1:
         raise ValueError(f"All sizes must be at least 1, got input_size={input_size} and hidden sizes {hidden_sizes}.")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout is a probability between 0 and 1, got {dropout}.")
     return [int(size) for size in (input_size, *hidden_sizes)]
 
 
@@ -104,11 +106,10 @@ class MinGRUCell(nn.Module):
         Raises:
             ValueError: if x or h does not fit.
         """
-        _check_sequence(x, self.layer_sizes[0])
-        if h is None:
-            h = self.init_hidden_state(x)
-        else:
-            _check_state(h, x, self.layer_sizes[1:])
+        _check_input(x, self.layer_sizes[0], "")
+        h = self.init_hidden_state(x) if h is None else h
+        _check_number(h, 1)
+        _check_state(h[0], [x.shape[0], 1, self.layer_sizes[1]], 0)
         if torch.jit.is_scripting():
             gate_and_candidate = self.to_gate_hidden(x)
         else:
@@ -132,10 +133,15 @@ class _MinGRULayer(nn.Module):
         self, input_size: int, hidden_size: int, bias: bool, norm: bool, residual: bool, factory: dict
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, **factory)
         aligned = residual and input_size != hidden_size
         self.res_align = nn.Linear(input_size, hidden_size, bias=False, **factory) if aligned else nn.Identity()
         self.norm = nn.LayerNorm(input_size, **factory) if norm else nn.Identity()
+
+    def state_shape(self, x: Tensor) -> list[int]:
+        """(B, 1, D) of the state for x (B, *, D_in)."""
+        return [x.shape[0], 1, self.hidden_size]
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
@@ -148,7 +154,60 @@ class _MinGRULayer(nn.Module):
         return states, last_state, aligned
 
 
-class MinGRU(nn.Module):
+class _Stack(nn.Module):
+    """Layers one above the other, of either kind."""
+
+    layer_sizes: list[int]
+    pixels: torch.jit.Final[str]  # the axes of x behind its channels
+
+    def __init__(
+        self, layer_sizes: list[int], layers: Iterable[nn.Module], dropout: float, residual: bool, pixels: str
+    ):
+        super().__init__()
+        self.layer_sizes, self.num_layers = layer_sizes, len(layer_sizes) - 1
+        self.residual, self.pixels = residual, pixels
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size, *) from h, one (B, 1, D, *) per layer; 0.5 everywhere if None.
+
+        Returns:
+            Outputs of the last layer (B, T, D, *) and the last state of each layer, taken before the residual sum:
+            what `h` of the next call expects.
+
+        Raises:
+            ValueError: if x or h does not fit, or x holds no step.
+        """
+        _check_input(x, self.layer_sizes[0], self.pixels)
+        h = self.init_hidden_state(x) if h is None else h
+        _check_number(h, self.num_layers)
+        last_states: list[Tensor] = []
+        out = x
+        for i, layer in enumerate(self.layers):
+            _check_state(h[i], layer.state_shape(out), i)
+            states, last_state, skip = layer(out, h[i])
+            last_states.append(last_state)
+            out = states + skip if self.residual else states
+            if i < self.num_layers - 1:
+                out = self.dropout(out)
+        return out, last_states
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state g(0) = 0.5 for a batch like x: one (B, 1, D, *) per layer."""
+        states: list[Tensor] = []
+        below = x
+        for layer in self.layers:
+            below = initial_state(x, layer.state_shape(below))
+            states.append(below)
+        return states
+
+    def extra_repr(self) -> str:
+        return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
+
+
+class MinGRU(_Stack):
     """A stack of MinGRU layers: layer i + 1 reads the outputs of layer i.
 
     Args:
@@ -168,8 +227,6 @@ class MinGRU(nn.Module):
         >>> out, h = rnn(torch.randn(10, 128, 3))  # (10, 128, 64), [(10, 1, 32), (10, 1, 64)]
     """
 
-    layer_sizes: list[int]
-
     def __init__(
         self,
         input_size: int,
@@ -182,61 +239,10 @@ class MinGRU(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.layer_sizes = _layer_sizes(input_size, hidden_sizes, dropout)
-        self.num_layers = len(self.layer_sizes) - 1
-        self.residual = residual
-        self.dropout = nn.Dropout(dropout)
+        sizes = _layer_sizes(input_size, hidden_sizes)
         factory = {"device": device, "dtype": dtype}
-        self.layers = nn.ModuleList(
-            _MinGRULayer(n_in, n_out, bias, norm, residual, factory)
-            for n_in, n_out in zip(self.layer_sizes[:-1], self.layer_sizes[1:], strict=True)
-        )
-
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size) from h, one (B, 1, hidden_sizes[i]) per layer; 0.5 everywhere if None.
-
-        Returns:
-            Outputs of the last layer (B, T, hidden_sizes[-1]) and the last state of each layer, taken before the
-            residual sum: what `h` of the next call expects.
-
-        Raises:
-            ValueError: if x or h does not fit.
-        """
-        _check_sequence(x, self.layer_sizes[0])
-        if h is None:
-            h = self.init_hidden_state(x)
-        else:
-            _check_state(h, x, self.layer_sizes[1:])
-        last_states: list[Tensor] = []
-        out = x
-        for i, layer in enumerate(self.layers):
-            states, last_state, skip = layer(out, h[i])
-            last_states.append(last_state)
-            out = states + skip if self.residual else states
-            if i < self.num_layers - 1:
-                out = self.dropout(out)
-        return out, last_states
-
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for a batch like x: one (B, 1, hidden_sizes[i]) per layer."""
-        return [initial_state(x, [x.shape[0], 1, size]) for size in self.layer_sizes[1:]]
-
-    def extra_repr(self) -> str:
-        return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
-
-
-def _check_frames(x: Tensor, input_size: int) -> None:
-    if x.dim() != 5 or x.shape[2] != input_size or x.shape[1] == 0:
-        raise ValueError(f"x must have shape (B, T, {input_size}, H, W) with T of at least 1, got {list(x.shape)}.")
-
-
-def _check_frame_state(state: Tensor, expected: list[int], layer: int) -> None:
-    if list(state.shape) != expected:
-        raise ValueError(
-            f"h[{layer}] must have shape {expected} (B, 1, hidden, H_out, W_out), got {list(state.shape)}."
-        )
+        layers = (_MinGRULayer(n_in, n_out, bias, norm, residual, factory) for n_in, n_out in pairwise(sizes))
+        super().__init__(sizes, layers, dropout, residual, pixels="")
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -342,13 +348,11 @@ class MinConv2dGRUCell(nn.Module):
         Raises:
             ValueError: if x or h does not fit, or x holds no frame.
         """
-        _check_frames(x, self.layer_sizes[0])
+        _check_input(x, self.layer_sizes[0], ", H, W")
         shape = _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
-        if h is None:
-            h = [initial_state(x, shape)]
-        elif len(h) != 1:
-            raise ValueError(f"h must be a list of one state per layer, 1 in all, got {len(h)}.")
-        _check_frame_state(h[0], shape, 0)
+        h = [initial_state(x, shape)] if h is None else h
+        _check_number(h, 1)
+        _check_state(h[0], shape, 0)
         gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
         out, last_state = _scan(gate_and_candidate, h[0])
         return out, [last_state]
@@ -420,7 +424,7 @@ class MinConv2dGRULayer(nn.Module):
         return states, last_state, skip
 
 
-class MinConv2dGRU(nn.Module):
+class MinConv2dGRU(_Stack):
     """A stack of convolutional MinGRU layers over the frames of clips: layer i + 1 reads the outputs of layer i.
 
     Args:
@@ -446,8 +450,6 @@ class MinConv2dGRU(nn.Module):
         torch.Size([5, 10, 32, 16, 16])
     """
 
-    layer_sizes: list[int]
-
     def __init__(
         self,
         input_size: int,
@@ -463,62 +465,15 @@ class MinConv2dGRU(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.layer_sizes = _layer_sizes(input_size, hidden_sizes, dropout)
-        self.num_layers = len(self.layer_sizes) - 1
-        self.residual = residual
-        self.dropout = nn.Dropout(dropout)
+        sizes = _layer_sizes(input_size, hidden_sizes)
         factory = {"device": device, "dtype": dtype}
-        self.layers = nn.ModuleList(
-            MinConv2dGRULayer(n_in, n_out, kernel_size, stride, padding, bias, norm, residual, factory)
-            for n_in, n_out, kernel_size, stride, padding in zip(
-                self.layer_sizes[:-1],
-                self.layer_sizes[1:],
-                _per_layer("kernel_sizes", kernel_sizes, self.num_layers),
-                _per_layer("strides", strides, self.num_layers),
-                _per_layer("paddings", paddings, self.num_layers),
-                strict=True,
-            )
+        geometry = {"kernel_sizes": kernel_sizes, "strides": strides, "paddings": paddings}
+        of_layers = [_per_layer(name, value, len(sizes) - 1) for name, value in geometry.items()]
+        layers = (
+            MinConv2dGRULayer(*io, *geometry, bias, norm, residual, factory)
+            for io, *geometry in zip(pairwise(sizes), *of_layers, strict=True)
         )
-
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size, H, W) from h, one (B, 1, D, H_out, W_out) per layer; 0.5 everywhere if None.
-
-        Returns:
-            Outputs of the last layer (B, T, D, H_out, W_out) and the last state of each layer, taken before the
-            residual sum: what `h` of the next call expects.
-
-        Raises:
-            ValueError: if x or h does not fit, or x holds no frame.
-        """
-        _check_frames(x, self.layer_sizes[0])
-        if h is None:
-            h = self.init_hidden_state(x)
-        elif len(h) != self.num_layers:
-            raise ValueError(f"h must be a list of one state per layer, {self.num_layers} in all, got {len(h)}.")
-        last_states: list[Tensor] = []
-        out = x
-        for i, layer in enumerate(self.layers):
-            _check_frame_state(h[i], layer.state_shape(out), i)
-            states, last_state, skip = layer(out, h[i])
-            last_states.append(last_state)
-            out = states + skip if self.residual else states
-            if i < self.num_layers - 1:
-                out = self.dropout(out)
-        return out, last_states
-
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for frames like x: one (B, 1, D, H_out, W_out) per layer."""
-        states: list[Tensor] = []
-        frames = x
-        for layer in self.layers:
-            frames = initial_state(x, layer.state_shape(frames))
-            states.append(frames)
-        return states
-
-    def extra_repr(self) -> str:
-        return f"{self.layer_sizes[0]}, {self.layer_sizes[1:]}, residual={self.residual}"
+        super().__init__(sizes, layers, dropout, residual, pixels=", H, W")
 
 
 def _newly_drawn(rnn: nn.Module) -> nn.Module:

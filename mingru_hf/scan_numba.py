@@ -733,94 +733,46 @@ def _linear(a, W, A):
         task = _next_task(a)
 
 
-# Functions of this module, not closures: numba's cache on disk cannot find closures again. What follows `a` says which
-# types there are: of the inputs, of the states, of the state at work, and of the bias.
-_F32, _F64, _BF16 = (numba.float32, numba.float64, numba.uint16) if NUMBA_AVAILABLE else (float, float, int)
+# Each kernel for each kind of arrays. Tags give the types: of the inputs, of the states, of the state at work and of
+# the bias. The closures hold tags and nothing else, so that numba's cache on disk finds them again.
+_F32, _F64, _BF16 = (
+    kind(0) for kind in ((numba.float32, numba.float64, numba.uint16) if numba else (float, float, int))
+)
 
 
-def _forward_float32(a):
-    _forward(a, _F32(0), _F32(0), _F32(0), None)
+def _forward_kernel(X, Y, A, W):
+    def forward(a):
+        _forward(a, X, Y, A, W)
+
+    return forward
 
 
-def _forward_float32_bias(a):
-    _forward(a, _F32(0), _F32(0), _F32(0), _F32(0))
+def _backward_kernel(X, Y, A, W):
+    def backward(a):
+        _backward(a, X, Y, A, W)
+
+    return backward
 
 
-def _forward_bfloat16(a):
-    _forward(a, _BF16(0), _BF16(0), _F32(0), None)
+def _linear_kernel(W):
+    def linear(a):
+        _linear(a, W, _F32)
+
+    return linear
 
 
-def _forward_bfloat16_bias(a):
-    _forward(a, _BF16(0), _BF16(0), _F32(0), _F32(0))
-
-
-def _forward_bfloat16_float32(a):
-    _forward(a, _BF16(0), _F32(0), _F32(0), None)
-
-
-def _forward_bfloat16_float32_bias(a):
-    _forward(a, _BF16(0), _F32(0), _F32(0), _F32(0))
-
-
-def _forward_float64(a):
-    _forward(a, _F64(0), _F64(0), _F64(0), None)
-
-
-def _forward_float64_bias(a):
-    _forward(a, _F64(0), _F64(0), _F64(0), _F64(0))
-
-
-def _backward_float32(a):
-    _backward(a, _F32(0), _F32(0), _F32(0), None)
-
-
-def _backward_float32_bias(a):
-    _backward(a, _F32(0), _F32(0), _F32(0), _F32(0))
-
-
-def _backward_bfloat16(a):
-    _backward(a, _BF16(0), _BF16(0), _F32(0), None)
-
-
-def _backward_bfloat16_bias(a):
-    _backward(a, _BF16(0), _BF16(0), _F32(0), _F32(0))
-
-
-def _backward_bfloat16_float32(a):
-    _backward(a, _BF16(0), _F32(0), _F32(0), None)
-
-
-def _backward_bfloat16_float32_bias(a):
-    _backward(a, _BF16(0), _F32(0), _F32(0), _F32(0))
-
-
-def _backward_float64(a):
-    _backward(a, _F64(0), _F64(0), _F64(0), None)
-
-
-def _backward_float64_bias(a):
-    _backward(a, _F64(0), _F64(0), _F64(0), _F64(0))
-
-
-def _linear_float32(a):
-    _linear(a, _F32(0), _F32(0))
-
-
-def _linear_bfloat16(a):
-    _linear(a, _BF16(0), _F32(0))
-
-
-_LINEAR_VARIANTS = {torch.float32: _linear_float32, torch.bfloat16: _linear_bfloat16}
+_LINEAR_VARIANTS = {torch.float32: _linear_kernel(_F32), torch.bfloat16: _linear_kernel(_BF16)}
+_TAGS = {
+    (torch.float32, torch.float32): (_F32, _F32, _F32),
+    (torch.bfloat16, torch.bfloat16): (_BF16, _BF16, _F32),
+    (torch.bfloat16, torch.float32): (_BF16, _F32, _F32),
+    (torch.float64, torch.float64): (_F64, _F64, _F64),
+}
 # (dtype of the inputs, dtype of the states, with a bias) -> forward, backward
 _VARIANTS = {
-    (torch.float32, torch.float32, False): (_forward_float32, _backward_float32),
-    (torch.float32, torch.float32, True): (_forward_float32_bias, _backward_float32_bias),
-    (torch.bfloat16, torch.bfloat16, False): (_forward_bfloat16, _backward_bfloat16),
-    (torch.bfloat16, torch.bfloat16, True): (_forward_bfloat16_bias, _backward_bfloat16_bias),
-    (torch.bfloat16, torch.float32, False): (_forward_bfloat16_float32, _backward_bfloat16_float32),
-    (torch.bfloat16, torch.float32, True): (_forward_bfloat16_float32_bias, _backward_bfloat16_float32_bias),
-    (torch.float64, torch.float64, False): (_forward_float64, _backward_float64),
-    (torch.float64, torch.float64, True): (_forward_float64_bias, _backward_float64_bias),
+    (*dtypes, bias is not None): (_forward_kernel(*tags, bias), _backward_kernel(*tags, bias))
+    for dtypes, tags in _TAGS.items()
+    for bias in (None, tags[2])
 }
 _COMPILING = threading.Lock()
 

@@ -28,7 +28,7 @@ from mingru_hf.data.text import (
     load_text_split,
     unknown_share,
 )
-from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, resolve_mixed_precision, summary
 from mingru_hf.training.models import load_pretrained
@@ -69,13 +69,9 @@ class EvaluateArguments:
             raise ValueError("carry_state keeps the state that packing reset starts anew: leave one of them out")
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser, EvaluateArguments)
-    namespace = parser.parse_args(argv)
-    with parser.user_errors():
-        return parser, from_namespace(EvaluateArguments, namespace)
+    return parse_dataclasses(__doc__, argv, EvaluateArguments)
 
 
 @torch.no_grad()

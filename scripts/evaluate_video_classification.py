@@ -19,7 +19,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.video import VIEWS, VideoClips
-from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
 from mingru_hf.training.models import load_pretrained
@@ -56,14 +56,11 @@ class EvaluateArguments:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, EvaluateArguments, VideoDataArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser, EvaluateArguments)
-    add_arguments(parser, VideoDataArguments, validation_split_percentage=None, fold=None)
-    namespace = parser.parse_args(argv)
-    with parser.user_errors():
-        return parser, *(from_namespace(cls, namespace) for cls in (EvaluateArguments, VideoDataArguments))
+    return parse_dataclasses(
+        __doc__, argv, EvaluateArguments, VideoDataArguments, validation_split_percentage=None, fold=None
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

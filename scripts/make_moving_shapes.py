@@ -12,7 +12,7 @@ import time
 from dataclasses import MISSING, dataclass
 
 from mingru_hf.data.moving_shapes import write_moving_shapes
-from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import option, parse_dataclasses
 
 
 @dataclass(kw_only=True)
@@ -31,11 +31,9 @@ class ShapeArguments:
     num_proc: int = option(1, "processes that render and encode")
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, ShapeArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser, ShapeArguments)
-    return parser, from_namespace(ShapeArguments, parser.parse_args(argv))
+    return parse_dataclasses(__doc__, argv, ShapeArguments)
 
 
 def main(argv: list[str] | None = None) -> None:

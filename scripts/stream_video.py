@@ -25,7 +25,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.av import import_av, write_video
-from mingru_hf.training.arguments import ArgumentParser, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.models import load_pretrained
 
 CAMERAS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
@@ -54,13 +54,9 @@ class StreamArguments:
             raise ValueError(f"output_file must end in .mp4 or .png, not {self.output_file}")
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, StreamArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser, StreamArguments)
-    namespace = parser.parse_args(argv)
-    with parser.user_errors():
-        return parser, from_namespace(StreamArguments, namespace)
+    return parse_dataclasses(__doc__, argv, StreamArguments)
 
 
 def read_frames(container, max_frames: int | None) -> Iterator[np.ndarray]:

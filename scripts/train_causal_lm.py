@@ -32,7 +32,7 @@ from mingru_hf.data.text import (
     load_text_stream,
     unknown_share,
 )
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 
@@ -100,17 +100,9 @@ class DataArguments:
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
 
 
-def parse_args(
-    argv: list[str] | None,
-) -> tuple[ArgumentParser, ModelArguments, DataArguments, TrainArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser, ModelArguments)
-    add_arguments(parser, DataArguments)
-    add_arguments(parser, TrainArguments, sample_tokens=100)
-    namespace = parser.parse_args(argv)
-    with parser.user_errors():
-        return parser, *(from_namespace(c, namespace) for c in (ModelArguments, DataArguments, TrainArguments))
+    return parse_dataclasses(__doc__, argv, ModelArguments, DataArguments, TrainArguments, sample_tokens=100)
 
 
 def load_data(model_args: ModelArguments, data_args: DataArguments):

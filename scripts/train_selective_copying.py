@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.copying import make_selective_copying_dataset, selective_copying_accuracy
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 
@@ -45,12 +45,12 @@ class CopyingArguments:
     )
 
 
-def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, CopyingArguments, TrainArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    add_arguments(parser, CopyingArguments)
-    add_arguments(
-        parser,
+    return parse_dataclasses(
+        __doc__,
+        argv,
+        CopyingArguments,
         TrainArguments,
         max_train_steps=2000,
         learning_rate=3e-3,  # 1e-3 ends at 99.8 % after 2000 steps
@@ -58,9 +58,6 @@ def parse_args(argv: list[str] | None) -> tuple[ArgumentParser, CopyingArguments
         per_device_eval_batch_size=256,
         mixed_precision="no",
     )
-    namespace = parser.parse_args(argv)
-    with parser.user_errors():
-        return parser, from_namespace(CopyingArguments, namespace), from_namespace(TrainArguments, namespace)
 
 
 def make_model(task: CopyingArguments) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, make_augmentation
-from mingru_hf.training.arguments import ArgumentParser, TrainArguments, add_arguments, from_namespace, option
+from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 from mingru_hf.training.video import VideoDataArguments
@@ -69,15 +69,14 @@ class ClipArguments:
     color_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation")
 
 
-def parse_args(
-    argv: list[str] | None,
-) -> tuple[ArgumentParser, ModelArguments, VideoDataArguments, ClipArguments, TrainArguments]:
+def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
-    parser = ArgumentParser(description=__doc__)
-    for cls in (ModelArguments, VideoDataArguments, ClipArguments):
-        add_arguments(parser, cls)
-    add_arguments(
-        parser,
+    return parse_dataclasses(
+        __doc__,
+        argv,
+        ModelArguments,
+        VideoDataArguments,
+        ClipArguments,
         TrainArguments,
         per_device_train_batch_size=16,
         learning_rate=1e-4,
@@ -85,10 +84,6 @@ def parse_args(
         num_train_epochs=7.0,
         dataloader_num_workers=2,
     )
-    namespace = parser.parse_args(argv)
-    with parser.user_errors():
-        classes = (ModelArguments, VideoDataArguments, ClipArguments, TrainArguments)
-        return parser, *(from_namespace(cls, namespace) for cls in classes)
 
 
 def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):

@@ -436,7 +436,7 @@ def test_second_process_takes_the_kernels_from_disk(tmp_path):
     code = """
 import torch
 scan_numba.numba_forward(torch.zeros(1, 2, 4), None, None, None, torch.float32)
-print(scan_numba._compiled_entry(scan_numba._forward_float32).compiled.cache_hits)
+print(scan_numba._compiled_entry(scan_numba._VARIANTS[torch.float32, torch.float32, False][0]).compiled.cache_hits)
 """
     outputs = [run_python(ALONE + code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [int(output) for output in outputs] == [0, 1]

@@ -269,8 +269,9 @@ def load_text_split(
     if test_file is not None:
         return _text_column(_load_file(test_file, "test_file", cache_dir), text_column_name, str(test_file))
     name = source.get("dataset_name", SHAKESPEARE)
-    if split in ("train", "validation") or source.get("train_file") is not None or name == SHAKESPEARE:
-        splits, text_column_name = load_text_datasets(**source, **options), "text"
+    prepared = split in ("train", "validation") or source.get("train_file") is not None or name == SHAKESPEARE
+    if prepared:
+        splits = load_text_datasets(**source, **options)
     else:
         splits = name_splits(_load_named(name, source.get("dataset_config_name"), cache_dir), name)
     if split not in splits:
@@ -279,7 +280,7 @@ def load_text_split(
             f"{source_name} has no split {split!r}, expected one of {', '.join(splits)}: choose another split or "
             "dataset, or give a test_file."
         )
-    return _text_column(splits[split], text_column_name, str(name))
+    return splits[split] if prepared else _text_column(splits[split], text_column_name, str(name))
 
 
 def load_text_stream(

@@ -328,3 +328,20 @@ def fixed_settings(*parts: object) -> dict:
 def from_namespace(cls: type, namespace: argparse.Namespace):
     """Fill the dataclass `cls` from the parsed options that bear its fields' names."""
     return cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})
+
+
+def parse_dataclasses(description: str, argv: list[str] | None, *classes: type, **defaults: object) -> tuple:
+    """Parse a command line into dataclasses made with `option`; return the parser and one object a class.
+
+    Args:
+        description: of the script, for `--help`.
+        argv: the words; None: those of the process.
+        classes: the dataclasses, in the order of their options.
+        defaults: other defaults for this script, by field name.
+    """
+    parser = ArgumentParser(description=description)
+    for cls in classes:
+        add_arguments(parser, cls, **defaults)
+    namespace = parser.parse_args(argv)
+    with parser.user_errors():
+        return parser, *(from_namespace(cls, namespace) for cls in classes)

@@ -1,5 +1,6 @@
 """What a run writes to the disk, in such a way that a crash at any moment damages no existing file."""
 
+import functools
 import json
 import os
 import re
@@ -151,6 +152,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)  # two names of one file (`_link`): os.replace did nothing
 
 
 def save_pretrained(output_dir: str | Path, *parts: object) -> None:
@@ -235,19 +237,13 @@ def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
     """Put a checkpoint's best weights so far, and its tokenizer, back into `output_dir`."""
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     own = (path for path in _files(checkpoint) if path.name not in (STATE_FILE, TENSORS_FILE))
-    best = {path.relative_to(checkpoint): path for path in own if path.parent.name != BEST_DIRECTORY}
-    if (checkpoint / BEST_DIRECTORY).is_dir():
-        best |= {Path(path.name): path for path in _files(checkpoint / BEST_DIRECTORY)}
+    best = {path.relative_to(checkpoint): path for path in own if path.parent != checkpoint / BEST_DIRECTORY}
+    best |= {Path(path.name): path for path in _files(checkpoint / BEST_DIRECTORY)}  # none where there is no folder
     output_dir.mkdir(parents=True, exist_ok=True)
     _sweep(output_dir)
     for name, path in best.items():
-        temporary, target = output_dir / f"{STAGING}-{name.name}", output_dir / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with writing(target):
-            _link(path, temporary)
-            _sync(temporary)
-            os.replace(temporary, target)
-            temporary.unlink(missing_ok=True)  # two names of one file: os.replace did nothing
+        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / name, functools.partial(_link, path))
 
 
 def find_checkpoint(choice: str | Path | None, output_dir: str | Path, warn: bool = True) -> Path | None:
