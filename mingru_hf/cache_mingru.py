@@ -46,9 +46,9 @@ class MinGRUCacheLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        if self._record_past and not value:
-            self.forget_past()
-        self._record_past = value
+        was_recorded, self._record_past = self._record_past, value
+        if was_recorded and not value:
+            self._forget_past()
 
     @property
     def state(self) -> Tensor | None:
@@ -105,8 +105,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
             "cache from the configuration of the model you pass it to."
         )
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
+    def get_seq_length(self) -> int | Tensor:
+        """Tokens seen, padding included; from the first call on a tensor () where the memory is static."""
         return self.seq_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -123,11 +123,9 @@ class MinGRUCacheLayer(CacheLayerMixin):
         These are the states of the whole last call, unless its `num_recorded` asked for fewer, and at least those
         after the last `min_recorded_steps` steps.
         """
-        self._record_past = True
+        self.record_past = True
 
-    def forget_past(self) -> None:
-        """Keep the newest state alone from now on."""
-        self._record_past = False
+    def _forget_past(self) -> None:
         self._map(lambda tensor: tensor[:, -1:].clone())
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -211,10 +209,6 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
     def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
         super().__init__()
 
-    def get_seq_length(self) -> int | Tensor:
-        """Tokens seen, padding included; () long after the first call, so that counting compiles nothing anew."""
-        return self.seq_length
-
     @property
     def is_compileable(self) -> bool:
         """Whether the tensors have a fixed place, which they have unless the past is recorded."""
@@ -243,9 +237,8 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
 
-    def forget_past(self) -> None:
-        """Keep the newest state alone from now on, where it lies then."""
-        super().forget_past()
+    def _forget_past(self) -> None:
+        super()._forget_past()
         if self.states is not None:
             self._settle(self.states, self.windows)
 
@@ -290,8 +283,10 @@ def own_layers(layers: list[CacheLayerMixin]) -> None:
                 "cache was filled by a MinGRU model whose code is another copy than this model's: run the tokens "
                 "through this model instead."
             )
-        layers[index] = MinGRUStaticCacheLayer() if layer.is_compileable else MinGRUCacheLayer()
+        is_static = type(layer).__name__ == MinGRUStaticCacheLayer.__name__
+        layers[index] = MinGRUStaticCacheLayer() if is_static else MinGRUCacheLayer()
         layers[index].record_past = layer.record_past
+        layers[index].min_recorded_steps = layer.min_recorded_steps
 
 
 MinGRUStaticCacheLayer._layer_type = MinGRUCacheLayer._layer_type

@@ -193,7 +193,11 @@ def _with_children(state: RequestState) -> list[RequestState]:
 
 
 class _BatchProcessor(ContinuousBatchProcessor):
-    """What the manager's thread does between looks at its queues: one step of all rows, and a piece of a prefill."""
+    """What the manager's thread does between looks at its queues: one step of all rows, and a piece of a prefill.
+
+    It does not call its parent's __init__, which plans pages of keys and values by the model's kinds of attention.
+    What the parent's methods read is set here.
+    """
 
     def __init__(self, manager: "MinGRUBatchingManager"):
         config = manager.continuous_batching_config

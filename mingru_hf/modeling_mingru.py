@@ -138,25 +138,26 @@ class MinGRUConv(nn.Module):
             document = F.pad(reset.cumsum(1), (taps - 1, 0))  # (B, K - 1 + T), 0 for what came before
         out = call(self.conv, padded, document)
 
-        windows = self._windows(padded, mask, document, num_recorded, steps) if num_recorded else None
+        windows = None
+        if num_recorded:
+            windows = self._windows(padded, None if mask is None else num_real, document, num_recorded)
         if mask is not None:  # back to the tokens' own positions
             rank = (num_real - 1).clamp(min=0)
             out = out.gather(1, rank.unsqueeze(-1).expand_as(out))
         return out, windows
 
-    def _windows(
-        self, padded: Tensor, mask: Tensor | None, document: Tensor | None, num_recorded: int, steps: int
-    ) -> Tensor:
-        """(B, R, K - 1, E): the last K - 1 real inputs of the document after each of the last R steps."""
+    def _windows(self, padded: Tensor, num_real: Tensor | None, document: Tensor | None, num_recorded: int) -> Tensor:
+        """(B, R, K - 1, E): the last K - 1 real inputs of the document after each of the last R steps.
+
+        `num_real` (B, T) counts the real tokens up to each step; None: all are.
+        """
         length = self.kernel_size - 1
-        if mask is None and document is None:
+        if num_real is None and document is None:
             return padded.unfold(1, length, 1)[:, -num_recorded:].transpose(2, 3)
-        batch = padded.shape[0]
-        if mask is None:
-            seen = torch.arange(1, steps + 1, device=padded.device).expand(batch, steps)
-        else:
-            seen = mask.cumsum(1)  # real tokens up to each step
-        seen = seen[:, -num_recorded:]
+        batch, steps = padded.shape[0], padded.shape[1] - length
+        if num_real is None:
+            num_real = torch.arange(1, steps + 1, device=padded.device).expand(batch, steps)
+        seen = num_real[:, -num_recorded:]
         columns = seen.unsqueeze(-1) + torch.arange(length, device=padded.device)  # (B, R, K - 1)
         rows = torch.arange(batch, device=padded.device)[:, None, None]
         windows = padded[rows, columns]
@@ -379,6 +380,14 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
     return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
+def _may_look(flags: Tensor) -> bool:
+    """Whether to look at the values of flags (B, T), which may save the masked path.
+
+    Not while tracing, and not for single steps on a GPU, where waiting for the answer costs more.
+    """
+    return not is_tracing(flags) and (flags.device.type == "cpu" or flags.shape[1] > 1)
+
+
 def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None:
     """Raise a ValueError unless there is one number per token (B, T), or per token of one row for all (1, T)."""
     if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != steps:
@@ -513,7 +522,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
             self._check_cache(cache, batch, depth)
         begins = cache is None or cache.layers[0].state is None
         mask = self._padding_mask(attention_mask, batch, steps, begins)
-        reset = self._document_starts(mask, position_ids, begins, batch, steps, **kwargs)
+        packing = (kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"))
+        reset = self._document_starts(position_ids, *packing, mask, batch, steps, begins)
 
         blocks = modules["layers"]._modules
         if depth != len(blocks):
@@ -549,8 +559,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
     def _check_cache(self, cache: Cache, batch: int, depth: int) -> None:
         layers = getattr(cache, "layers", ())
-        if not all(isinstance(layer, MinGRUCacheLayer) for layer in layers):
-            own_layers(layers)
+        own_layers(layers)
         if len(layers) != depth or not all(isinstance(layer, MinGRUCacheLayer) for layer in layers):
             raise ValueError(
                 f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; make "
@@ -570,22 +579,17 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 f"already; got {tuple(shape)}."
             )
         mask = attention_mask[:, -steps:].bool()
-        # Looking at the mask here may save the masked path. Not while tracing, and not for single steps on a GPU,
-        # where waiting for the answer costs more.
-        if not is_tracing(mask) and (mask.device.type == "cpu" or steps > 1) and bool(mask.all()):
-            return None
-        return mask
+        return None if _may_look(mask) and bool(mask.all()) else mask
 
     def _document_starts(
         self,
-        mask: Tensor | None,
         position_ids: Tensor | None,
-        begins: bool,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        mask: Tensor | None,
         batch: int,
         steps: int,
-        seq_idx: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        **kwargs,
+        begins: bool,
     ) -> Tensor | None:
         """(B, T) boolean, True at the first token of each document of this call; None where no state changes."""
         reset = None
@@ -605,9 +609,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 reset = F.pad(reset[:, 1:], (1, 0))
             else:
                 reset = reset & (mask.cumsum(1) > 1)
-        if not is_tracing(reset) and (reset.device.type == "cpu" or steps > 1) and not bool(reset.any()):
-            return None
-        return reset
+        return None if _may_look(reset) and not bool(reset.any()) else reset
 
 
 class _EndedRows(StoppingCriteriaList):
@@ -632,6 +634,33 @@ class _EndedRows(StoppingCriteriaList):
         if not always and self.padded.device.type != "mps" and not self.padded.any():
             return None
         return ~self.padded.unsqueeze(1)
+
+
+def _refuse_nothing_new(
+    input_ids: Tensor, position_ids: Tensor | None, next_sequence_length: int | None, cache: Cache | None
+) -> None:
+    """Refuse to generate from no new token.
+
+    GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: the state would read the whole
+    prompt a second time.
+    """
+    nothing_new = next_sequence_length is not None and next_sequence_length <= 0
+    too_few = position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]
+    if not nothing_new and not too_few:
+        return
+    seen = 0 if cache is None else cache.get_seq_length()
+    if seen > 0:
+        raise ValueError(
+            f"The cache has seen {seen} tokens, and the ids passed with it hold no further one. Pass all ids, at "
+            "least one more than the cache has seen; or only the new ids, with an attention_mask over both. A cache "
+            "that recorded its past can go back: cache.crop(-1)."
+        )
+    if nothing_new:
+        raise ValueError("The prompt holds no token: give at least one, or leave input_ids out to begin with BOS.")
+    raise ValueError(
+        f"position_ids has {position_ids.shape[-1]} columns, expected one for each of the {input_ids.shape[-1]} "
+        "tokens."
+    )
 
 
 class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
@@ -683,23 +712,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             attention_mask = None if ended_rows is None else ended_rows.mask(always=cache.is_compileable)
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() takes them for stop strings, and hands them on
             kwargs.pop(name, None)
-        # With no new token, GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: it would
-        # have the state read the whole prompt a second time.
-        nothing_new = next_sequence_length is not None and next_sequence_length <= 0
-        if nothing_new and (cache is None or cache.get_seq_length() == 0):
-            raise ValueError("The prompt holds no token: give at least one, or leave input_ids out to begin with BOS.")
-        too_few = position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]
-        if too_few and (cache is None or cache.get_seq_length() == 0):
-            raise ValueError(
-                f"position_ids has {position_ids.shape[-1]} columns, expected one for each of the "
-                f"{input_ids.shape[-1]} tokens."
-            )
-        if nothing_new or too_few:
-            raise ValueError(
-                f"The cache has seen {cache.get_seq_length()} tokens, and the ids passed with it hold no further one. "
-                "Pass all ids, at least one more than the cache has seen; or only the new ids, with an attention_mask "
-                "over both. A cache that recorded its past can go back: cache.crop(-1)."
-            )
+        _refuse_nothing_new(input_ids, position_ids, next_sequence_length, cache)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -852,7 +865,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        fields = {
+        fields = {  # every one: `direct_output` fills in none
             "loss": loss,
             "logits": None if skip_logits else logits,
             "cache": cache,

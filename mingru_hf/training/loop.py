@@ -286,13 +286,10 @@ class _Run:
             **self.data_settings,
         }
 
-        # Where do we start?
         checkpoint = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
         self.now, saved = Progress(patience=args.early_stopping_patience), None
         if checkpoint is not None:
-            self.now, saved = _load_checkpoint(
-                checkpoint, model, processing_class, args, accelerator, self.arguments, self.identity
-            )
+            saved = self.load_checkpoint(checkpoint)
         elif args.resume_from_checkpoint is not None:
             accelerator.print(f"no checkpoint in {self.output_dir} yet: starting from the beginning")
         accelerator.print(f"training for {self.plan}")
@@ -310,8 +307,10 @@ class _Run:
             accelerator.init_trackers("runs", config=_tracker_config(self.arguments), init_kwargs=named)
         first_batch = self.now.step * args.gradient_accumulation_steps * accelerator.num_processes
         self.batches = _make_batches(_as_tensors(train_dataset), args, accelerator, collate_fn, first_batch)
-        loss_sum = torch.zeros(()) if saved is None else _restore_training_state(saved, self.optimizer, accelerator)
-        self.loss_sum = loss_sum.to(accelerator.device)  # of the steps since the last point of the curve
+        self.loss_sum = torch.zeros((), device=accelerator.device)  # of the steps since the last point of the curve
+        if saved is not None:
+            self.restore_training_state(saved)
+        self.passed, self.last_pause = self.plan.fraction(self.now.step, self.now.seconds), 0.0
 
     @property
     def has_stopped_early(self) -> bool:
@@ -321,13 +320,56 @@ class _Run:
     def is_over(self) -> bool:
         return self.passed >= 1 or self.has_stopped_early
 
+    def load_checkpoint(self, checkpoint: Path) -> dict:
+        """Load a checkpoint's progress, its weights into the model and its best weights into the output directory.
+
+        Returns:
+            The saved tensors, for `restore_training_state`.
+
+        Raises:
+            SetupError: if it belongs to another run, or has another vocabulary, other labels or another model.
+        """
+        state, saved = read_checkpoint(checkpoint)
+        changed = {
+            name: f"{name} {state['arguments'][name]} -> {value}"
+            for name, value in self.arguments.items()
+            if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
+        }
+        changes = f"; changed: {', '.join(changed.values())}" if changed else ""
+        _check_identity(state["run"], self.identity, checkpoint, changes)
+        self.now = Progress(**state["progress"])
+        _load_weights(self.model, self.processing_class, checkpoint)
+        if self.is_main and self.now.best is not None:
+            restore_best(checkpoint, self.output_dir)
+        if "early_stopping_patience" in changed:
+            self.now.patience = self.args.early_stopping_patience
+        self.accelerator.print(f"resuming from {checkpoint}{changes}")
+        return saved
+
+    def restore_training_state(self, saved: dict) -> None:
+        """Restore the optimizer, the gradient scaler, this process's random numbers and the sum of losses."""
+        groups = self.optimizer.param_groups
+        asked = [{name: group[name] for name in ("weight_decay", "betas")} for group in groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(values)  # those of the arguments, which may have changed
+        scaler, processes = self.accelerator.scaler, saved["processes"]
+        if scaler is not None and saved["scaler"] is not None:
+            scaler.load_state_dict(saved["scaler"])
+        if len(processes) == self.accelerator.num_processes:
+            own = processes[self.accelerator.process_index]
+            _set_random_state(own)
+            loss_sum = own["loss_sum"]
+        else:  # their number has changed: dropout starts from the seed again
+            loss_sum = torch.stack([process["loss_sum"] for process in processes]).mean()
+        self.loss_sum = loss_sum.to(self.accelerator.device)
+
     def begin(self) -> None:
         """Make the output directory this run's, and start the clock."""
         self.accelerator.wait_for_everyone()  # every process has read the checkpoint: a newer one may push it out
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.output_dir / METRICS_FILE, self.report())
-        self.passed = self.plan.fraction(self.now.step, self.now.seconds)
         # Of a run that has become longer, fewer tenths have passed.
         self.now.tenths = min(self.now.tenths, math.floor(10 * self.passed))
         by_time = self.plan.max_seconds is not None
@@ -340,7 +382,7 @@ class _Run:
             mininterval=0.5,
         )
         self.net.train()
-        self.began, self.last_pause = time.perf_counter() - self.now.seconds, 0.0
+        self.began = time.perf_counter() - self.now.seconds
 
     def update_weights(self) -> None:
         """Take one step."""
@@ -488,10 +530,11 @@ class _Run:
         return evaluate(
             self.model,
             dataset,
-            self.args,
             self.accelerator,
-            self.collate_fn,
-            self.metrics,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.collate_fn,
+            metrics=self.metrics,
             characters_per_token=self.characters_per_token,
         )
 
@@ -523,11 +566,12 @@ class _Run:
 def evaluate(
     model: PreTrainedModel,
     dataset: Dataset,
-    args: TrainArguments,
     accelerator: Accelerator,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
     collate_fn: Callable[[list], dict] | None = None,
     metrics: dict[str, Metric] | None = None,
-    *,
     characters_per_token: float | None = None,
 ) -> dict[str, float]:
     """Evaluate a model on a dataset, every example once, divided among the processes; leave it in eval mode.
@@ -536,12 +580,12 @@ def evaluate(
     BatchNorm's running statistics of its own examples.
 
     Args:
-        model, dataset, args, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
+        model, dataset, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
+        batch_size: examples in a batch of one process.
+        num_workers: of the DataLoader.
 
     Returns:
-        `eval_loss` (nats per target), `eval_perplexity`, `eval_loss_per_character` (nats) and
-        `eval_bits_per_character` if `characters_per_token` is given, and `eval_NAME` for every metric; means over all
-        targets.
+        What `loss_scores` gives, and `eval_NAME` for every metric; means over all targets.
 
     Raises:
         ValueError: if the dataset has no target.
@@ -552,9 +596,9 @@ def evaluate(
     share = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     loader = DataLoader(
         Subset(_as_tensors(dataset), share),
-        batch_size=args.per_device_eval_batch_size,
+        batch_size=batch_size,
         collate_fn=collate_fn or default_collate,
-        num_workers=args.dataloader_num_workers,
+        num_workers=num_workers,
         generator=torch.Generator(),
     )
     totals = torch.zeros(2 + len(metrics), dtype=torch.float64)
@@ -573,12 +617,17 @@ def evaluate(
     targets, loss, *others = accelerator.reduce(totals.to(accelerator.device, dtype), "sum").tolist()
     if targets == 0:
         raise ValueError("the validation set has no target: every label is -100, or its rows have one token")
-    loss /= targets
+    scores = loss_scores(loss / targets, characters_per_token)
+    return scores | {f"eval_{name}": total / targets for name, total in zip(metrics, others, strict=True)}
+
+
+def loss_scores(loss: float, characters_per_token: float | None) -> dict[str, float]:
+    """`eval_loss` (nats per target) and `eval_perplexity`; with characters, nats and bits per character as well."""
     scores = {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if characters_per_token is not None:
         scores["eval_loss_per_character"] = loss / characters_per_token
         scores["eval_bits_per_character"] = loss / characters_per_token / math.log(2)
-    return scores | {f"eval_{name}": total / targets for name, total in zip(metrics, others, strict=True)}
+    return scores
 
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int = 0) -> str:
@@ -725,56 +774,6 @@ def _make_batches(
         generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
     )
     return iter(loader)
-
-
-def _load_checkpoint(
-    checkpoint: Path,
-    model: PreTrainedModel,
-    processing_class: object | None,
-    args: TrainArguments,
-    accelerator: Accelerator,
-    arguments: dict,
-    identity: dict,
-) -> tuple[Progress, dict]:
-    """Load a checkpoint's weights into the model and its best weights into the output directory.
-
-    Returns:
-        Where its run stood, and the saved tensors, for `_restore_training_state`.
-
-    Raises:
-        SetupError: if it belongs to another run, or has another vocabulary, other labels or another model.
-    """
-    state, saved = read_checkpoint(checkpoint)
-    changed = {
-        name: f"{name} {state['arguments'][name]} -> {value}"
-        for name, value in arguments.items()
-        if state["arguments"].get(name, value) != value and name not in ("output_dir", "resume_from_checkpoint")
-    }
-    changes = f"; changed: {', '.join(changed.values())}" if changed else ""
-    _check_identity(state["run"], identity, checkpoint, changes)
-    now = Progress(**state["progress"])
-    _load_weights(model, processing_class, checkpoint)
-    if accelerator.is_main_process and now.best is not None:
-        restore_best(checkpoint, args.output_dir)
-    if "early_stopping_patience" in changed:
-        now.patience = args.early_stopping_patience
-    accelerator.print(f"resuming from {checkpoint}{changes}")
-    return now, saved
-
-
-def _restore_training_state(saved: dict, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> torch.Tensor:
-    """Restore the optimizer, the gradient scaler and this process's random numbers, and return the sum of losses."""
-    asked = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved["optimizer"])
-    for group, values in zip(optimizer.param_groups, asked, strict=True):
-        group.update(values)  # those of the arguments, which may have changed
-    if accelerator.scaler is not None and saved["scaler"] is not None:
-        accelerator.scaler.load_state_dict(saved["scaler"])
-    processes = saved["processes"]
-    if len(processes) != accelerator.num_processes:  # their number has changed: dropout starts from the seed again
-        return torch.stack([process["loss_sum"] for process in processes]).mean()
-    _set_random_state(processes[accelerator.process_index])
-    return processes[accelerator.process_index]["loss_sum"]
 
 
 def _batches_of_stream(
