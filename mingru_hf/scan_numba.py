@@ -70,21 +70,14 @@ def numba_supports(input_dtype: torch.dtype, states_dtype: torch.dtype) -> bool:
 # --- counts, say what lies there: float32, float64, or uint16 for the bits of bfloat16.
 
 _FLAGS = ("contract", "nsz", "arcp", "afn")  # not nnan and ninf: NaN and infinities keep their meaning
+_OPTIONS = {"fastmath": set(_FLAGS), "error_model": "numpy"}
 
 
 def _compiled(function):
     """numba.njit with this file's options, or the function itself where numba is missing."""
     if numba is None:
         return function
-    return _jit(numba.njit, function, nogil=True, forceinline=function.__name__.endswith("_row"))
-
-
-def _jit(decorator, function, flags=_FLAGS, **options):
-    options |= {"fastmath": set(flags), "error_model": "numpy"}
-    try:
-        return decorator(**options, cache=True)(function)
-    except Exception:  # no folder for the cache can be written, or what lies there cannot be read
-        return decorator(**options)(function)
+    return numba.njit(**_OPTIONS, nogil=True, forceinline=function.__name__.endswith("_row"))(function)
 
 
 if numba is not None:
@@ -664,9 +657,9 @@ _IN, _WEIGHT, _LINEAR_BIAS, _OUT = 9, 10, 11, 12
 
 def _compiled_sum(function):
     """As `_compiled`, for loops that add up: the order is free, so that LLVM keeps a partial sum for each lane."""
-    return (
-        function if numba is None else _jit(numba.njit, function, (*_FLAGS, "reassoc"), nogil=True, forceinline=True)
-    )
+    if numba is None:
+        return function
+    return numba.njit(**_OPTIONS | {"fastmath": {*_FLAGS, "reassoc"}}, nogil=True, forceinline=True)(function)
 
 
 @_compiled_sum
@@ -774,26 +767,33 @@ _VARIANTS = {
     for dtypes, tags in _TAGS.items()
     for bias in (None, tags[2])
 }
-_COMPILING = threading.Lock()
 
 
 class _Entry:
     """A compiled kernel: calling it with the address of its arguments runs tasks, without Python's lock."""
 
     def __init__(self, function):
-        self.compiled = _jit(functools.partial(numba.cfunc, "void(int64)"), function)
+        # The kernels alone are kept on the disk, not what is compiled into them: here numba reads and writes its cache
+        # at once, and whatever is wrong with it shows.
+        try:
+            self.compiled = numba.cfunc("void(int64)", **_OPTIONS, cache=True)(function)
+        except Exception:  # the folder cannot be written, the disk is full, a file is damaged
+            self.compiled = numba.cfunc("void(int64)", **_OPTIONS)(function)
         self.address = self.compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
 
-@functools.cache
-def _entry(function) -> _Entry:
-    return _Entry(function)
+_entries: dict[Callable, _Entry] = {}
+_COMPILING = threading.RLock()  # a signal's handler may come here while its thread compiles
 
 
 def _compiled_entry(function) -> _Entry:
-    with _COMPILING:  # numba compiles on one thread at a time; from its cache on disk in 0.1 s
-        return _entry(function)
+    entry = _entries.get(function)
+    if entry is None:
+        with _COMPILING:  # numba compiles on one thread at a time; from its cache on disk in 0.1 s
+            entry = _entries.get(function) or _Entry(function)
+            _entries[function] = entry
+    return entry
 
 
 # --- Threads. torch's own OpenMP pool first: its threads are warm after a matrix product, and there are no others to
@@ -805,7 +805,7 @@ _pool: ThreadPoolExecutor | None = None
 
 def _after_fork() -> None:
     global _forked, _pool, _COMPILING
-    _forked, _pool, _COMPILING = True, None, threading.Lock()
+    _forked, _pool, _COMPILING = True, None, threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -910,15 +910,15 @@ def _prepare(
 class _Scratch(threading.local):
     """Memory of a thread that lives on from call to call."""
 
-    memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-    size = address = 0
+    kept: tuple[int, int, Tensor | None] = 0, 0, None  # in one piece: an interrupt must not part them
 
-    def at_least(self, size: int) -> int:
-        """Return the address of at least `size` bytes."""
-        if size > self.size:
-            self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default
-            self.size, self.address = size, self.memory.data_ptr()
-        return self.address
+    def at_least(self, size: int) -> tuple[int, int, Tensor | None]:
+        """Size, address and owner of at least `size` bytes; they are there as long as the owner is held."""
+        kept = self.kept
+        if size > kept[0]:
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default
+            kept = self.kept = size, memory.data_ptr(), memory
+        return kept
 
 
 _scratch = _Scratch()
@@ -962,10 +962,10 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
         if bias.dtype != dtype or not bias.is_cpu or not bias.is_contiguous() or len(bias) != shape[2]:
             return None
         bias_address = bias.data_ptr()
-    carry = _scratch.at_least(16 * size)  # two rows of at most 8 bytes a number
+    scratch = _scratch.at_least(16 * size)  # two rows of at most 8 bytes a number
     sizes = 0, 0, batch, batch, 1, channels, 1, channels, 1, 1
     inputs = x.data_ptr(), shape[2], 0, states.data_ptr(), channels, 0, h0_address, 0, 0
-    arguments = array("q", (*sizes, *inputs, carry, size, bias_address))
+    arguments = array("q", (*sizes, *inputs, scratch[1], size, bias_address))
     call(arguments.buffer_info()[0])
     return states
 

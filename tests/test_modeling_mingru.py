@@ -1008,7 +1008,7 @@ def test_caches_and_embeddings_that_do_not_fit_are_refused(model, input_ids):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conv_kernel": 0}, "one of the two has a convolution, the other has none"),
+        ({"conv_kernel": 0}, "only one of the two has a convolution"),
         ({"conv_kernel": 3}, r"a window of \(2, 8\) .* needs \(3, 8\): it belongs to another model"),
         ({"hidden_size": 16}, r"a window of \(3, 16\) .* needs \(3, 8\): it belongs to another model"),
         ({"expand": 3}, r"h0 must have shape \(3, 1, 16\)"),

@@ -1,9 +1,12 @@
 """The fused CPU scan: against the float64 loop, on threads, in forked processes, and where numba is missing."""
 
+import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -360,9 +363,9 @@ scan_numba = importlib.import_module("kernels.scan_numba")
 """
 
 
-def run_python(code, *, timeout=30, **environment):
+def run_python(code, *arguments, timeout=60, **environment):
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONWARNINGS": "error"} | environment,
         capture_output=True,
         text=True,
@@ -440,6 +443,96 @@ print(scan_numba._compiled_entry(scan_numba._VARIANTS[torch.float32, torch.float
 """
     outputs = [run_python(ALONE + code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
     assert [int(output) for output in outputs] == [0, 1]
+
+
+@needs_numba
+def test_a_damaged_cache_or_a_full_disk_costs_the_compilation_alone(tmp_path):
+    code = """
+import sys
+import torch
+from mingru_hf import MinGRU
+if sys.argv[1:]:
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+rnn, x = MinGRU(4, [8, 8]), torch.randn(1, 6, 4)
+for x in (x, x[:, :1]):
+    out, _ = rnn(x)
+    out.sum().backward()
+print(out.isfinite().all().item())
+"""
+
+    def run(*arguments, cache=tmp_path / "cache"):
+        return run_python(code, *arguments, NUMBA_CACHE_DIR=str(cache)).split()
+
+    assert run() == ["True"]
+    for size in (0, 100):
+        files = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".nbi", ".nbc")]
+        assert files
+        for path in files:
+            os.truncate(path, size)
+        assert run() == ["True"]
+    if sys.platform == "linux":
+        assert run("full disk", cache=tmp_path / "other") == ["True"]
+
+
+@needs_numba
+def test_a_signal_that_runs_the_kernel_while_it_runs():
+    """Its handler may stand anywhere in the kernel's Python, the first call with its compilation included."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("no timer on this platform")
+    code = """
+import signal, time
+import torch
+from mingru_hf import mingru_scan
+x, inside = torch.randn(2, 8, 16), []
+expected = mingru_scan(x, backend="reference")
+def handler(*args):
+    if not inside:
+        inside.append(True)
+        torch.testing.assert_close(mingru_scan(x), expected)
+        torch.testing.assert_close(mingru_scan(x[:, :1]), expected[:, :1])
+        inside.clear()
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.05, 0.0005)
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    torch.testing.assert_close(mingru_scan(x), expected)
+    torch.testing.assert_close(mingru_scan(x[:, :1]), expected[:, :1])
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    with tempfile.TemporaryDirectory() as empty:
+        run_python(code, NUMBA_CACHE_DIR=empty)
+
+
+@needs_numba
+def test_an_interrupt_leaves_no_address_of_freed_memory():
+    small, large = torch.randn(1, 1, 128), torch.randn(1, 1, 8192)
+    step = functools.partial(scan_numba.numba_step, h0=None, bias=None, dtype=torch.float32)
+    expected = step(small)
+
+    def interrupt(frame, event, argument):
+        if frame.f_code is not scan_numba._Scratch.at_least.__code__:
+            return None
+
+        def at_each_line(frame, event, argument):
+            if isinstance(frame.f_locals.get("memory"), torch.Tensor):
+                raise KeyboardInterrupt
+            return at_each_line
+
+        return at_each_line
+
+    scan_numba._scratch.__dict__.clear()
+    step(small)
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step(large)
+    finally:
+        sys.settrace(before)
+    size, address, owner = scan_numba._scratch.kept
+    assert (size, address) == (owner.numel(), owner.data_ptr())
+    torch.testing.assert_close(step(small), expected)
 
 
 @pytest.mark.parametrize("broken", ["broken", "old"])
