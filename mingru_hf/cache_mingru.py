@@ -91,6 +91,14 @@ class MinGRUCacheLayer(CacheLayerMixin):
         self.seq_length += num_steps
         self.is_initialized = True
 
+    def snapshot(self) -> tuple:
+        """What `restore` goes back to; it holds until the tensors are written to."""
+        return self.states, self.windows, self.seq_length, self.is_initialized
+
+    def restore(self, snapshot: tuple) -> None:
+        """Take back all steps since `snapshot()`, after an exception among them."""
+        self.states, self.windows, self.seq_length, self.is_initialized = snapshot
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the first step brings its state."""
 
@@ -227,6 +235,18 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
             if windows is not None:
                 self.windows.copy_(windows.detach())
         self.seq_length += num_steps
+
+    def snapshot(self) -> tuple:
+        """As in MinGRUCacheLayer, with copies of the tensors that the next steps write to."""
+        fixed = [t for t in (self.states, self.windows, self.seq_length) if torch.is_tensor(t)]
+        return super().snapshot(), [(tensor, tensor.clone()) for tensor in fixed]
+
+    def restore(self, snapshot: tuple) -> None:
+        """As in MinGRUCacheLayer; the tensors stay where they are."""
+        fields, copies = snapshot
+        super().restore(fields)
+        for tensor, copy in copies:
+            tensor.copy_(copy)
 
     def _settle(self, states: Tensor, windows: Tensor | None) -> None:
         """Take tensors which stay where they are from now on, and count in one."""

@@ -267,6 +267,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
             self.mlp = MinGRUMLP(config, output_size)
         else:
             self.register_module("mlp", None)
+        self.hands_out_states = not (config.use_out_proj or config.residual or config.use_mlp)
         self.branch_dropout = nn.Dropout(config.residual_dropout)
         is_last = layer_idx == config.num_hidden_layers - 1
         self.block_dropout = nn.Dropout(0.0 if is_last else config.block_dropout)
@@ -329,7 +330,8 @@ class MinGRUBlock(GradientCheckpointingLayer):
             call=call,
         )
         if layer is not None:
-            layer.append(states, windows, num_steps=steps)
+            # The states may be the block's output, and whoever gets that may write to it.
+            layer.append(states.clone() if self.hands_out_states else states, windows, num_steps=steps)
         # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
         branch_dropout, block_dropout = modules["branch_dropout"], modules["block_dropout"]
         if branch_dropout.training:
@@ -525,17 +527,38 @@ class MinGRUModel(MinGRUPreTrainedModel):
         packing = (kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"))
         reset = self._document_starts(position_ids, *packing, mask, batch, steps, begins)
 
-        blocks = modules["layers"]._modules
-        if depth != len(blocks):
+        if depth != len(modules["layers"]):
             self._check_early_exit(depth)
         hidden_states = inputs_embeds
         if modules["embedding_dropout"].training:
             hidden_states = self.embedding_dropout(hidden_states)
         backend = requested_backend(self.config.scan_backend)
-        for block in islice(blocks.values(), depth):
+        arguments = (mask, reset, num_recorded, backend, call)
+        if cache is None or torch.compiler.is_compiling():
+            return self._run_blocks(hidden_states, *arguments, cache), cache
+        before = [layer.snapshot() for layer in cache.layers]
+        try:
+            return self._run_blocks(hidden_states, *arguments, cache), cache
+        except BaseException:  # an interrupt, too: some of the blocks have moved on
+            for layer, snapshot in zip(cache.layers, before, strict=True):
+                layer.restore(snapshot)
+            raise
+
+    def _run_blocks(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        num_recorded: int | None,
+        backend: str,
+        call: Callable,
+        cache: Cache | None,
+    ) -> Tensor:
+        modules = self._modules
+        for block in islice(modules["layers"]._modules.values(), self.config.num_hidden_layers):
             # The cache by name: that is where transformers looks for it when activations are recomputed.
             hidden_states = call(block, hidden_states, mask, reset, num_recorded, backend, call, cache=cache)
-        return call(modules["norm"], hidden_states), cache
+        return call(modules["norm"], hidden_states)
 
     def _check_early_exit(self, depth: int) -> None:
         sizes = self.config.hidden_sizes
@@ -749,7 +772,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def _assisted_decoding(self, input_ids, *args, generation_config, **kwargs):
-        """As in GenerationMixin; afterwards the cache is as constant in size as before."""
+        """As in GenerationMixin; afterwards the cache is as constant in size, and the model as deep, as before."""
         cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
         layers = [] if cache is None else cache.layers
         recorded = [layer.record_past for layer in layers]
@@ -758,10 +781,13 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         if cache is not None and length == input_ids.shape[1]:
             cache.reset()
-        output = super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
-        for layer, record_past in zip(layers, recorded, strict=True):
-            layer.record_past = record_past
-        return output
+        depth = self.config.num_hidden_layers  # which drafts of an early exit lower for a while
+        try:
+            return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
+        finally:
+            self.config.num_hidden_layers = depth
+            for layer, record_past in zip(layers, recorded, strict=True):
+                layer.record_past = record_past
 
     @staticmethod
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")

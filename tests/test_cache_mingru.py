@@ -12,6 +12,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 
 import mingru_hf.cache_mingru
+from mingru_hf import MinGRUConfig, MinGRUForCausalLM, MinGRUModel
 from mingru_hf.cache_mingru import MinGRUCacheLayer, MinGRUStaticCacheLayer
 
 # Logits of a few units in float32; matrix products of other row counts round differently.
@@ -332,3 +333,54 @@ def test_recording_that_ends_leaves_the_newest_state(model, input_ids):
             cache.layers[0].record_past = False  # as transformers does on Apple's GPUs
         assert cache.layers[0].states.shape[1] == 1
         assert torch.equal(cache.layers[0].state, newest)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("seen", [0, 5])
+@pytest.mark.parametrize("kind", ["dynamic", "recording", "static", "static recording"])
+def test_a_call_that_fails_half_way_leaves_the_cache_as_it_was(model, input_ids, kind, seen, error):
+    expected = model(input_ids).logits
+    cache = StaticCache(model.config, max_cache_len=1) if "static" in kind else DynamicCache(config=model.config)
+    if "recording" in kind:
+        cache.activate_past_recording()
+    if seen:
+        model(input_ids[:, :seen], cache=cache)
+
+    def fail(*args):
+        raise error
+
+    for ids in (input_ids[:, seen:], input_ids[:, seen : seen + 1]):  # several steps at once, and one
+        hook = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            model(ids, cache=cache)
+        hook.remove()
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [seen] * len(cache.layers)
+    torch.testing.assert_close(model(input_ids[:, seen:], cache=cache).logits, expected[:, seen:])
+    if "recording" in kind and seen:
+        cache.crop(seen - 12 - 1)
+        again = model(input_ids[:, seen - 1 :], cache=cache).logits
+        torch.testing.assert_close(again, expected[:, seen - 1 :])
+
+
+def test_a_cache_that_does_not_fit_one_block_is_refused_as_it_was(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
+    model = MinGRUForCausalLM(config).eval()
+    other = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, hidden_sizes=[16, 24])).eval()
+    cache = model(input_ids[:, :5], use_cache=True).cache
+    with pytest.raises(ValueError, match=r"h0 must have shape \(3, 1, 48\)"):
+        other(input_ids[:, 5:6], cache=cache)
+    torch.testing.assert_close(model(input_ids[:, 5:], cache=cache).logits, model(input_ids).logits[:, 5:])
+
+
+@pytest.mark.parametrize("recording", [False, True])
+def test_an_output_may_be_written_to(input_ids, recording):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "expand": 1, "initializer_range": 0.3}
+    alone = {"residual": False, "use_mlp": False, "use_final_norm": False}  # the states themselves are the output
+    model = MinGRUModel(MinGRUConfig(vocab_size=40, **sizes, **alone)).eval()
+    expected, cache = model(input_ids).last_hidden_state, DynamicCache(config=model.config)
+    if recording:
+        cache.activate_past_recording()
+    for t in range(12):
+        out = model(input_ids[:, t : t + 1], cache=cache).last_hidden_state
+        torch.testing.assert_close(out[:, 0], expected[:, t])
+        out.zero_()

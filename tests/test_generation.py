@@ -432,3 +432,25 @@ def test_trainer_evaluates_without_tripping_over_the_cache(model, input_ids, tmp
     torch.testing.assert_close(logits, model(batch).logits)
     torch.testing.assert_close(loss, model(batch, labels=batch).loss)
     assert torch.equal(labels, batch)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}], ids=str)
+def test_an_error_while_drafting_leaves_model_and_cache_as_they_were(model, input_ids, options):
+    if "assistant_early_exit" in options and model.config.hidden_sizes is not None:
+        options = {"assistant_early_exit": 3}  # its blocks differ in width: a draft as deep as the model
+    ids, depth, calls = input_ids[:1], model.config.num_hidden_layers, []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise RuntimeError("no more")
+
+    cache = DynamicCache(config=model.config)
+    expected = model(ids).logits
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=20, **options)
+    hook.remove()
+    assert model.config.num_hidden_layers == depth
+    assert not any(layer.record_past for layer in cache.layers)
+    torch.testing.assert_close(model(ids).logits, expected)
