@@ -8,9 +8,12 @@ Legend: B rows that generate, R rows of a prefill, T tokens of a piece of it, V 
 """
 
 import copy
+import itertools
 import operator
 import queue
 import threading
+from collections.abc import Hashable
+from numbers import Integral
 from types import SimpleNamespace
 
 import torch
@@ -62,7 +65,7 @@ class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
         """requests of B rows, scores (B, V) -> (B, V)."""
         arguments = torch.empty(self.tensors_required, len(requests), dtype=torch.int32, device=scores.device)
         arguments = iter(self.prepare_tensor_args(requests, arguments))
-        states = [request.state for request in requests]
+        states, ids = [request.state for request in requests], None
         for processor in self.logits_processor:
             if isinstance(processor, ContinuousBatchingLogitsProcessor):
                 scores = processor(scores, next(arguments))
@@ -70,8 +73,10 @@ class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
                 last = [(state.generated_tokens or state.initial_tokens)[-1] for state in states]
                 scores = processor(torch.tensor(last, device=scores.device), scores)
             else:
-                tokens = (state.initial_tokens + state.generated_tokens for state in states)
-                ids = (torch.tensor([row], device=scores.device) for row in tokens)
+                if ids is None:  # of all rows in one copy to the device
+                    tokens = [state.initial_tokens + state.generated_tokens for state in states]
+                    ids = torch.tensor([*itertools.chain.from_iterable(tokens)], device=scores.device).unsqueeze(0)
+                    ids = ids.split([len(row) for row in tokens], dim=1)
                 scores = torch.cat([processor(*pair) for pair in zip(ids, scores.split(1), strict=True)])
         return scores
 
@@ -87,8 +92,10 @@ class _Scheduler(Scheduler):
         """Take a request; transformers fails it if this raises, and it alone.
 
         Raises:
-            ValueError: for a prompt that the model cannot run.
+            ValueError: for a prompt that the model cannot run, or the name of a request that has not ended yet.
         """
+        if state.request_id in self.active_requests or state.request_id in self.waiting_requests:
+            raise ValueError(f"There is a request {state.request_id!r} already: give another request_id, or none.")
         try:
             prompt = state.initial_tokens = [operator.index(token) for token in state.initial_tokens]
         except TypeError:
@@ -148,7 +155,8 @@ class _Rows:
         kept = [row for row, request in enumerate(self.requests) if request.state.request_id not in self._gone]
         if len(kept) < len(self.requests):
             self.requests = [self.requests[row] for row in kept]
-            self.cache.batch_select_indices(torch.tensor(kept, dtype=torch.long))
+            device = self.cache.layers[0].states.device
+            self.cache.batch_select_indices(torch.tensor(kept, dtype=torch.long, device=device))
         self._gone.clear()
 
 
@@ -158,6 +166,7 @@ class _Prefill:
     def __init__(self, requests: list[FutureRequestState], model, token_budget: int):
         prompts = list(dict.fromkeys(tuple(request.state.initial_tokens) for request in requests))
         length = max(map(len, prompts))
+        self.padding = length - min(map(len, prompts))  # behind so many tokens no row is padded
         self.requests = requests
         self.row = {prompt: row for row, prompt in enumerate(prompts)}
         self.ids = torch.tensor([(0,) * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
@@ -174,16 +183,17 @@ class _Prefill:
     def advance(self, model, scheduler: Scheduler) -> Tensor | None:
         """Run the next piece: None, or behind the last one (requests, V) logits of the requests that are active."""
         end = min(self.done + max(self.steps, 1), self.ids.shape[1])
-        piece, mask = self.ids[:, self.done : end], self.mask[:, :end]
+        piece, mask = self.ids[:, self.done : end], self.mask[:, :end] if self.done < self.padding else None
         logits = model(piece, attention_mask=mask, cache=self.cache, logits_to_keep=1).logits[:, -1]
         self.done = end
         if end < self.ids.shape[1]:
             return None
         requests = [state for parent in self.active(scheduler) for state in _with_children(parent)]
-        rows = torch.tensor([self.row[tuple(state.initial_tokens)] for state in requests], dtype=torch.long)
+        rows = [self.row[tuple(state.initial_tokens)] for state in requests]
+        rows = torch.tensor(rows, dtype=torch.long, device=logits.device)
         self.requests = [FutureRequestState(state, True, {}, 1) for state in requests]
         self.cache.batch_select_indices(rows)
-        return logits[rows.to(logits.device)]
+        return logits[rows]
 
 
 def _with_children(state: RequestState) -> list[RequestState]:
@@ -272,11 +282,20 @@ class _BatchProcessor(ContinuousBatchProcessor):
                 outputs.append(state.to_generation_output())
         self.output_router.deliver_batch(outputs)
 
+    def _handle_request_error(self, error: Exception, state: RequestState) -> None:
+        """Fail a request, with the tokens that it has itself: another one may bear its name."""
+        self.output_router.fail_and_deliver(state, error)
+
     def fail_all_requests(self, error: Exception) -> None:
         """Fail all requests, those that generate with the tokens that they have."""
         for state in (*self.scheduler.active_requests.values(), *self.scheduler.waiting_requests.values()):
             self._handle_request_error(error, state)
         self.scheduler.reset()
+
+
+def _check_name(request_id: object) -> None:
+    if not isinstance(request_id, Hashable):
+        raise ValueError(f"request_id must be a string, got {request_id!r}.")
 
 
 class MinGRUBatchingManager(ContinuousBatchingManager):
@@ -323,6 +342,26 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
             model._get_logits_processor(self.generation_config, input_ids_seq_length=1),
             continuous_batching_config.per_request_processors,
         )
+
+    def add_request(self, input_ids, request_id=None, max_new_tokens=None, *args, **kwargs) -> str | None:
+        """As in ContinuousBatchingManager.
+
+        Raises:
+            ValueError: if the request's name cannot be one, or its length is no number: that would fail them all.
+        """
+        _check_name(request_id)
+        if max_new_tokens is not None and not isinstance(max_new_tokens, Integral):
+            raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}.")
+        return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
+
+    def cancel_request(self, request_id: str) -> None:
+        """As in ContinuousBatchingManager.
+
+        Raises:
+            ValueError: if no request can have this name.
+        """
+        _check_name(request_id)
+        super().cancel_request(request_id)
 
     def switch_to_cb_friendly_attn(self, model, auto_switch_to_flash: bool = True) -> None:
         """Nothing to switch."""

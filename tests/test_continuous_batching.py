@@ -275,6 +275,38 @@ def test_a_name_may_be_used_again(model):
     assert [result and len(result.generated_tokens) for result in results] == [3, 3]
 
 
+def test_a_name_that_is_taken_fails_the_second_request_alone(model, manager):
+    prompts, lengths = prompts_of(4), (300, 40, 5, 5)
+    manager.add_request(prompts[0], request_id="other", max_new_tokens=lengths[0])
+    manager.add_request(prompts[1], request_id="mine", max_new_tokens=lengths[1], streaming=True)
+    manager.add_request(prompts[2], request_id="mine", max_new_tokens=lengths[2])  # while it waits, or runs
+    failed, finished = [], {}
+    while len(finished) < 2 or not failed:
+        result = manager.get_result(timeout=60)
+        assert result is not None
+        if result.error is not None:
+            failed.append(result)
+        elif result.is_finished():
+            finished[result.request_id] = result
+    for number, name in enumerate(("other", "mine")):
+        expected = generated_alone(model, prompts[number], max_new_tokens=lengths[number])
+        assert finished[name].generated_tokens == expected
+    assert len(failed) == 1
+    assert "There is a request 'mine' already" in failed[0].error
+    assert failed[0].generated_tokens == []
+    assert manager.is_running()
+
+
+@pytest.mark.parametrize("bad", [{"request_id": ["mine"]}, {"max_new_tokens": "many"}], ids=str)
+def test_a_request_that_would_stop_the_thread_is_refused(model, manager, bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        manager.add_request([3, 4], **bad)
+    with pytest.raises(ValueError, match="request_id must be a string"):
+        manager.cancel_request(["mine"])
+    request = manager.add_request([3, 4], max_new_tokens=3)
+    assert results_of(manager, 1)[request].generated_tokens == generated_alone(model, [3, 4], max_new_tokens=3)
+
+
 def test_pause_lets_the_weights_change_between_steps(model, manager):
     prompt = prompts_of(1)[0]
     manager.add_request(prompt, max_new_tokens=2000, streaming=True)
