@@ -91,7 +91,7 @@ class _HeadLoss(torch.autograd.Function):
         b = None if bias is None else bias.to(dtype)
         exact = torch.promote_types(dtype, torch.float32)  # of sums over pieces
         loss = rows.new_zeros((), dtype=torch.float32)
-        rows_grad = torch.empty_like(rows) if need_rows else None
+        rows_grad = torch.empty_like(rows, dtype=_held(rows)) if need_rows else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if need_weight else None
         bias_grad = torch.zeros_like(bias, dtype=exact) if need_bias else None
         size = max(1, (PIECE_ELEMENTS if weight.device.type == "cpu" else DEVICE_PIECE_ELEMENTS) // weight.shape[0])
@@ -115,20 +115,33 @@ class _HeadLoss(torch.autograd.Function):
                     rows_grad[piece] = linear(p, w.t())
                 if need_weight and dtype == exact:
                     weight_grad.addmm_(p.t(), x[piece])
+                elif need_weight and dtype == torch.float16:
+                    # A sum over so many rows may lie beyond the numbers of float16: powers of 2 keep it within.
+                    scale = 2.0 ** max(0, (len(p) - 1).bit_length() - 8)
+                    weight_grad.add_(p.t() @ (x[piece] / scale), alpha=scale)
                 elif need_weight:
                     weight_grad += p.t() @ x[piece]
         ctx.save_for_backward(
             rows_grad,
-            None if weight_grad is None else weight_grad.to(weight.dtype),
-            None if bias_grad is None else bias_grad.to(bias.dtype),
+            None if weight_grad is None else weight_grad.to(_held(weight)),
+            None if bias_grad is None else bias_grad.to(_held(bias)),
         )
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        grads = (
+            None if g is None else (g * grad.to(g.dtype)).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return *grads, None, None, None, None
+
+
+def _held(tensor: Tensor) -> torch.dtype:
+    """The dtype of a gradient that still waits to be divided by the number of tokens: float16 may be too small."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def check_class_ids(labels: Tensor, config: PreTrainedConfig) -> None:

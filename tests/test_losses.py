@@ -356,3 +356,28 @@ def test_mistakes_are_named():
         model(ids, skip_logits=True)
     with pytest.raises(ValueError, match=r"labels have the shape \(2, 4\), expected \(2, 5\)"):
         model(ids, labels=ids[:, :4], skip_logits=True)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "model"])
+@pytest.mark.parametrize("scale", [1.0, 65536.0], ids=["plain", "loss scale"])
+def test_float16_holds_the_sums_of_many_rows(kind, scale, monkeypatch):
+    """Rows with a direction in common and a frequent label: the sum over them is beyond float16, its mean is not."""
+    monkeypatch.setattr(mingru_hf.losses, "PIECE_ELEMENTS", 2**23)
+    hidden = F.layer_norm(torch.randn(1, 120_000, 8) + 3 * torch.randn(8), (8,))
+    labels = torch.where(torch.rand(1, 120_000) < 0.6, 5, torch.randint(64, (1, 120_000)))
+    head = nn.Linear(8, 64)
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten())
+    gradients = torch.autograd.grad(expected * scale, head.parameters())
+    assert 120_000 / scale * gradients[0].abs().max() > 1.2 * torch.finfo(torch.float16).max
+    if kind == "model":
+        head, hidden = head.half(), hidden.half()
+    with torch.autocast("cpu", torch.float16, enabled=kind == "autocast"):
+        loss = head_loss(hidden.requires_grad_(), head, None, shift_labels=labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+    (loss * scale).backward()
+    for parameter, gradient in zip(head.parameters(), gradients, strict=True):
+        if gradient.abs().max() > torch.finfo(parameter.dtype).max:
+            continue  # too large for the parameter itself
+        assert (parameter.grad.float() - gradient).abs().max() <= 5e-3 * gradient.abs().max()
+    assert hidden.grad.isfinite().all()
+    assert hidden.grad.abs().max() > 0 or scale == 1.0
