@@ -251,7 +251,7 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
     def _settle(self, states: Tensor, windows: Tensor | None) -> None:
         """Take tensors which stay where they are from now on, and count in one."""
         self.states, self.windows, self.is_initialized = states, windows, True
-        self.seq_length = torch.tensor(int(self.seq_length), dtype=torch.long, device=states.device)
+        self.seq_length = torch.full((), int(self.seq_length), dtype=torch.long, device=states.device)
         if not torch.compiler.is_compiling():  # else inductor leaves CUDA graphs out, since these are written to
             for tensor in (self.states, self.windows, self.seq_length):
                 if tensor is not None:

@@ -451,14 +451,14 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             raise ValueError(
                 f"attention_mask must have shape {tuple(frames.shape[:2])} (B, T), got {tuple(attention_mask.shape)}."
             )
-        mask = attention_mask.to(frames.device).bool()
+        mask = attention_mask.bool()
         if is_tracing(mask):
-            return mask
+            return mask.to(frames.device)
         if mask.all():
             return None
         if not may_be_empty and not mask.any(1).all():
             raise ValueError("attention_mask leaves a clip without a frame.")
-        return mask
+        return mask.to(frames.device)
 
     def _feature_maps(self, frames: Tensor, mask: Tensor | None) -> list[Tensor]:
         """frames (B, T, C, H, W) -> a feature map (B, T, C_i, H_i, W_i) a stage, zeros at padding."""

@@ -405,8 +405,9 @@ def _packed_starts(
         _check_positions("seq_idx", seq_idx, batch, steps)
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
     if cu_seq_lens_q is not None:
-        indices = torch.arange(batch * steps, device=cu_seq_lens_q.device).view(batch, steps)
-        listed = F.pad(torch.isin(indices, cu_seq_lens_q[1:-1])[:, 1:], (1, 0))
+        listed = torch.zeros(batch * steps + 1, dtype=torch.bool, device=cu_seq_lens_q.device)  # one may end a row
+        listed.index_fill_(0, cu_seq_lens_q[1:-1].long().clamp(max=batch * steps), True)
+        listed = F.pad(listed[:-1].view(batch, steps)[:, 1:], (1, 0))
         starts = listed if starts is None else starts | listed
     return None if starts is None else _at_real_tokens(starts, mask)
 
@@ -523,7 +524,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         if cache is not None:
             self._check_cache(cache, batch, depth)
         begins = cache is None or cache.layers[0].state is None
-        mask = self._padding_mask(attention_mask, batch, steps, begins)
+        mask = self._padding_mask(attention_mask, batch, steps, begins, inputs_embeds.device)
         packing = (kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"))
         reset = self._document_starts(position_ids, *packing, mask, batch, steps, begins)
 
@@ -591,7 +592,9 @@ class MinGRUModel(MinGRUPreTrainedModel):
         if layers[0].batch_size not in (-1, batch):
             raise ValueError(f"cache holds {layers[0].batch_size} rows, but the inputs have {batch}.")
 
-    def _padding_mask(self, attention_mask: Tensor | None, batch: int, steps: int, begins: bool) -> Tensor | None:
+    def _padding_mask(
+        self, attention_mask: Tensor | None, batch: int, steps: int, begins: bool, device: torch.device
+    ) -> Tensor | None:
         """(B, T) boolean for this call's tokens; None where nothing is padding."""
         if attention_mask is None:
             return None
@@ -602,7 +605,9 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 f"already; got {tuple(shape)}."
             )
         mask = attention_mask[:, -steps:].bool()
-        return None if _may_look(mask) and bool(mask.all()) else mask
+        if _may_look(mask) and bool(mask.all()):
+            return None
+        return mask if mask.device == device else mask.to(device)
 
     def _document_starts(
         self,

@@ -64,7 +64,9 @@ def _layouts(batch: int, steps: int, channels: int) -> list[_Layout]:
 
 def _fill(array: Tensor, flags: Tensor | None, number: float) -> None:
     """Write the number into the rows that are flagged, whatever lies there."""
-    if flags is not None:
+    if flags is not None and not array.is_cpu:  # where the rows would have to be waited for
+        array.masked_fill_(flags, number)
+    elif flags is not None:
         array.view(-1, array.shape[-1]).index_fill_(0, flags.flatten().nonzero().squeeze(1), number)
 
 
@@ -94,7 +96,7 @@ class _Block:
         self.passing = None if mask is None else ~mask
         _fill(self.decay, self.passing, 1.0)
         if reset is not None:
-            any_reset = reset.flatten(1).any(1).tolist()
+            any_reset = reset.flatten(1).any(1).tolist() if reset.is_cpu else [True] * len(reset)
             self.cuts = [cut if any_ else None for cut, any_ in zip(reset.unbind(0), any_reset, strict=True)]
 
 
@@ -149,7 +151,7 @@ def _add_start(x, mask, reset, start, states):
             start = decay_t.mul_(start)
         states[now] += block.decay
         # Its share of the state only falls, and rounding swallows it from here on.
-        if (start.abs() <= states[now.stop - 1] * negligible).all():
+        if x.is_cpu and (start.abs() <= states[now.stop - 1] * negligible).all():
             return
         start = start.clone()
 

@@ -76,16 +76,17 @@ def parse_args(argv: list[str] | None) -> tuple:
 @torch.no_grad()
 def loss_of_stream(model, blocks, accelerator: Accelerator) -> float:
     """Nats per token of the text that `evaluation_blocks` has cut, read once from beginning to end."""
-    cache, total, count = DynamicCache(config=model.config), 0.0, 0
+    cache, counts, losses = DynamicCache(config=model.config), [], []
     for row in tqdm(blocks.with_format("torch"), desc="blocks"):
-        ids, labels = (row[name].long().to(accelerator.device) for name in ("input_ids", "labels"))
         # A block begins with the last token of the one before; the last one is filled up.
-        targets = F.pad(labels[1:], (0, 1), value=-100)[None, :-1]
-        number = int((targets != -100).sum())
+        targets = F.pad(row["labels"].long()[1:], (0, 1), value=-100)[None, :-1]
+        counts.append(int((targets != -100).sum()))
+        ids, targets = row["input_ids"].long()[None, :-1].to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
-            output = model(ids[None, :-1], labels=targets, shift_labels=targets, cache=cache, skip_logits=True)
-        total, count = total + number * output.loss.item(), count + number
-    return total / count
+            output = model(ids, labels=targets, shift_labels=targets, cache=cache, skip_logits=True)
+        losses.append(output.loss.float())
+    counts = torch.tensor(counts, dtype=torch.float64)
+    return (counts @ torch.stack(losses).cpu().double() / counts.sum()).item()
 
 
 def main(argv: list[str] | None = None) -> None:

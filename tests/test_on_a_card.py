@@ -124,3 +124,13 @@ def test_video_as_a_clip_and_as_a_stream():
     for frame in frames.split(1, dim=1):
         logits = model(frame, cache=cache).logits
     assert_close(logits, expected)
+
+
+def test_a_mask_on_the_cpu(model, on_card, input_ids):
+    """As models of transformers take it; all ones, and with padding."""
+    for masked in (0, 3):
+        mask = torch.ones_like(input_ids)
+        mask[0, :masked] = 0
+        with torch.no_grad():
+            logits = on_card(input_ids.to(DEVICE), attention_mask=mask).logits
+            assert_close(logits[0, masked:], model(input_ids, attention_mask=mask).logits[0, masked:])

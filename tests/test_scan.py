@@ -15,6 +15,7 @@ import mingru_hf.scan
 from mingru_hf.scan import mingru_scan, mingru_step
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
 from mingru_hf.scan_reference import scan_reference
+from mingru_hf.scan_torch import torch_backward, torch_forward
 
 needs_numba = pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
 FAST_BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
@@ -570,6 +571,16 @@ def test_shapes_alone_on_the_meta_device(grad):
         states = mingru_scan(x, mask=flags, reset=flags)
     assert states.is_meta
     assert states.shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 600, 8)], ids=["steps", "chunks"])
+def test_the_torch_scan_looks_at_no_number_off_the_cpu(shape):
+    """Which a GPU would be waited for; on the meta device it is an error."""
+    x, flags = torch.empty(shape, device="meta"), torch.empty(shape[:2], dtype=torch.bool, device="meta")
+    states, last = torch_forward(x, None, flags, flags, torch.float32)
+    grad_x, grad_h0 = torch_backward(states, last, x, None, states, flags, flags)
+    assert (states.shape, grad_x.shape) == ((*shape[:2], shape[2] // 2), shape)
+    assert last.shape == grad_h0.shape == (shape[0], 1, shape[2] // 2)
 
 
 @torch.no_grad()

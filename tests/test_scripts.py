@@ -633,7 +633,7 @@ def test_a_trained_model_learns_other_classes(video_model, shapes, tmp_path, cap
     train += ("--dataset_name", tmp_path / "other", "--cache_dir", tmp_path / "cache", "--use_cpu")
     train += ("--max_train_steps", 1, "--learning_rate", 1e-9, "--dataloader_num_workers", 0)
     error = error_of(capsys, *train)
-    assert f"and the data has {names[0]!r}, {names[1]!r}" in error.replace("\n", " ")
+    assert f"but the data has {names[0]!r}, {names[1]!r}" in error.replace("\n", " ")
     assert "add --ignore_mismatched_sizes" in error
     call(*train, "--ignore_mismatched_sizes")
     before, after = (AutoModelForVideoClassification.from_pretrained(d) for d in (video_model, tmp_path / "run"))
@@ -745,12 +745,12 @@ def test_the_videos_that_training_held_out_are_evaluated(own_videos, tmp_path, m
     test += ("--model_name_or_path", model, "--output_dir", tmp_path / "again")
     call(*test, "--seed", 3)
     for option, value in (("--seed", 1), ("--validation_split_percentage", 50)):
-        with pytest.warns(UserWarning, match=f"was trained on .* Leave {option} out"):
+        with pytest.warns(UserWarning, match=f"was trained on .* Remove {option}"):
             call(*test, option, value, "--overwrite_output_dir")
 
     (model / "metrics.json").unlink()
     assert not [warning for warning in recwarn if "metrics.json" in str(warning.message)]
-    with pytest.warns(UserWarning, match=r"no metrics.json .* --validation_split_percentage must be as in training"):
+    with pytest.warns(UserWarning, match=r"no metrics.json .* --validation_split_percentage as in training"):
         call(*test, "--seed", 3, "--overwrite_output_dir")
 
 

@@ -599,19 +599,23 @@ def evaluate(
         batch_size=batch_size,
         collate_fn=collate_fn or default_collate,
         num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),
     )
-    totals = torch.zeros(2 + len(metrics), dtype=torch.float64)
+    counts, means = [0], [torch.zeros(1 + len(metrics), device=accelerator.device)]  # of the batches
     for batch in loader:
-        batch = _prepare(batch, accelerator.device)
-        labels = batch["labels"]
-        targets = int(((labels[:, 1:] if labels.ndim == 2 else labels) != -100).sum())  # a language model shifts
+        # Counted before the batch moves, since a GPU would be waited for. A language model shifts.
+        labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+        targets = int(((labels[:, 1:] if labels.ndim == 2 else labels) != -100).sum())
         if targets == 0:
             continue  # a mean over nothing is NaN
+        batch = _prepare(batch, accelerator.device)
         outputs = model(**batch, **_loss_alone(model, skip_logits=not metrics))
-        values = [outputs.loss, *(metric(outputs.logits, labels) for metric in metrics.values())]
-        totals[0] += targets
-        totals[1:] += targets * torch.tensor([float(value) for value in values], dtype=torch.float64)
+        values = [outputs.loss, *(metric(outputs.logits, batch["labels"]) for metric in metrics.values())]
+        counts.append(targets)
+        means.append(torch.stack([torch.as_tensor(value, device=accelerator.device).float() for value in values]))
+    counts = torch.tensor(counts, dtype=torch.float64)
+    totals = torch.cat([counts.sum(0, keepdim=True), counts @ torch.stack(means).cpu().double()])
     # mps has no float64; float32 holds the counts to 1e-7
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     targets, loss, *others = accelerator.reduce(totals.to(accelerator.device, dtype), "sum").tolist()
