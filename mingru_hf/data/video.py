@@ -266,7 +266,7 @@ class VideoClips(torch.utils.data.Dataset):
         """Make the model's input of one clip: (N, H, W, 3) uint8 to (N, C, crop height, crop width) float32."""
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
         if self.frame_order == "shuffled":
-            frames = frames[torch.randperm(len(frames))]
+            frames = frames[torch.randperm(len(frames), device="cpu")]
         sizing = {}
         if self.augment is not None:
             frames, sizing = self.augment(frames), {"do_resize": False, "do_center_crop": False}

@@ -702,7 +702,7 @@ class BatchStream:
     def order(self, epoch: int) -> list[int]:
         """Return the order of all examples in one epoch, counted from 0."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.num_examples, generator=generator)
+        order = torch.randperm(self.num_examples, generator=generator, device="cpu")
         return (order + epoch * self.num_examples if self.draws_anew else order).tolist()
 
 

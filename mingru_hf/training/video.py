@@ -221,5 +221,7 @@ class _WholeVideos(Dataset):
             return video, torch.empty(0, dtype=torch.uint8)
         if clips.frame_order == "shuffled":
             generator = torch.Generator().manual_seed(clips.seed * 1_000_003 + video)
-            frames = torch.stack([clip[torch.randperm(len(clip), generator=generator)] for clip in frames])
+            frames = torch.stack(
+                [clip[torch.randperm(len(clip), generator=generator, device="cpu")] for clip in frames]
+            )
         return video, frames.permute(0, 1, 4, 2, 3)
