@@ -27,7 +27,7 @@ from mingru_hf.data.text import (
     load_text_split,
     unknown_share,
 )
-from mingru_hf.training.arguments import option, parse_dataclasses
+from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, loss_scores, resolve_mixed_precision, summary
 from mingru_hf.training.models import load_pretrained
@@ -50,20 +50,20 @@ class EvaluateArguments:
     validation_split_percentage: int = option(10, "as in training, for the validation split")
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
-    block_size: int = option(256, "tokens that the model reads at a time")
+    block_size: int = option(256, "tokens that the model reads at a time", least=2)
     packing: str = option(
         "concatenate", "as in training: the state at the start of a document", ("concatenate", "reset")
     )
     carry_state: bool = option(False, "keep the state from block to block, instead of starting anew")
-    per_device_eval_batch_size: int = option(64, "blocks per batch, unless the state is carried", group="machine")
-    dataloader_num_workers: int = option(0, "processes that prepare the batches; 0: the main process")
+    per_device_eval_batch_size: int = option(
+        64, "blocks per batch, unless the state is carried", group="machine", positive=True
+    )
+    dataloader_num_workers: int = option(0, "processes that prepare the batches; 0: the main process", least=0)
     mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
 
     def __post_init__(self):
-        for name, least in (("block_size", 2), ("per_device_eval_batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        check_values(self)
         if self.carry_state and self.packing == "reset":
             raise ValueError("carry_state keeps the state that packing reset starts anew: leave one of them out")
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.video import VIEWS, VideoClips
-from mingru_hf.training.arguments import option, parse_dataclasses
+from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
 from mingru_hf.training.models import load_pretrained
@@ -39,11 +39,11 @@ class EvaluateArguments:
     )
     overwrite_output_dir: bool = option(False, "replace these files if they exist")
     split: str = option("test", "the videos to classify", ("train", "validation", "test"), group="protocol")
-    clips_per_video: int = option(25, "clips per video, spread evenly from beginning to end")
+    clips_per_video: int = option(25, "clips per video, spread evenly from beginning to end", positive=True)
     views: str = option("ten_crops", "crops of each clip (ten_crops: five and their mirror images)", VIEWS)
     aggregation: str = option("vote", "how the views decide a video's class", ("vote", "mean"))
-    per_device_eval_batch_size: int = option(32, "views per batch of one process", group="machine")
-    dataloader_num_workers: int = option(2, "processes that decode; 0: the main process")
+    per_device_eval_batch_size: int = option(32, "views per batch of one process", group="machine", positive=True)
+    dataloader_num_workers: int = option(2, "processes that decode; 0: the main process", least=0)
     mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     seed: int | None = option(
@@ -51,9 +51,7 @@ class EvaluateArguments:
     )
 
     def __post_init__(self):
-        for name in ("clips_per_video", "per_device_eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        check_values(self)
 
 
 def parse_args(argv: list[str] | None) -> tuple:

@@ -25,7 +25,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.av import import_av, write_video
-from mingru_hf.training.arguments import option, parse_dataclasses
+from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.models import load_pretrained
 
 CAMERAS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
@@ -38,18 +38,17 @@ class StreamArguments:
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
     video: str = option(MISSING, "a file, or the name of a camera's device", group="video")
     camera: bool = option(False, "--video names a camera")
-    frame_stride: int | None = option(None, "take every N-th frame; default: as the model's processor does")
-    max_frames: int | None = option(None, "stop after N frames of the video")
+    frame_stride: int | None = option(
+        None, "take every N-th frame; default: as the model's processor does", positive=True
+    )
+    max_frames: int | None = option(None, "stop after N frames of the video", positive=True)
     output_file: str | None = option(None, "write the annotated video (.mp4), or frames and curves (.png), here")
     overwrite_output_file: bool = option(False, "replace output_file if it exists")
-    top_k: int = option(1, "classes to print after each frame")
+    top_k: int = option(1, "classes to print after each frame", positive=True)
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU", group="machine")
 
     def __post_init__(self):
-        for name in ("frame_stride", "max_frames", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, not {value}")
+        check_values(self)
         if self.output_file is not None and Path(self.output_file).suffix not in (".mp4", ".png"):
             raise ValueError(f"output_file must end in .mp4 or .png, not {self.output_file}")
 

@@ -34,6 +34,9 @@ def option(
     choices: Sequence[str] | None = None,
     group: str | None = None,
     fixed: bool = False,
+    *,
+    positive: bool = False,
+    least: int | None = None,
 ):
     """Return a dataclass field with the text, the choices and the heading that `--help` shows for it.
 
@@ -43,8 +46,29 @@ def option(
         choices: the words allowed, None for any.
         group: heading in `--help` from this field on, None to stay under the last one.
         fixed: whether it determines the examples, so that a run must resume with the value it began with.
+        positive: whether it must be finite and above 0, for `check_values`.
+        least: the least value allowed, for `check_values`; None for any.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group, "fixed": fixed})
+    known = {"help": help, "choices": choices, "group": group, "fixed": fixed, "positive": positive, "least": least}
+    return field(default=default, metadata=known)
+
+
+def check_values(arguments: object) -> None:
+    """Hold the fields of a dataclass made with `option` against what they may be; None is always allowed.
+
+    Raises:
+        ValueError: if one is not among its choices, or outside its range.
+    """
+    for f in dataclasses.fields(arguments):
+        value, choices, least = getattr(arguments, f.name), f.metadata["choices"], f.metadata["least"]
+        if value is None:
+            continue
+        if choices and value not in choices:
+            raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
+        if f.metadata["positive"] and not 0 < value < math.inf:
+            raise ValueError(f"{f.name} must be positive, not {value}")
+        if least is not None and not value >= least:
+            raise ValueError(f"{f.name} must be {f'at least {least}' if least else '0 or more'}, not {value}")
 
 
 @dataclass(kw_only=True)
@@ -73,7 +97,7 @@ class TrainArguments:
         "save a resumable checkpoint, output_dir/checkpoint-STEP, every N optimizer steps or every epoch: a "
         "number, or epoch; default: never",
     )
-    checkpoints_total_limit: int = option(2, "keep only the newest N checkpoints; 0: all")
+    checkpoints_total_limit: int = option(2, "keep only the newest N checkpoints; 0: all", least=0)
     resume_from_checkpoint: str | None = option(
         None,
         "resume from this checkpoint, or from the latest one in output_dir (from the start if there is none yet): "
@@ -91,9 +115,13 @@ class TrainArguments:
     )
     hub_model_id: str | None = option(None, "owner/name on the Hub; default: the last part of output_dir")
 
-    per_device_train_batch_size: int = option(64, "examples per batch of one process", group="optimization")
-    gradient_accumulation_steps: int = option(1, "batches whose gradients are accumulated for one optimizer step")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW")
+    per_device_train_batch_size: int = option(
+        64, "examples per batch of one process", group="optimization", positive=True
+    )
+    gradient_accumulation_steps: int = option(
+        1, "batches whose gradients are accumulated for one optimizer step", positive=True
+    )
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", positive=True)
     lr_scheduler_type: str = option(
         "cosine", "learning-rate schedule (inverse_sqrt: not with max_train_seconds)", SCHEDULES
     )
@@ -104,36 +132,41 @@ class TrainArguments:
         None,
         "steps over which the learning rate rises from 0; default: 100, or a tenth of a shorter run (of its seconds "
         "with max_train_seconds); constant has none",
+        least=0,
     )
-    weight_decay: float = option(0.1, "AdamW's weight decay of matrices; norms and biases have none")
+    weight_decay: float = option(0.1, "AdamW's weight decay of matrices; norms and biases have none", least=0)
     adam_beta1: float = option(0.9, "AdamW's beta1")
     adam_beta2: float = option(0.999, "AdamW's beta2")
-    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0: off")
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0: off", least=0)
 
     num_train_epochs: float = option(
-        3.0,
-        "passes over the data; ignored with max_train_steps or max_train_seconds",
-        group="duration",
+        3.0, "passes over the data; ignored with max_train_steps or max_train_seconds", group="duration", positive=True
     )
-    max_train_steps: int | None = option(None, "optimizer steps in all")
+    max_train_steps: int | None = option(None, "optimizer steps in all", positive=True)
     max_train_seconds: float | None = option(
         None,
         "wall-clock seconds in all, evaluations included, except the final one; the learning rate then "
         "follows the fraction of this time that has passed",
+        positive=True,
     )
-    early_stopping_patience: int | None = option(None, "stop after N evaluations without a better loss")
+    early_stopping_patience: int | None = option(None, "stop after N evaluations without a better loss", positive=True)
 
-    per_device_eval_batch_size: int = option(64, "examples per batch of one process", group="evaluation")
-    eval_steps: int | None = option(None, "optimizer steps between evaluations; default: a tenth of the run")
+    per_device_eval_batch_size: int = option(
+        64, "examples per batch of one process", group="evaluation", positive=True
+    )
+    eval_steps: int | None = option(
+        None, "optimizer steps between evaluations; default: a tenth of the run", positive=True
+    )
     max_eval_samples: int | None = option(
         None,
         "evaluate on N examples, spread evenly over the validation set, during training; the final evaluation, of the "
         "best model, takes them all",
+        positive=True,
     )
-    sample_tokens: int = option(0, "tokens of a sample text written at every evaluation; 0: none")
-    logging_steps: int = option(10, "optimizer steps between two points of the training curve")
+    sample_tokens: int = option(0, "tokens of a sample text written at every evaluation; 0: none", least=0)
+    logging_steps: int = option(10, "optimizer steps between two points of the training curve", positive=True)
 
-    seed: int = option(0, "seed of the weights, the order of the data and dropout", group="machine")
+    seed: int = option(0, "seed of the weights, the order of the data and dropout", group="machine", least=0)
     mixed_precision: str = option(
         "auto",
         "precision of the matrix products (auto: bf16 where the CPU or GPU supports it, else no)",
@@ -143,44 +176,13 @@ class TrainArguments:
         False, "keep only the blocks' inputs and recompute the rest in the backward pass: less memory, more time"
     )
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
-    dataloader_num_workers: int = option(0, "processes that load data; 0: the main process")
+    dataloader_num_workers: int = option(0, "processes that load data; 0: the main process", least=0)
 
     def __post_init__(self):
-        for name in (
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "num_train_epochs",
-            "max_train_steps",
-            "max_train_seconds",
-            "early_stopping_patience",
-            "per_device_eval_batch_size",
-            "eval_steps",
-            "max_eval_samples",
-            "logging_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, not {value}")
-        for name in (
-            "checkpoints_total_limit",
-            "sample_tokens",
-            "num_warmup_steps",
-            "weight_decay",
-            "max_grad_norm",
-            "dataloader_num_workers",
-            "seed",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {value}")
+        check_values(self)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for f in dataclasses.fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError("hub_model_id has no effect without push_to_hub: add --push_to_hub")
         if self.report_to is not None and not self.with_tracking:
