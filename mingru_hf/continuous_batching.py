@@ -12,8 +12,7 @@ import itertools
 import operator
 import queue
 import threading
-from collections.abc import Hashable
-from numbers import Integral
+from numbers import Integral, Real
 from types import SimpleNamespace
 
 import torch
@@ -38,6 +37,7 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 # their steps, which bounds how long these wait.
 _MAX_REQUESTS = 256
 _MAX_TOKENS = 4096
+_CHILD = "__child#"  # in transformers' names of the further sequences of a prompt
 
 # Options of generate() that are refused, with the values that mean none: these need beams, text, a second pass, a
 # clock, or a prompt or a length that all rows share.
@@ -94,8 +94,12 @@ class _Scheduler(Scheduler):
         Raises:
             ValueError: for a prompt that the model cannot run, or the name of a request that has not ended yet.
         """
-        if state.request_id in self.active_requests or state.request_id in self.waiting_requests:
-            raise ValueError(f"There is a request {state.request_id!r} already: give another request_id, or none.")
+        for name in (state.request_id, *_names_of_children(state)):
+            if name in self.active_requests or name in self.waiting_requests:
+                raise ValueError(f"There is a request {name!r} already: give another request_id, or none.")
+        temperature = state.logit_processor_kwargs.get("temperature")
+        if isinstance(temperature, Real) and not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}: leave it out and give top_k=1.")
         try:
             prompt = state.initial_tokens = [operator.index(token) for token in state.initial_tokens]
         except TypeError:
@@ -198,8 +202,12 @@ class _Prefill:
 
 def _with_children(state: RequestState) -> list[RequestState]:
     """The request, and the others that num_return_sequences asks for."""
-    children, state.num_children = range(state.num_children), 0
-    return [state, *(state.fork(f"{state.request_id}__child#{child}") for child in children)]
+    names, state.num_children = _names_of_children(state), 0
+    return [state, *map(state.fork, names)]
+
+
+def _names_of_children(state: RequestState) -> list[str]:
+    return [f"{state.request_id}{_CHILD}{child}" for child in range(state.num_children)]
 
 
 class _BatchProcessor(ContinuousBatchProcessor):
@@ -294,8 +302,10 @@ class _BatchProcessor(ContinuousBatchProcessor):
 
 
 def _check_name(request_id: object) -> None:
-    if not isinstance(request_id, Hashable):
-        raise ValueError(f"request_id must be a string, got {request_id!r}.")
+    try:
+        hash(request_id)
+    except TypeError:
+        raise ValueError(f"request_id must be a string, got {request_id!r}.") from None
 
 
 class MinGRUBatchingManager(ContinuousBatchingManager):
@@ -350,6 +360,10 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
             ValueError: if the request's name cannot be one, or its length is no number: that would fail them all.
         """
         _check_name(request_id)
+        if _CHILD in str(request_id):
+            raise ValueError(
+                f"request_id must not hold {_CHILD!r}, which names further sequences, got {request_id!r}."
+            )
         if max_new_tokens is not None and not isinstance(max_new_tokens, Integral):
             raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}.")
         return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)

@@ -28,8 +28,7 @@ from .scan_numba import NUMBA_AVAILABLE, numba_linear
 # The "family" of the processor; 25 without AVX-512 is Zen 3.
 _ZEN_4, _ZEN_5 = 25, 26
 
-# Few rows, and weights that are large for so few rows, are not worth the conversion.
-_MIN_ROWS = 256
+# Weights that are large for so few rows are not worth the conversion.
 _MAX_WEIGHTS_PER_ROW = 2048
 # With a single thread torch gives a convolution to oneDNN from this batch size on.
 _BATCH = 16
@@ -57,8 +56,8 @@ _FAMILY = amd_family(_processor()) if torch.backends.cpu.get_cpu_capability() ==
 _USES_MKL = torch.backends.mkl.is_available()
 # Whether oneDNN multiplies many rows faster than MKL on this machine.
 CONVOLUTION_IS_FASTER = _FAMILY >= _ZEN_4 and _USES_MKL and torch.backends.mkldnn.is_available()
-# Smaller products are not worth the conversion, either: on Zen 4 there is less to gain.
-_MIN_PRODUCTS = 1 << (24 if _FAMILY >= _ZEN_5 else 28)
+# Nor are fewer rows and smaller products; on Zen 4 there is less to gain.
+_MIN_ROWS, _MIN_PRODUCTS = (256, 1 << 24) if _FAMILY >= _ZEN_5 else (2048, 1 << 28)
 # Whether our kernel multiplies few rows faster than torch; measured on Zen 4. Who asks for a scan without numba gets
 # linear maps without it, too.
 FEW_ROWS_ARE_FASTER = (

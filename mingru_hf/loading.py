@@ -1,6 +1,9 @@
 """What the models of this package share when they are loaded, saved and called."""
 
+import functools
+import inspect
 import warnings
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -27,6 +30,33 @@ def refuse_unknown(kwargs: dict) -> None:
     unknown = sorted(name for name, value in kwargs.items() if name not in _KNOWN_KWARGS and value is not None)
     if unknown:
         raise TypeError(f"The model's forward() got unexpected arguments: {', '.join(unknown)}.")
+
+
+def restores_cache(forward: Callable) -> Callable:
+    """Decorator of a forward pass: if that fails half-way, by an interrupt even, its `cache` is as it was before.
+
+    Not in compiled code, where no exception is caught.
+    """
+    index = [*inspect.signature(forward).parameters].index("cache")
+
+    @functools.wraps(forward)
+    def restoring(*args, **kwargs):
+        cache = args[index] if len(args) > index else kwargs.get("cache")
+        if cache is None or torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        layers = list(getattr(cache, "layers", ()))
+        parts = [part for part in (cache, *layers) if hasattr(part, "snapshot")]
+        before = [part.snapshot() for part in parts]
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            for part, snapshot in zip(parts, before, strict=True):
+                part.restore(snapshot)
+            if layers:
+                cache.layers[:] = layers
+            raise
+
+    return restoring
 
 
 class LoadingMixin:
@@ -58,4 +88,4 @@ class LoadingMixin:
         return loaded
 
 
-__all__ = ["LoadingMixin", "refuse_unknown"]
+__all__ = ["LoadingMixin", "refuse_unknown", "restores_cache"]

@@ -18,6 +18,9 @@ from .observers import in_transform
 PIECE_ELEMENTS = 2**23
 # Elsewhere more: a piece is a dozen launches, and reads and writes the whole gradient of the head (256 MB in float32).
 DEVICE_PIECE_ELEMENTS = 2**26
+# In float16 so many rows are summed at once, scaled by a power of 2: inputs up to 256 cannot overflow, and those down
+# to 0.001 keep all their digits.
+_HALF_ROWS, _HALF_SCALE = 4096, 16.0
 
 
 def head_loss(
@@ -116,9 +119,9 @@ class _HeadLoss(torch.autograd.Function):
                 if need_weight and dtype == exact:
                     weight_grad.addmm_(p.t(), x[piece])
                 elif need_weight and dtype == torch.float16:
-                    # A sum over so many rows may lie beyond the numbers of float16: powers of 2 keep it within.
-                    scale = 2.0 ** max(0, (len(p) - 1).bit_length() - 8)
-                    weight_grad.add_(p.t() @ (x[piece] / scale), alpha=scale)
+                    # A sum over many rows may lie beyond the numbers of float16.
+                    for part, x_part in zip(p.split(_HALF_ROWS), x[piece].split(_HALF_ROWS), strict=True):
+                        weight_grad.add_(part.t() @ (x_part / _HALF_SCALE), alpha=_HALF_SCALE)
                 elif need_weight:
                     weight_grad += p.t() @ x[piece]
         ctx.save_for_backward(

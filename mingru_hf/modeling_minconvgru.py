@@ -25,7 +25,7 @@ from transformers.utils.import_utils import is_tracing
 
 from .configuration_minconvgru import MinConvGRUConfig
 from .layers import MinConv2dGRULayer
-from .loading import LoadingMixin, refuse_unknown
+from .loading import LoadingMixin, refuse_unknown, restores_cache
 from .losses import check_class_ids, classification_loss
 from .scan import mingru_scan
 
@@ -60,6 +60,14 @@ class MinConvGRUCache:
         self.states = [state.clone() for state in states]
         self.features = features.clone()
         self.seq_length += num_frames
+
+    def snapshot(self) -> tuple:
+        """What `restore` goes back to."""
+        return self.states, self.features, self.seq_length
+
+    def restore(self, snapshot: tuple) -> None:
+        """Take back all frames since `snapshot()`, after an exception among them."""
+        self.states, self.features, self.seq_length = snapshot
 
     def reset(self) -> None:
         """Forget all frames: the next ones begin new clips."""
@@ -332,6 +340,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         return self
 
     @can_return_tuple
+    @restores_cache
     def forward(
         self,
         pixel_values_videos: Tensor | None = None,
@@ -593,6 +602,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @restores_cache
     def forward(
         self,
         pixel_values_videos: Tensor | None = None,

@@ -35,7 +35,7 @@ from .cache_mingru import MinGRUCacheLayer, own_layers
 from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
 from .linear import linear
-from .loading import LoadingMixin, refuse_unknown
+from .loading import LoadingMixin, refuse_unknown, restores_cache
 from .losses import check_class_ids, classification_loss, head_loss
 from .observers import in_transform
 from .scan import adds_bias, draw_memory_, mingru_scan, mingru_step, requested_backend
@@ -385,9 +385,9 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
 def _may_look(flags: Tensor) -> bool:
     """Whether to look at the values of flags (B, T), which may save the masked path.
 
-    Not while tracing, and not for single steps on a GPU, where waiting for the answer costs more.
+    Not while tracing, nor on the meta device, nor for single steps on a GPU, where waiting for the answer costs more.
     """
-    return not is_tracing(flags) and (flags.device.type == "cpu" or flags.shape[1] > 1)
+    return not is_tracing(flags) and not flags.is_meta and (flags.device.type == "cpu" or flags.shape[1] > 1)
 
 
 def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None:
@@ -405,8 +405,10 @@ def _packed_starts(
         _check_positions("seq_idx", seq_idx, batch, steps)
         starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).expand(batch, steps)
     if cu_seq_lens_q is not None:
+        if cu_seq_lens_q.dim() != 1:
+            raise ValueError(f"cu_seq_lens_q must have shape (documents + 1,), got {tuple(cu_seq_lens_q.shape)}.")
         listed = torch.zeros(batch * steps + 1, dtype=torch.bool, device=cu_seq_lens_q.device)  # one may end a row
-        listed.index_fill_(0, cu_seq_lens_q[1:-1].long().clamp(max=batch * steps), True)
+        listed.index_fill_(0, cu_seq_lens_q[1:-1].long().clamp(0, batch * steps), True)
         listed = F.pad(listed[:-1].view(batch, steps)[:, 1:], (1, 0))
         starts = listed if starts is None else starts | listed
     return None if starts is None else _at_real_tokens(starts, mask)
@@ -434,6 +436,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
     @capture_outputs
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @restores_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -528,38 +531,17 @@ class MinGRUModel(MinGRUPreTrainedModel):
         packing = (kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q"))
         reset = self._document_starts(position_ids, *packing, mask, batch, steps, begins)
 
-        if depth != len(modules["layers"]):
+        blocks = modules["layers"]._modules
+        if depth != len(blocks):
             self._check_early_exit(depth)
         hidden_states = inputs_embeds
         if modules["embedding_dropout"].training:
             hidden_states = self.embedding_dropout(hidden_states)
         backend = requested_backend(self.config.scan_backend)
-        arguments = (mask, reset, num_recorded, backend, call)
-        if cache is None or torch.compiler.is_compiling():
-            return self._run_blocks(hidden_states, *arguments, cache), cache
-        before = [layer.snapshot() for layer in cache.layers]
-        try:
-            return self._run_blocks(hidden_states, *arguments, cache), cache
-        except BaseException:  # an interrupt, too: some of the blocks have moved on
-            for layer, snapshot in zip(cache.layers, before, strict=True):
-                layer.restore(snapshot)
-            raise
-
-    def _run_blocks(
-        self,
-        hidden_states: Tensor,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        num_recorded: int | None,
-        backend: str,
-        call: Callable,
-        cache: Cache | None,
-    ) -> Tensor:
-        modules = self._modules
-        for block in islice(modules["layers"]._modules.values(), self.config.num_hidden_layers):
+        for block in islice(blocks.values(), depth):
             # The cache by name: that is where transformers looks for it when activations are recomputed.
             hidden_states = call(block, hidden_states, mask, reset, num_recorded, backend, call, cache=cache)
-        return call(modules["norm"], hidden_states)
+        return call(modules["norm"], hidden_states), cache
 
     def _check_early_exit(self, depth: int) -> None:
         sizes = self.config.hidden_sizes
@@ -832,6 +814,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @restores_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -926,6 +909,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @restores_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -1023,6 +1007,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    @restores_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

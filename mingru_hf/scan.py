@@ -58,6 +58,20 @@ def mingru_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def mingru_scan(
+    gate_and_candidate: Tensor,
+    h0: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    return_last_state: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def mingru_scan(
     gate_and_candidate: Tensor,
     h0: Tensor | None = None,

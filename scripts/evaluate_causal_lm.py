@@ -45,7 +45,9 @@ class EvaluateArguments:
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")
     train_file: str | None = option(None, "the file that the model was trained on, with --split validation")
-    test_file: str | None = option(None, "evaluate on this file instead: txt, json, jsonl, csv, parquet or arrow")
+    test_file: str | None = option(
+        None, "evaluate on this file instead: txt, json, jsonl, ndjson, csv, parquet or arrow"
+    )
     split: str = option("test", "the split to evaluate on: test, or validation as held out in training")
     validation_split_percentage: int = option(10, "as in training, for the validation split")
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")

@@ -71,7 +71,9 @@ class DataArguments:
         group="data",
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")
-    train_file: str | None = option(None, "train on this file instead: txt, json, jsonl, csv, parquet or arrow")
+    train_file: str | None = option(
+        None, "train on this file instead: txt, json, jsonl, ndjson, csv, parquet or arrow"
+    )
     validation_file: str | None = option(None, "validate on this file; needs train_file")
     validation_split_percentage: int = option(
         10, "percent of the training data, its end, to validate on if there is no validation split"

@@ -362,6 +362,30 @@ def test_a_call_that_fails_half_way_leaves_the_cache_as_it_was(model, input_ids,
         torch.testing.assert_close(again, expected[:, seen - 1 :])
 
 
+@pytest.mark.parametrize("seen", [0, 5])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_call_that_fails_behind_the_blocks_leaves_the_cache_as_it_was(model, input_ids, kind, seen):
+    expected = model(input_ids).logits
+    cache = StaticCache(model.config, max_cache_len=1) if kind == "static" else DynamicCache(config=model.config)
+    if seen:
+        model(input_ids[:, :seen], cache=cache)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError
+
+    for module in (model.lm_head, model.model):
+        hook = module.register_forward_hook(fail)
+        for ids in (input_ids[:, seen:], input_ids[:, seen : seen + 1]):
+            with pytest.raises(torch.OutOfMemoryError):
+                model(ids, cache=cache)
+        hook.remove()
+    for wrong in ({"labels": torch.zeros(1, 2, dtype=torch.long)}, {"logits_to_keep": torch.tensor([50])}):
+        with pytest.raises((ValueError, IndexError)):
+            model(input_ids[:, seen:], cache=cache, **wrong)
+    assert int(cache.get_seq_length()) == seen
+    torch.testing.assert_close(model(input_ids[:, seen:], cache=cache).logits, expected[:, seen:])
+
+
 def test_a_cache_that_does_not_fit_one_block_is_refused_as_it_was(input_ids):
     config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()

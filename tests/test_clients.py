@@ -302,6 +302,8 @@ def test_a_type_checker_knows_what_the_user_gets(tmp_path, monkeypatch):
         'reveal_type(MinConvGRUForVideoClassification.from_pretrained("runs/moving"))\n'
         "reveal_type(mingru_scan(torch.ones(1, 2, 2)))\n"
         "reveal_type(mingru_scan(torch.ones(1, 2, 2), return_last_state=True))\n"
+        "def either(flag: bool) -> None:\n"
+        "    mingru_scan(torch.ones(1, 2, 2), return_last_state=flag)\n"
     )
     monkeypatch.setenv("MYPYPATH", str(ROOT))
     options = ["--ignore-missing-imports", "--follow-imports=silent", "--cache-dir", str(tmp_path / "cache")]

@@ -297,7 +297,11 @@ def test_a_name_that_is_taken_fails_the_second_request_alone(model, manager):
     assert manager.is_running()
 
 
-@pytest.mark.parametrize("bad", [{"request_id": ["mine"]}, {"max_new_tokens": "many"}], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [{"request_id": ["mine"]}, {"request_id": (["mine"],)}, {"request_id": "a__child#0"}, {"max_new_tokens": "many"}],
+    ids=str,
+)
 def test_a_request_that_would_stop_the_thread_is_refused(model, manager, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         manager.add_request([3, 4], **bad)
@@ -305,6 +309,27 @@ def test_a_request_that_would_stop_the_thread_is_refused(model, manager, bad):
         manager.cancel_request(["mine"])
     request = manager.add_request([3, 4], max_new_tokens=3)
     assert results_of(manager, 1)[request].generated_tokens == generated_alone(model, [3, 4], max_new_tokens=3)
+
+
+def test_a_name_is_taken_together_with_those_of_further_sequences(model):
+    sampled = GenerationConfig(do_sample=True, num_return_sequences=2)
+    with model.continuous_batching_context_manager(sampled) as manager:
+        manager.add_request([3, 4], request_id="mine", max_new_tokens=200)
+        manager.add_request([3, 4], request_id="mine", max_new_tokens=2)
+        results = [manager.get_result(timeout=60) for _ in range(3)]
+    assert sorted(result.request_id for result in results if result.error is None) == ["mine", "mine__child#0"]
+    assert [result.request_id for result in results if result.error is not None] == ["mine"]
+
+
+def test_a_temperature_of_0_fails_its_request_alone(model):
+    config = ContinuousBatchingConfig(per_request_processors=True)
+    sampled = GenerationConfig(do_sample=True, temperature=0.9)
+    with model.continuous_batching_context_manager(sampled, continuous_batching_config=config) as manager:
+        good = manager.add_request([3, 4], max_new_tokens=6)
+        bad = manager.add_request([5], max_new_tokens=6, temperature=0.0)
+        results = {result.request_id: result for result in (manager.get_result(timeout=60) for _ in range(2))}
+    assert "temperature must be above 0" in results[bad].error
+    assert len(results[good].generated_tokens) == 6
 
 
 def test_pause_lets_the_weights_change_between_steps(model, manager):

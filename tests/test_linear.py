@@ -34,6 +34,7 @@ def convolutions(monkeypatch):
         return original(x, weight, *args, **kwargs)
 
     monkeypatch.setattr(F, "conv2d", conv2d)
+    monkeypatch.setattr(mingru_hf.linear, "_MIN_ROWS", 256)
     monkeypatch.setattr(mingru_hf.linear, "_MIN_PRODUCTS", 1 << 24)
     for module, name in ((mingru_hf.linear, "CONVOLUTION_IS_FASTER"), (mingru_hf.calling, "HAS_FASTER_WAY")):
         monkeypatch.setattr(module, name, True)
@@ -338,10 +339,13 @@ def test_the_machines_where_there_is_a_faster_way(family, changes, convolution, 
     assert elsewhere.HAS_FASTER_WAY is (convolution or (few_rows and NUMBA_AVAILABLE))
 
 
-@pytest.mark.parametrize(("family", "rows", "runs"), [(26, 1024, 1), (25, 1024, 0), (25, 16384, 1)])
-def test_a_zen_4_gains_in_large_products_alone(family, rows, runs, convolutions, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "rows", "inputs", "runs"),
+    [(26, 1024, 128, 1), (25, 1024, 128, 0), (25, 16384, 128, 1), (25, 1024, 2048, 0)],
+)
+def test_a_zen_4_gains_in_large_products_of_many_rows_alone(family, rows, inputs, runs, convolutions, monkeypatch):
     elsewhere = linear_module_on(monkeypatch, family)
-    x, weight = torch.randn(16, rows // 16, 128), torch.randn(129, 128)
+    x, weight = torch.randn(16, rows // 16, inputs), torch.randn(129, inputs)
     torch.testing.assert_close(elsewhere.linear(x, weight), F.linear(x, weight), rtol=1e-4, atol=1e-4)
     assert len(convolutions) == runs
 

@@ -287,6 +287,23 @@ def test_a_wrong_label_does_not_move_the_stream_on(frames):
     assert cache.batch_size == -1
 
 
+def test_a_call_that_fails_leaves_the_stream_as_it_was(model, frames):
+    def fail(*args):
+        raise torch.OutOfMemoryError
+
+    with torch.no_grad():
+        expected, cache = model(frames).logits, MinConvGRUCache()
+        model(frames[:, :3], cache=cache)
+        hook = model.classifiers[0].register_forward_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(frames[:, 3:], cache=cache)
+        hook.remove()
+        with pytest.raises(ValueError, match="batch"):
+            model(frames[:, 3:], cache=cache, labels=torch.tensor([0, 1]))
+        assert cache.get_seq_length() == 3
+        assert_close(model(frames[:, 3:], cache=cache).logits, expected)
+
+
 def test_a_stream_in_bfloat16_goes_on_from_the_exact_state(frames):
     model, frames = make_model().bfloat16(), frames.bfloat16()
     with torch.no_grad():

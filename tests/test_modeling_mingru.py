@@ -135,6 +135,22 @@ def test_a_packed_document_may_begin_with_padding(model, input_ids, marks):
         assert_close(logits[:, document], model(ids[:, document]).logits)
 
 
+def test_borders_outside_the_rows_count_for_nothing(model, input_ids):
+    borders = torch.tensor([0, -100, 0, 24, 24, 36, 37, 99, 36], dtype=torch.int32)
+    expected = model(input_ids).logits
+    assert_close(model(input_ids, cu_seq_lens_q=borders).logits, expected)
+    for wrong in (borders[None], borders[:8].view(4, 2)):
+        with pytest.raises(ValueError, match=r"cu_seq_lens_q must have shape \(documents \+ 1,\), got"):
+            model(input_ids, cu_seq_lens_q=wrong)
+
+
+def test_masks_and_borders_on_the_meta_device(model):
+    flags = {"attention_mask": torch.ones(2, 5), "position_ids": torch.zeros(2, 5, dtype=torch.long)}
+    model, ids = model.to("meta"), torch.zeros(2, 5, dtype=torch.long, device="meta")
+    for name, values in flags.items():
+        assert model(ids, **{name: values.to("meta")}).logits.shape == (2, 5, 40)
+
+
 @pytest.mark.parametrize("marks", ["seq_idx", "cu_seq_lens_q"])
 def test_the_first_packed_document_continues_from_the_cache(model, input_ids, marks):
     ids = input_ids[:1]

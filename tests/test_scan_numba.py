@@ -471,6 +471,7 @@ print(out.isfinite().all().item())
         for path in files:
             os.truncate(path, size)
         assert run() == ["True"]
+        assert all(path.stat().st_size > size for path in files if path.suffix == ".nbi")  # mended
     if sys.platform == "linux":
         assert run("full disk", cache=tmp_path / "other") == ["True"]
 

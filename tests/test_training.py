@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -1138,6 +1139,13 @@ def test_a_batch_without_a_target_does_not_count(args):
     accelerator = start(args())
     scores = evaluate(make_model(), some, accelerator, batch_size=2)
     assert scores == pytest.approx(evaluate(make_model(), some.select([0, 1, 4, 5]), accelerator, batch_size=2))
+
+
+def test_metrics_of_any_kind_of_number_keep_their_digits(args):
+    kinds = {"float": 1 / 3, "array": np.array([1 / 3]), "tensor": torch.tensor([1 / 3], dtype=torch.float64)}
+    metrics = {name: lambda logits, labels, value=value: value for name, value in kinds.items()}
+    scores = evaluate(make_model(), make_blocks(13), start(args()), batch_size=5, metrics=metrics)
+    assert [scores[f"eval_{name}"] for name in kinds] == pytest.approx([1 / 3] * 3, rel=1e-15)
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite(args):

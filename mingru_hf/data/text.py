@@ -172,12 +172,11 @@ def load_text_datasets(
     Args:
         dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as
             `datasets.load_dataset` takes it, or a local directory. All its .txt files, each one document, or else all
-            its .json, .jsonl, .csv, .parquet or .arrow files are read, whichever take up more; folders and files
-            named train, validation, valid, val, dev or test make splits (`split_files`). It needs a split "train"; a
-            split "test" is not read.
+            its files of rows (`TABLES`) are read, whichever take up more; folders and files named train, validation,
+            valid, val, dev or test make splits (`split_files`). It needs a split "train"; a split "test" is not read.
         dataset_config_name: the dataset's configuration, where it has several.
         train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
-            .jsonl, .csv, .parquet or .arrow, one document per row. Used instead of `dataset_name`.
+            .jsonl, .ndjson, .csv, .parquet or .arrow, one document per row. Used instead of `dataset_name`.
         validation_file: the same for validation; needs `train_file`.
         validation_split_percentage: share of the training split, in percent, between 0 and 100 (excluded).
         text_column_name: the column with the text. By default the one named "text", or the only column of
@@ -295,7 +294,7 @@ def load_text_stream(
 
     Args:
         dataset_name, dataset_config_name: of the Hub, or a local directory, as for `load_text_datasets`.
-        train_file: .json, .jsonl, .csv, .parquet or .arrow, one document per row. Used instead of `dataset_name`.
+        train_file: a file of rows (`TABLES`), one document per row. Used instead of `dataset_name`.
         validation_file: the same, or .txt, loaded as a whole; needs `train_file`.
         validation_documents: documents to validate on: the first of the validation split, or, where there is none,
             the first of the training split, which are then left out of training.

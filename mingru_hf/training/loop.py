@@ -602,7 +602,10 @@ def evaluate(
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),
     )
-    counts, means = [0], [torch.zeros(1 + len(metrics), device=accelerator.device)]  # of the batches
+    # mps has no float64; float32 holds the counts to 1e-7
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    numbers = {"dtype": dtype, "device": accelerator.device}
+    counts, means = [0], [torch.zeros(1 + len(metrics), **numbers)]  # of the batches
     for batch in loader:
         # Counted before the batch moves, since a GPU would be waited for. A language model shifts.
         labels = batch["labels"] if "labels" in batch else batch["input_ids"]
@@ -613,12 +616,10 @@ def evaluate(
         outputs = model(**batch, **_loss_alone(model, skip_logits=not metrics))
         values = [outputs.loss, *(metric(outputs.logits, batch["labels"]) for metric in metrics.values())]
         counts.append(targets)
-        means.append(torch.stack([torch.as_tensor(value, device=accelerator.device).float() for value in values]))
+        means.append(torch.stack([torch.as_tensor(value, **numbers).reshape(()) for value in values]))
     counts = torch.tensor(counts, dtype=torch.float64)
     totals = torch.cat([counts.sum(0, keepdim=True), counts @ torch.stack(means).cpu().double()])
-    # mps has no float64; float32 holds the counts to 1e-7
-    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    targets, loss, *others = accelerator.reduce(totals.to(accelerator.device, dtype), "sum").tolist()
+    targets, loss, *others = accelerator.reduce(totals.to(**numbers), "sum").tolist()
     if targets == 0:
         raise ValueError("the validation set has no target: every label is -100, or its rows have one token")
     scores = loss_scores(loss / targets, characters_per_token)
