@@ -34,7 +34,6 @@ try:
     import numba
     from llvmlite import ir
     from numba.core import types
-    from numba.core.caching import FunctionCache
     from numba.extending import intrinsic
 
     if numba.version_info[:2] < _MIN_VERSION:
@@ -781,7 +780,7 @@ class _Entry:
         except Exception:  # the folder cannot be written, the disk is full, a file is damaged
             self.compiled = numba.cfunc("void(int64)", **_OPTIONS)(function)
             with contextlib.suppress(Exception):  # so that the next process writes it anew
-                FunctionCache(function).flush()
+                numba.core.caching.FunctionCache(function).flush()
         self.address = self.compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
 
