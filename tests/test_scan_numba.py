@@ -445,6 +445,7 @@ print(scan_numba._compiled_entry(scan_numba._VARIANTS[torch.float32, torch.float
 
 
 @needs_numba
+@pytest.mark.slow
 def test_a_damaged_cache_or_a_full_disk_costs_the_compilation_alone(tmp_path):
     code = """
 import sys
