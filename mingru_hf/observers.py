@@ -50,9 +50,22 @@ def differentiates_in_transform() -> bool:
 
 def differentiates_forward() -> bool:
     """Whether forward mode is at work, torch's or torch.func's; no, as far as this torch lets that be known."""
-    if not differentiates_in_transform():
-        return False
-    return forward_ad._current_level >= 0 or any(level.key() == TransformType.Jvp for level in get_interpreter_stack())
+    return _KNOWN and forward_ad._current_level >= 0  # which torch.func.jvp raises, too
+
+
+@torch.compiler.assume_constant_result
+def _compiles_derivative() -> bool:
+    # The compiler enters the levels of what it reads, and asks for the same ones before it uses what it has made.
+    stack = () if not _KNOWN or maybe_current_level() is None else get_interpreter_stack()
+    return differentiates_forward() or any(level.key() in _DIFFERENTIATING for level in stack)
+
+
+def is_lost_on_kernels() -> bool:
+    """Whether a derivative is taken in which a kernel behind an operator has no part.
+
+    That is forward mode and, in a compiled function, torch.func's reverse mode as well.
+    """
+    return _compiles_derivative() if torch.compiler.is_compiling() else differentiates_forward()
 
 
 def is_observed() -> bool:
@@ -88,6 +101,7 @@ __all__ = [
     "has_global_hooks",
     "in_transform",
     "is_exporting",
+    "is_lost_on_kernels",
     "is_observed",
     "without_modes",
 ]

@@ -17,17 +17,22 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .observers import differentiates_forward, is_exporting, without_modes
+from .observers import is_exporting, is_lost_on_kernels, is_observed, without_modes
 from .scan_numba import NUMBA_AVAILABLE, numba_step, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
 from .scan_operator import KERNELS, run_kernel
-from .scan_reference import add_bias, first_state, scan_exported, scan_log, scan_reference
+from .scan_reference import add_bias, first_state, scan_doubling, scan_exported, scan_log, scan_reference
 from .scan_torch import torch_backward, torch_forward
 from .scan_triton import unavailable_reason as triton_unavailable_reason
 
 BACKENDS = ("auto", "reference", "log", "torch", "numba", "triton")
 # What autograd and compilers look into; the others are kernels behind an operator.
-_IN_OPERATORS_OF_TORCH = {"exported": scan_exported, "log": scan_log, "reference": scan_reference}
+_IN_OPERATORS_OF_TORCH = {
+    "compiled": scan_doubling,
+    "exported": scan_exported,
+    "log": scan_log,
+    "reference": scan_reference,
+}
 
 
 @overload
@@ -106,7 +111,8 @@ def mingru_scan(
         (B, T, D, *) states h_1..h_T; with `return_last_state` these and (B, 1, D, *) the last one, in float32 for
         16-bit inputs and else in the inputs' dtype, in memory of its own. Differentiable in `gate_and_candidate`,
         `h0` and `bias`; the kernels in reverse mode alone, so that "auto" takes the loop of "reference" in forward
-        mode. Second and higher derivatives come from that loop, too. Under `torch.vmap` all samples run as one batch.
+        mode, and torch's own operators in what torch.compile makes of a transform of torch.func. Second and higher
+        derivatives come from the loop, too. Under `torch.vmap` all samples run as one batch.
 
     Raises:
         ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
@@ -123,18 +129,19 @@ def mingru_scan(
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
     if backend == "auto" and _wants_plain_operators(gate_and_candidate):
         backend = "exported"
-    elif backend == "auto" and differentiates_forward():
-        backend = "reference"
+    elif backend == "auto" and is_lost_on_kernels():
+        backend = "compiled" if torch.compiler.is_compiling() else "reference"
     else:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
     empty = 0 in gate_and_candidate.shape
     if bias is not None and (empty or backend != "numba"):
         gate_and_candidate, bias = add_bias(gate_and_candidate, bias), None
-    mask = None if mask is None else mask.bool()
-    reset = None if reset is None else reset.bool()
+    mask = None if mask is None else _as_flags("mask", mask)
+    reset = None if reset is None else _as_flags("reset", reset)
     if empty and backend != "exported":
-        states = gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype)
-        last = first_state(gate_and_candidate, h0).clone()
+        states, last = gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype), first_state(gate_and_candidate, h0).clone()
+        if h0 is not None:  # its gradient is 0, not None
+            states = states + last[:, :0].sum().to(out_dtype)
     elif backend in _IN_OPERATORS_OF_TORCH:
         wide = _IN_OPERATORS_OF_TORCH[backend](gate_and_candidate, h0, mask, reset)
         # A copy: a slice would keep all the states in memory, and writing to it would change them.
@@ -142,6 +149,15 @@ def mingru_scan(
     else:
         return run_kernel(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype, return_last_state)
     return (states, last) if return_last_state else states
+
+
+def _as_flags(name: str, flags: Tensor) -> Tensor:
+    """Booleans, from which numbers other than 0 and 1 are told apart where nobody has to wait for them."""
+    if flags.is_floating_point() and flags.device.type == "cpu" and not is_observed():
+        wrong = flags[(flags != 0) & (flags != 1)]
+        if wrong.numel():
+            raise ValueError(f"{name} must hold booleans, or zeros and ones, got {wrong[0].item()}.")
+    return flags.bool()
 
 
 def _wants_plain_operators(x: Tensor) -> bool:
@@ -165,7 +181,8 @@ def mingru_step(
         gate_and_candidate: (B, 1, 2D, *) pre-activations.
         h0: (B, 1, D, *) state before the token; g(0) = 0.5 if None.
         bias: (2D,) added to the pre-activations.
-        backend: as in `mingru_scan`, but "auto" does not look at the environment: see `requested_backend`.
+        backend: as in `mingru_scan`, but "auto" takes the fused step where there is one, without a look at the
+            environment: see `requested_backend`.
         dtype: as in `mingru_scan`.
 
     Returns:
@@ -243,14 +260,20 @@ def _check_inputs(
         )
     if h0 is not None:
         expected = (shape[0], 1, shape[2] // 2, *shape[3:])
-        if h0.shape != expected:
-            raise ValueError(f"h0 must have shape {tuple(expected)} (B, 1, D, *), got {tuple(h0.shape)}.")
+        if h0.shape != expected or not h0.is_floating_point():
+            raise ValueError(
+                f"h0 must have shape {tuple(expected)} (B, 1, D, *) and a floating-point type, got {tuple(h0.shape)} "
+                f"{h0.dtype}."
+            )
     if mask is not None and mask.shape != shape[:2]:
         raise ValueError(f"mask must have shape {tuple(shape[:2])} (B, T), got {tuple(mask.shape)}.")
     if reset is not None and reset.shape != shape[:2]:
         raise ValueError(f"reset must have shape {tuple(shape[:2])} (B, T), got {tuple(reset.shape)}.")
-    if bias is not None and bias.shape != shape[2:3]:
-        raise ValueError(f"bias must have shape {tuple(shape[2:3])} (2D,), got {tuple(bias.shape)}.")
+    if bias is not None and (bias.shape != shape[2:3] or not bias.is_floating_point()):
+        raise ValueError(
+            f"bias must have shape {tuple(shape[2:3])} (2D,) and a floating-point type, got {tuple(bias.shape)} "
+            f"{bias.dtype}."
+        )
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}.")
     device = x.device
@@ -278,8 +301,8 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
 
 def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
     """Why a backend cannot take these inputs; None where it can."""
-    if backend in KERNELS and differentiates_forward():
-        return "forward mode cannot see into it"
+    if backend in KERNELS and is_lost_on_kernels():
+        return ("a compiled derivative" if torch.compiler.is_compiling() else "forward mode") + " cannot see into it"
     if backend == "triton":
         return triton_unavailable_reason(x.device) or _fails_trial(x.device)
     if backend != "numba":

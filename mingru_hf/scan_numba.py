@@ -21,6 +21,7 @@ import threading
 from array import array
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -818,8 +819,9 @@ if hasattr(os, "register_at_fork"):
 def _gomp_parallel():
     """GOMP_parallel(function, argument, number of threads, 0) of the GNU OpenMP library torch runs on, or None."""
     place = os.path.dirname(torch.__file__)
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/maps") as maps:
-        for path in sorted({line.split(maxsplit=5)[-1].strip() for line in maps if "libgomp" in line}):
+    with contextlib.suppress(OSError, AttributeError):
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())  # of any file: names need not be UTF-8
+        for path in sorted({line.split(maxsplit=5)[-1] for line in maps.split("\n") if "libgomp" in line}):
             if path.startswith((place + os.sep, place + ".libs" + os.sep)):
                 function = ctypes.CDLL(path).GOMP_parallel
                 function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]

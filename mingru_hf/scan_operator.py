@@ -6,12 +6,13 @@ and batching.
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from .observers import differentiates_in_transform, is_observed
+from .observers import differentiates_forward, differentiates_in_transform, is_observed
 from .scan_numba import numba_backward, numba_forward, numba_step
 from .scan_reference import accumulation_dtype, add_bias, initial_state, reference_states
 from .scan_torch import torch_backward, torch_forward
@@ -41,7 +42,17 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
+def _refuse_forward_mode():
+    """Refuse what was traced or compiled earlier, and is now run in forward mode: the result would have no tangent."""
+    if differentiates_forward():
+        raise ValueError(
+            "Forward mode (torch.func.jvp, forward_ad) cannot see into the kernels of a MinGRU scan that was traced "
+            "or compiled before it began: use the function itself, or trace or compile it with backend='reference'."
+        )
+
+
 def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
+    _refuse_forward_mode()
     forward, _ = KERNELS[backend]
     more = _bias_argument(bias, x)
     if x.dim() == 3:
@@ -52,6 +63,7 @@ def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
 
 
 def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
+    _refuse_forward_mode()
     if backend == "numba" and mask is None and reset is None:
         states = numba_step(x, h0, bias, dtype)
         if states is not None:
@@ -60,6 +72,7 @@ def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
 
 
 def _backward_impl(grad, grad_last, x, bias, h0, states, mask, reset, backend):
+    _refuse_forward_mode()
     _, backward = KERNELS[backend]
     grads, more = (_flat(grad), _flat(grad_last)), _bias_argument(bias, x)
     grad_x, grad_h0 = backward(*grads, _flat(x), _flat(h0), _flat(states), mask, reset, **more)
@@ -90,11 +103,28 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # the last state's is seldom there
 
 
+def _backward_through_loop(grad, grad_last, x, bias, h0, mask, reset):
+    """What `scan_backward` returns, from torch's own operators in torch.func's terms: to be differentiated any way."""
+    wide = x.to(accumulation_dtype(x))
+    wide = wide if bias is None else add_bias(wide, bias)
+    start = initial_state(wide, grad[:, :1].shape) if h0 is None else h0
+    # A list of states, not a stack: see `reference_states` about indices.
+    _, pull = torch.func.vjp(lambda x, h0: reference_states(x, h0, mask, reset), wide, start)
+    of_states = list(grad.to(wide.dtype).unbind(1))
+    if grad_last is not None:
+        of_states[-1] = of_states[-1] + grad_last[:, 0]
+    grad_x, grad_h0 = pull(of_states)
+    return grad_x.to(x.dtype), grad_h0.to(wide.dtype)
+
+
 def _autograd_backward(ctx, grad, grad_last=None, backward=None):
     gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
     backward = _OPERATORS.scan_backward if backward is None else backward
     grad = torch.zeros_like(states) if grad is None else grad
-    grad_x, grad_h0 = backward(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
+    if differentiates_forward():  # what ran before that began
+        grad_x, grad_h0 = _backward_through_loop(grad, grad_last, gate_and_candidate, bias, h0, mask, reset)
+    else:
+        grad_x, grad_h0 = backward(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
     grad_bias = None
     if bias is not None and ctx.needs_input_grad[1]:
         # torch sums a matrix by columns faster than the first two axes of three; and flatten has no batching rule.
@@ -109,29 +139,14 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_backward(ctx, *grads):
-    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop.
-
-    In torch.func's terms, which hold inside its transforms, too.
-    """
+    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop."""
     *inputs, mask, reset = ctx.saved_tensors
-
-    def first(grad, grad_last, x, bias, h0):
-        wide = x.to(accumulation_dtype(x))
-        wide = wide if bias is None else add_bias(wide, bias)
-        start = initial_state(wide, grad[:, :1].shape) if h0 is None else h0
-        # A list of states, not a stack: see `reference_states` about indices.
-        _, pull = torch.func.vjp(lambda x, h0: reference_states(x, h0, mask, reset), wide, start)
-        of_states = list(grad.to(wide.dtype).unbind(1))
-        if grad_last is not None:
-            of_states[-1] = of_states[-1] + grad_last[:, 0]
-        grad_x, grad_h0 = pull(of_states)
-        return grad_x.to(x.dtype), grad_h0.to(wide.dtype)
 
     wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
 
     def of_wanted(*values):
         given = dict(zip(wanted, values, strict=True))
-        return first(*(given.get(i, t) for i, t in enumerate(inputs)))
+        return _backward_through_loop(*(given.get(i, t) for i, t in enumerate(inputs)), mask, reset)
 
     results, pull = torch.func.vjp(of_wanted, *(inputs[i] for i in wanted))
     grads = tuple(torch.zeros_like(r) if g is None else g.to(r.dtype) for r, g in zip(results, grads, strict=True))
@@ -197,6 +212,16 @@ def _vmap(name, bias_at):
     return rule
 
 
+def _not_compiled(kernel):
+    """The kernel with its own Python left out of what torch.compile reads where it has given up on a caller."""
+
+    @functools.wraps(kernel)
+    def call(*args):
+        return (torch.compiler.disable(kernel) if torch.compiler.is_compiling() else kernel)(*args)
+
+    return call
+
+
 def _register() -> torch.library.Library | None:
     """Define the operators unless another copy of this file already has; the library must be kept alive."""
     if hasattr(_OPERATORS, "scan"):
@@ -209,7 +234,7 @@ def _register() -> torch.library.Library | None:
     def define(schema, bias_at, kernel, fake, setup_context, backward):
         name = schema.partition("(")[0]
         library.define(schema)
-        library.impl(name, kernel, "CompositeExplicitAutograd")
+        library.impl(name, _not_compiled(kernel), "CompositeExplicitAutograd")
         name = f"{_NAMESPACE}::{name}"
         torch.library.register_fake(name, fake, lib=library)
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)

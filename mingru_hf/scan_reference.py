@@ -5,8 +5,9 @@
     h_t = (1 - z_t) h_{t-1} + z_t g_t
 
 Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201, section 3.1 and appendix B.
-`scan_reference` is the definition, a loop over time. `scan_log` is what other implementations run, and `scan_exported`
-one for torch.export. All are made of torch's own operators, which autograd and compilers see.
+`scan_reference` is the definition, a loop over time. `scan_log` is what other implementations run, `scan_exported` one
+for torch.export and `scan_doubling` one for derivatives under torch.compile. All are made of torch's own operators,
+which autograd and compilers see.
 
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
 """
@@ -111,15 +112,10 @@ def decay_and_drive(gate_and_candidate: Tensor) -> tuple[Tensor, Tensor]:
     return torch.sigmoid(-gate), torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
 
 
-def scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
-    """The recurrence in torch's own operators for any T, so that an exported program runs without this package.
-
-    One node of the graph whatever T is: torch's scan over h_t = decay_t h_{t-1} + drive_t.
-    """
-    from torch._higher_order_ops.scan import scan
-
-    if isinstance(x.shape[1], int) and x.shape[1] == 1:
-        return scan_reference(x, h0, mask, reset)
+def _decay_and_drive(
+    x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decay_and_drive` (B, T, D, *) with mask and reset in them, and the first state (B, 1, D, *)."""
     x = x.to(accumulation_dtype(x))
     if mask is not None:
         x = _zero_padding(x, mask)
@@ -133,7 +129,37 @@ def scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tens
         cut = reset.reshape(shape)
         drive = torch.where(cut, drive + INITIAL_STATE * decay, drive)
         decay = torch.where(cut, 0.0, decay)
-    h0 = initial_state(x, decay[:, :1].shape) if h0 is None else h0.to(x.dtype)
+    return decay, drive, initial_state(x, decay[:, :1].shape) if h0 is None else h0.to(x.dtype)
+
+
+def scan_doubling(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The recurrence in log T rounds over all steps, each joining spans of twice the length.
+
+    For compilers, which a loop over time would give a graph of T times as many nodes.
+    """
+    decay, drive, h0 = _decay_and_drive(x, h0, mask, reset)
+    drive = torch.cat([drive[:, :1] + decay[:, :1] * h0, drive[:, 1:]], dim=1)
+    span = 1
+    while span < x.shape[1]:
+        later = decay[:, span:]
+        # Not even NaN crosses a reset.
+        before, product = (torch.where(later == 0.0, 0.0, t[:, :-span]) for t in (drive, decay))
+        drive = torch.cat([drive[:, :span], drive[:, span:] + later * before], dim=1)
+        decay = torch.cat([decay[:, :span], later * product], dim=1)
+        span *= 2
+    return drive
+
+
+def scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The recurrence in torch's own operators for any T, so that an exported program runs without this package.
+
+    One node of the graph whatever T is: torch's scan over h_t = decay_t h_{t-1} + drive_t.
+    """
+    from torch._higher_order_ops.scan import scan
+
+    if isinstance(x.shape[1], int) and x.shape[1] == 1:
+        return scan_reference(x, h0, mask, reset)
+    decay, drive, h0 = _decay_and_drive(x, h0, mask, reset)
     # Torch 2.9's scan gives wrong gradients where its inputs require them and its initial state does not.
     h0 = h0 + 0.0 * decay[:, :1]
 
@@ -183,6 +209,7 @@ __all__ = [
     "first_state",
     "initial_state",
     "reference_states",
+    "scan_doubling",
     "scan_exported",
     "scan_log",
     "scan_reference",

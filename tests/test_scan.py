@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mingru_hf.scan
 from mingru_hf.scan import mingru_scan, mingru_step
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
-from mingru_hf.scan_reference import scan_reference
+from mingru_hf.scan_reference import scan_doubling, scan_reference
 from mingru_hf.scan_torch import torch_backward, torch_forward
 
 needs_numba = pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
@@ -750,6 +750,8 @@ def test_empty_batches_and_sequences(backend, shape):
     assert x.grad.shape == shape
     assert torch.equal(h0.grad, torch.ones_like(h0))
     assert mingru_scan(x.bfloat16(), dtype=torch.float32, backend=backend).dtype == torch.float32
+    (of_states,) = torch.autograd.grad(mingru_scan(x, h0, backend=backend).sum(), h0)
+    assert torch.equal(of_states, torch.zeros_like(h0))
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.uint8])
@@ -822,6 +824,9 @@ def test_log_scan_refuses_what_it_cannot_do():
         (lambda: mingru_scan(torch.randn(2, 6)), r"\(B, T, 2D, \*\)"),
         (lambda: mingru_scan(torch.ones(2, 3, 4, dtype=torch.long)), "floating-point"),
         (lambda: mingru_scan(torch.randn(2, 3, 4), torch.rand(1, 1, 2)), r"h0 must have shape \(2, 1, 2\)"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), torch.zeros(2, 1, 2).cfloat()), r"h0 .* floating-point"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), bias=torch.zeros(4, dtype=torch.long)), r"bias .* floating-point"),
+        (lambda: mingru_scan(torch.randn(2, 3, 4), mask=torch.full((2, 3), -torch.inf)), "zeros and ones, got -inf"),
         (lambda: mingru_scan(torch.randn(2, 3, 4), mask=torch.ones(2, 4)), r"mask must have shape \(2, 3\)"),
         (lambda: mingru_scan(torch.randn(2, 3, 4), reset=torch.ones(3)), r"reset must have shape \(2, 3\)"),
         (lambda: mingru_scan(torch.randn(2, 3, 4), backend="fast"), "Unknown scan backend 'fast'"),
@@ -876,6 +881,103 @@ def test_compilers_are_told_what_comes_out(change, backend):
     torch.library.opcheck(operators.scan_backward.default, inputs, test_utils="test_faketensor")
     inputs = x, None, h0, mask, reset, backend, torch.float32
     torch.library.opcheck(operators.scan.default, inputs, test_utils="test_faketensor")
+
+
+@pytest.fixture
+def compiler():
+    """Torch's, without what it remembers of the functions that other tests compiled."""
+    torch._dynamo.reset()
+    yield torch.compile
+    torch._dynamo.reset()
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "grad of grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sin().sum()),
+    "vmap of grad": lambda f: torch.vmap(torch.func.grad(lambda row: f(row[None]))),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "hessian": torch.func.hessian,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_compiled(transform, compiler, monkeypatch):
+    """A compiler that is handed a derivative; the kernels have no part in it, and no zero is given instead."""
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    x, _, mask, reset = make_inputs(3, 6, 2, flags="mask reset")
+    bias = torch.randn(4)
+    mask, reset = mask[:1], reset[:1]
+
+    def function(backend="auto"):
+        def loss(x):
+            flags = mask.expand(x.shape[:2]), reset.expand(x.shape[:2])
+            return (scan_and_last(x, None, *flags, bias=bias, backend=backend) ** 2).sum()
+
+        return TRANSFORMS[transform](loss)
+
+    compiled = compiler(function(), backend="aot_eager", fullgraph=True)
+    for inputs in (x, x.flip(0)):
+        torch.testing.assert_close(compiled(inputs), function("reference")(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_scan_is_used_in_transforms(compiler, monkeypatch):
+    """One after another: the compiler leaves the operators' own code alone where it has given up on a caller."""
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    x = torch.randn(3, 5, 8)
+    compiled = compiler(mingru_scan, backend="aot_eager")
+    grad = torch.func.grad(lambda x: compiled(x).square().sum())(x)
+    torch.testing.assert_close(grad, torch.func.grad(lambda x: scan_reference(x).square().sum())(x))
+    torch.testing.assert_close(torch.vmap(lambda row: compiled(row[None])[0])(x), scan_reference(x))
+    tangent = torch.func.jvp(compiled, (x,), (x.cos(),))[1]
+    torch.testing.assert_close(tangent, torch.func.jvp(scan_reference, (x,), (x.cos(),))[1])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_was_traced_before_has_no_tangent_of_zero(monkeypatch):
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    x = torch.randn(2, 5, 8)
+    for traced in (make_fx(lambda x: mingru_scan(x))(x), torch.jit.trace(scan_and_last, x)):
+        traced(x)
+        with pytest.raises(Exception, match="cannot see into the kernels of a MinGRU scan that was traced"):
+            torch.func.jvp(traced, (x,), (x.cos(),))
+
+
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_a_gradient_is_differentiated_forward(backend):
+    """Of a scan that ran before forward mode began."""
+    x, h0, mask, reset = make_inputs(2, 5, 4, flags="mask reset")
+    grad, tangent = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+
+    def results(backend):
+        leaf = x.clone().requires_grad_()
+        states = scan_and_last(leaf, h0, mask, reset, backend=backend)
+        _, pull = torch.func.vjp(lambda x: scan_and_last(x, h0, mask, reset, backend=backend), x)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(grad, tangent)
+            (of_leaf,) = torch.autograd.grad(states, leaf, dual)
+            first = torch.autograd.forward_ad.unpack_dual(of_leaf)
+        return first.primal, first.tangent, torch.func.jvp(lambda grad: pull(grad)[0], (grad,), (tangent,))
+
+    torch.testing.assert_close(results(backend), results("reference"))
+
+
+@pytest.mark.parametrize("flags", ["", "mask reset"])
+@pytest.mark.parametrize("steps", [1, 2, 63, 1000])
+def test_the_scan_of_compiled_derivatives(steps, flags):
+    inputs = [t if t is None or t.dtype == torch.bool else t.double() for t in make_inputs(2, steps, 3, flags=flags)]
+    weight = torch.randn(2, steps, 3, dtype=torch.double)
+    torch.testing.assert_close(run(*inputs, weight, scan_doubling), run(*inputs, weight, scan_reference))
+
+
+def test_not_even_nan_crosses_a_reset_in_compiled_derivatives():
+    x, h0, _, _ = make_inputs(2, 30, 3)
+    reset = torch.zeros(2, 30, dtype=torch.bool)
+    reset[:, [0, 12]] = True
+    weight = torch.randn(2, 30, 3)
+    clean = run(x, h0, None, reset, weight, scan_doubling)
+    x[:, 5] = float("nan")
+    states, grad_x, _ = run(x, torch.full_like(h0, float("nan")), None, reset, weight, scan_doubling)
+    torch.testing.assert_close([states[:, 12:], grad_x[:, 12:]], [clean[0][:, 12:], clean[1][:, 12:]])
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

@@ -414,6 +414,25 @@ def test_forked_workers_of_a_process_that_used_it():
 
 
 @needs_numba
+@pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=["UTF-8", "C"])
+def test_files_of_any_name_may_be_in_the_memory(environment, tmp_path):
+    """Weights in a folder whose name the locale cannot read, say; the threads to share are found among such files."""
+    code = r"""
+import mmap, os, sys, torch
+
+path = os.path.join(os.fsencode(sys.argv[1]), b"mod\xe8le")
+with open(path, "wb") as file:
+    file.write(bytes(10))
+file = open(path, "rb")
+memory = mmap.mmap(file.fileno(), 10, access=mmap.ACCESS_READ)
+torch.set_num_threads(2)
+states, _ = scan_numba.numba_forward(torch.zeros(4, 300, 512), None, None, None, torch.float32)
+assert (states == 0.5).all()
+"""
+    run_python(ALONE + code, str(tmp_path), **environment)
+
+
+@needs_numba
 def test_plain_processor_and_no_folder_for_the_cache():
     """Without AVX, FMA and the instruction that rounds to bfloat16; and no folder that can be written."""
     code = """
