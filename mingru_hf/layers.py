@@ -34,9 +34,16 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_input(x: Tensor, input_size: int, pixels: str) -> None:
+    if not torch.jit.is_scripting() and (not isinstance(x, Tensor) or x.is_nested):
+        raise ValueError(f"x must be one padded tensor (B, T, {input_size}{pixels}), got a {_kind(x)}.")
     if x.dim() != (5 if pixels else 3) or x.shape[2] != input_size or x.shape[1] == 0:
         shape = f"(B, T, {input_size}{pixels})"
         raise ValueError(f"x must have shape {shape} with T of at least 1, got {list(x.shape)}.")
+
+
+@torch.jit.unused
+def _kind(value: object) -> str:
+    return "nested tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_number(h: list[Tensor], num_layers: int) -> None:
@@ -45,6 +52,8 @@ def _check_number(h: list[Tensor], num_layers: int) -> None:
 
 
 def _check_state(state: Tensor, expected: list[int], layer: int) -> None:
+    if not torch.jit.is_scripting() and not isinstance(state, Tensor):
+        raise ValueError(f"h[{layer}] must be a tensor of shape {expected}, got a {_kind(state)}.")
     if list(state.shape) != expected:
         axes = "B, 1, hidden" if len(expected) == 3 else "B, 1, hidden, H_out, W_out"
         raise ValueError(f"h[{layer}] must have shape {expected} ({axes}), got {list(state.shape)}.")
@@ -248,14 +257,14 @@ class MinGRU(_Stack):
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(value, Integral):
         return int(value), int(value)
-    if len(value) != 2:
+    if not isinstance(value, Iterable) or len(value) != 2 or not all(isinstance(v, Integral) for v in value):
         raise ValueError(f"The geometry of a convolution is an int or (height, width) in pixels, got {value}.")
     return int(value[0]), int(value[1])
 
 
 def _per_layer(name: str, value: int | list, num_layers: int) -> list:
     """One value per layer, from an int for all of them or a list."""
-    values = [value] * num_layers if isinstance(value, Integral) else list(value)
+    values = list(value) if isinstance(value, Iterable) else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {value}.")
     return values
@@ -284,7 +293,7 @@ def _state_shape(
 
 
 def _num_groups(channels: int) -> int:
-    """torch-mingru's rule for GroupNorm: the most groups that leave at least 4 channels in each, where possible."""
+    """torch-mingru's rule for GroupNorm: as many of 64, 32, 16, 8, 4, 1 as leave 4 channels or more in each."""
     return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
 
 
@@ -509,7 +518,8 @@ class Bidirectional(nn.Module):
             is what torch-mingru's outputs are and what a head trained on them expects.
 
     Raises:
-        ValueError: if rnn is no layer or stack of this package, its weights are parametrized, or it is scripted.
+        ValueError: if rnn is no layer or stack of this package; or if it is scripted or its weights are parametrized,
+            unless both directions share them.
 
     Example:
         >>> rnn = Bidirectional(MinGRU(3, [32, 64]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import prune
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru_hf as mingru
 
@@ -299,6 +300,15 @@ def pruned(rnn):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda: mingru.MinGRU(3, 4)(pack_padded_sequence(torch.zeros(2, 5, 3), [5, 2], batch_first=True)),
+            "got a PackedSequence",
+        ),
+        (
+            lambda: mingru.MinGRU(3, 4)(torch.nested.nested_tensor([torch.zeros(2, 3)], layout=torch.jagged)),
+            "got a nested tensor",
+        ),
+        (lambda: mingru.MinGRU(3, 4)(torch.zeros(2, 5, 3), [None]), r"h\[0\] must be a tensor .* got a NoneType"),
         (lambda: mingru.MinGRU(3, []), "hidden_sizes is empty"),
         (lambda: mingru.MinGRU(3, [4, 0]), "at least 1"),
         (lambda: mingru.MinGRU(3, 4, dropout=1.5), "between 0 and 1"),
