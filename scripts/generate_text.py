@@ -6,6 +6,7 @@
 Without a prompt it writes a new text. The speed goes to the standard error stream.
 """
 
+import os
 import sys
 import time
 
@@ -66,6 +67,10 @@ def parse_args(argv: list[str] | None):
                 raise FileNotFoundError(f"no such prompt file: {args.prompt_file}") from None
             except UnicodeDecodeError as error:
                 raise ValueError(f"prompt_file {args.prompt_file} is not UTF-8 text: {error}") from None
+        try:
+            args.prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"prompt {args.prompt!a} is not UTF-8 text: use --prompt_file") from None
     return parser, args
 
 
@@ -109,4 +114,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever reads the text has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes to at its end
+        sys.exit(1)

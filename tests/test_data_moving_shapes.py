@@ -84,6 +84,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     first = write_moving_shapes(tmp_path / "a" / "set", 16, 8, 8, num_frames=5, size=32, fps=4)
     files = sorted(path.relative_to(first).as_posix() for path in first.rglob("*.mp4"))
     assert len(files) == 32
+    assert first.stat().st_mode == (first / "test").stat().st_mode  # as private as the user has it
     assert files[0] == "test/clockwise/000004.mp4"
     assert {name.split("/")[1] for name in files} == set(CLASSES)
     with av.open(str(first / files[0])) as container:

@@ -448,6 +448,7 @@ def test_mistakes_in_generation_end_with_one_line(trained, tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "latin.txt is not UTF-8" in error_of(capsys, *generate, "--prompt_file", tmp_path / "latin.txt")
     assert "not allowed with" in error_of(capsys, *generate, "--prompt_file", "a", "--prompt", "b")
+    assert "prompt 'gr\\udcf6' is not UTF-8" in error_of(capsys, *generate, "--prompt", "gr\udcf6")
     assert "temperature must be" in error_of(capsys, *generate, "--temperature", -1)
     assert "temperature 0" in error_of(capsys, *generate, "--temperature", 0, "--num_return_sequences", 2)
     assert "top_p must be" in error_of(capsys, *generate, "--top_p", 1.5)

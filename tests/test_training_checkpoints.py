@@ -4,6 +4,7 @@ The runs are processes of their own, forked from a server that has imported ever
 SIGKILL ends them as a power cut would.
 """
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -608,6 +610,12 @@ def test_a_directory_that_takes_no_file_is_refused():
         check_writable("/proc")
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path):
+    """Before training, not by the library that writes the tokenizer after it."""
+    with pytest.raises(ValueError, match=r"s.udcf6rtie' is not valid UTF-8"):
+        check_writable(tmp_path / os.fsdecode(b"s\xf6rtie"))
+
+
 def test_new_files_replace_none_unless_the_user_allows_it(tmp_path):
     (tmp_path / "a.onnx").touch()
     check_new_files(tmp_path, ["b.onnx"])
@@ -791,6 +799,24 @@ def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
     assert {"metrics.json", "config.json", "checkpoint-2"} <= {name for name, _ in renamed}
     assert all(is_synced for _, is_synced in renamed)
     assert str(tmp_path) in synced  # the names too
+
+
+def test_directories_that_cannot_be_flushed(tmp_path, monkeypatch):
+    """As on some network file systems; a file that cannot be is an error."""
+
+    def fail(number, is_kind):
+        def flush(descriptor):
+            if is_kind(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", flush)
+
+    fail(errno.EINVAL, stat.S_ISDIR)
+    assert checkpoint(tmp_path, a=torch.zeros(2)).is_dir()
+    for kind in ((errno.EIO, stat.S_ISDIR), (errno.EINVAL, stat.S_ISREG)):
+        fail(*kind)
+        with pytest.raises(OSError, match="could not be written"):
+            checkpoint(tmp_path, a=torch.zeros(2))
 
 
 @pytest.mark.parametrize("shown", [True, False])

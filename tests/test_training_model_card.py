@@ -73,6 +73,8 @@ def test_clips_have_no_perplexity(write):
 def test_the_example_loads_from_where_the_model_is(write, tmp_path):
     for task in (None, "text-classification"):
         assert f'= AutoModel.from_pretrained("{tmp_path / "fox"}")' in write(task=task).text
+    args = TrainArguments(output_dir=r"C:\new\Users")
+    assert r'= AutoModel.from_pretrained("C:\\new\\Users")' in write(args=args).text
     args = TrainArguments(output_dir="runs/fox", push_to_hub=True, hub_model_id="me/fox")
     text = write(args=args, auto_class="AutoModelForSequenceClassification").text
     assert '= AutoModelForSequenceClassification.from_pretrained("me/fox")' in text

@@ -181,7 +181,9 @@ def write_moving_shapes(
             chunks = {"chunksize": 32} if pool else {}
             for _ in mapped(_write_one, *columns, repeat(num_frames), repeat(size), repeat(fps), **chunks):
                 pass
-        staging.chmod(0o755)  # mkdtemp's is private
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)  # mkdtemp's is private
         if place.exists():
             old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
             os.rename(place, old / place.name)

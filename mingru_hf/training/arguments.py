@@ -94,8 +94,8 @@ class TrainArguments:
     )
     checkpointing_steps: str | None = option(
         None,
-        "save a resumable checkpoint, output_dir/checkpoint-STEP, every N optimizer steps or every epoch: a "
-        "number, or epoch; default: never",
+        "save a resumable checkpoint, output_dir/checkpoint-STEP, every N optimizer steps or every epoch, and "
+        "at the end of the run: a number, or epoch; default: never",
     )
     checkpoints_total_limit: int = option(2, "keep only the newest N checkpoints; 0: all", least=0)
     resume_from_checkpoint: str | None = option(
@@ -163,7 +163,9 @@ class TrainArguments:
         "best model, takes them all",
         positive=True,
     )
-    sample_tokens: int = option(0, "tokens of a sample text written at every evaluation; 0: none", least=0)
+    sample_tokens: int = option(
+        0, "tokens of a sample text written at every evaluation of a model with a tokenizer; 0: none", least=0
+    )
     logging_steps: int = option(10, "optimizer steps between two points of the training curve", positive=True)
 
     seed: int = option(0, "seed of the weights, the order of the data and dropout", group="machine", least=0)

@@ -1,5 +1,6 @@
 """What a run writes to the disk, in such a way that a crash at any moment damages no existing file."""
 
+import errno
 import functools
 import json
 import os
@@ -122,6 +123,10 @@ def check_writable(output_dir: str | Path) -> None:
         ValueError: if it cannot.
     """
     path = Path(output_dir)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # libraries that write files could not find it
+        raise ValueError(f"output_dir {str(path)!a} is not valid UTF-8: choose another name") from None
     missing = [place for place in (path, *path.parents) if not place.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -211,7 +216,7 @@ def write_checkpoint(
             for pattern in WEIGHTS:
                 for path in output_dir.glob(pattern):
                     _link(path, staging / BEST_DIRECTORY / path.name)
-        files = {str(path.relative_to(staging)): _fingerprint(path) for path in _files(staging)}
+        files = {path.relative_to(staging).as_posix(): _fingerprint(path) for path in _files(staging)}
         (staging / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             _sync(path)
@@ -430,5 +435,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and shared file systems flush no directories.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)

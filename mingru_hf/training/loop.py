@@ -759,7 +759,7 @@ def _spread(dataset: Dataset, count: int | None) -> Dataset:
     """Take `count` examples spread evenly over a dataset; None: all."""
     if count is None or count >= len(dataset):
         return dataset
-    return Subset(dataset, torch.linspace(0, len(dataset) - 1, count).long().tolist())
+    return Subset(dataset, [i * (len(dataset) - 1) // max(1, count - 1) for i in range(count)])
 
 
 def _make_batches(

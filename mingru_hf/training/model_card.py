@@ -1,5 +1,6 @@
 """The README.md next to the weights: what the model is, its results, how to load it."""
 
+import json
 from pathlib import Path
 
 import accelerate
@@ -80,7 +81,8 @@ def write_model_card(
         unit: what one target belongs to: token, or clip.
     """
     name = args.hub_name
-    source = name if args.push_to_hub else args.output_dir  # from which the example loads
+    # From where the example loads, as Python writes it.
+    source = name if args.push_to_hub else json.dumps(Path(args.output_dir).as_posix(), ensure_ascii=False)[1:-1]
     metrics = [
         (kind, title.replace("token", unit), results["final"][key])
         for key, (kind, title) in METRIC_NAMES.items()
