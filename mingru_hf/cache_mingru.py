@@ -70,7 +70,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """How many states of a call of `num_steps` steps to hand to `append`, if `requested` may be cropped."""
         if not self._record_past:
             return 1
-        return num_steps if requested is None else min(num_steps, max(requested, self.min_recorded_steps))
+        # One more than may be cropped: the state to go back to.
+        return num_steps if requested is None else min(num_steps, max(requested + 1, self.min_recorded_steps))
 
     def append(self, states: Tensor, windows: Tensor | None, num_steps: int) -> None:
         """Take over the states after the last R of `num_steps` steps just run.
@@ -82,7 +83,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """
         complete = states.shape[1] == num_steps
         if self._record_past and self.states is not None and complete:  # no gap between the old states and the new
-            limit = max(self.min_recorded_steps, num_steps)
+            limit = max(self.min_recorded_steps, num_steps + 1)
             states = torch.cat([self.states, states], dim=1)[:, -limit:]
             windows = None if windows is None else torch.cat([self.windows, windows], dim=1)[:, -limit:]
         # Copies where these are slices: a slice would keep the states of the whole forward pass in memory.
@@ -128,8 +129,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """From now on keep past states too, so that `crop` can go back to them.
 
-        These are the states of the whole last call, unless its `num_recorded` asked for fewer, and at least those
-        after the last `min_recorded_steps` steps.
+        These are the states of the whole last call and the one before it, unless its `num_recorded` asked for fewer,
+        and at least those after the last `min_recorded_steps` steps.
         """
         self.record_past = True
 
@@ -158,7 +159,9 @@ class MinGRUCacheLayer(CacheLayerMixin):
         recorded = 0 if self.states is None else self.states.shape[1]
         if steps >= recorded:
             advice = "Call cache.activate_past_recording() before running the steps to be taken back."
-            if self._record_past and recorded >= self.min_recorded_steps:
+            if steps > self.seq_length:
+                advice = "No more steps have been run."
+            elif self._record_past and recorded >= self.min_recorded_steps:
                 advice = "Raise min_recorded_steps of each of cache.layers before running the steps to be taken back."
             raise ValueError(
                 f"Cannot take back {steps} of {self.seq_length} steps: the states after the last {recorded} are held. "

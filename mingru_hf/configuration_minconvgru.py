@@ -27,8 +27,9 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
 
     An image backbone turns every frame into feature maps at several stages; at each stage a stack of convolutional
     MinGRU layers runs over time, and its last output, pooled to a few cells, is classified. The logits of the stages
-    are averaged. The defaults of the stacks are those of torch-mingru's UCF101 classifier, whose backbone is
-    `TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])` with `feature_pooling=True`.
+    are averaged. The defaults of the stacks are those of torch-mingru's UCF101 classifier, but for its dropout of
+    0.15; its backbone is `TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])` with
+    `feature_pooling=True`.
 
     Args:
         backbone_config: configuration of any backbone that AutoBackbone knows, or its dict with a `model_type`. Its

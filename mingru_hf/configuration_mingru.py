@@ -154,6 +154,8 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         if self.intermediate_size is not None:
             sizes["intermediate_size"] = self.intermediate_size
         if self.hidden_sizes is not None:
+            if not self.hidden_sizes:
+                raise ValueError("hidden_sizes is empty: give the width of each block, or None.")
             if len(self.hidden_sizes) != self.num_hidden_layers:
                 raise ValueError(
                     f"hidden_sizes names {len(self.hidden_sizes)} blocks but num_hidden_layers is "

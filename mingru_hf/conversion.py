@@ -217,7 +217,7 @@ def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
 
     Returns:
         The model, in evaluation mode, in the tensors' dtype. What a state dict does not say is taken from the
-        example: stride 2, padding 1, residual sums. Labels have no names.
+        example: stride 2 and padding 1. There is no dropout, and labels have no names.
 
     Raises:
         ValueError: if a tensor is missing, is left over, or has a shape that does not fit; its name is given.

@@ -359,7 +359,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
                 padding and the states pass over it unchanged, so a padded clip gives the numbers of the clip alone.
             cache: the state to continue from; it is updated in place. It keeps the graph of the frames behind it
                 unless they ran under `torch.no_grad()`.
-            use_cache: return the state after the last frame. None: where a cache is passed.
+            use_cache: return the state after the last frame. A cache that is passed in comes back in any case.
             output_hidden_states: return feature maps and outputs of all layers. None: config.output_hidden_states.
             pixel_values: another name for pixel_values_videos.
             **kwargs: `return_dict`.
@@ -369,8 +369,8 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
 
         Raises:
             ValueError: if the frames are missing, of a wrong shape or dtype, or too small for the layers; if the
-                mask does not fit or leaves a clip without a frame; if the cache belongs to another model, batch or
-                frame size, or the model is bidirectional.
+                mask does not fit or, without a cache, leaves a clip without a frame; if the cache belongs to another
+                model, batch or frame size, or the model is bidirectional.
             TypeError: if an argument is unknown.
         """
         refuse_unknown(kwargs)

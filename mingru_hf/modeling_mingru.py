@@ -475,8 +475,9 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
         Raises:
             ValueError: if both or neither of input_ids and inputs_embeds are given, a token id is out of range (on a
-                GPU that is a device-side assertion, as everywhere), a mask does not fit, the cache belongs to another
-                kind of model or batch, or a cache is passed in training with activation checkpointing.
+                GPU that is a device-side assertion, as everywhere), an argument has a wrong shape or holds no token,
+                the cache belongs to another kind of model or batch, or a cache is passed in training with activation
+                checkpointing.
             TypeError: if an argument is unknown.
         """
         refuse_unknown(kwargs)
@@ -1022,7 +1023,8 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
         """Classify each token.
 
         Args:
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`, but
+                the output has no place for a cache: pass one, and it is updated in place.
             labels: (B, T) class ids; -100 leaves a token out.
 
         Returns:

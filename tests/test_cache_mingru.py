@@ -242,13 +242,14 @@ def test_how_far_a_recording_goes_back(model, input_ids):
     cache.activate_past_recording()
     model(ids[:, :4], cache=cache)
     model(ids[:, 4:504], cache=cache)
-    cache.crop(-499)  # all of a call, however long
-    logits = model(ids[:, 5:6], cache=cache).logits[:, -1]
-    torch.testing.assert_close(logits, next_logits(model, ids[:, :6]), **CLOSE)
-    model(ids[:, 6:706], cache=cache, logits_to_keep=400)
-    cache.crop(-399)  # or as much of it as was asked for
-    logits = model(ids[:, 307:308], cache=cache).logits[:, -1]
-    torch.testing.assert_close(logits, next_logits(model, ids[:, :308]), **CLOSE)
+    cache.crop(-500)  # all of a call, however long
+    logits = model(ids[:, 4:5], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, ids[:, :5]), **CLOSE)
+    model(ids[:, 5:705], cache=cache, logits_to_keep=400)
+    cache.crop(-400)  # or as much of it as was asked for
+    logits = model(ids[:, 305:306], cache=cache).logits[:, -1]
+    torch.testing.assert_close(logits, next_logits(model, ids[:, :306]), **CLOSE)
+    model(ids[:, 306:308], cache=cache)
     model(ids[:, 308:1008], cache=cache, logits_to_keep=1)  # what lies before the gap that this leaves is given up
     for steps in (256, 300):
         with pytest.raises(ValueError, match=f"Cannot take back {steps} of 1008 steps: the states after the last 256"):
@@ -266,6 +267,8 @@ def test_crop_says_when_recording_should_have_begun(model, input_ids):
     model(input_ids[:, 9:], cache=cache)
     with pytest.raises(ValueError, match=r"Call cache.activate_past_recording\(\) before"):
         cache.crop(-5)
+    with pytest.raises(ValueError, match="No more steps have been run"):
+        cache.crop(-input_ids.shape[1] - 1)
 
 
 def test_what_transformers_asks_of_a_cache(model, input_ids):

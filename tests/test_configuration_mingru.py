@@ -51,7 +51,7 @@ def test_a_dynamic_cache_can_be_built_from_it():
         ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0"),
         ({"hidden_sizes": [4, 0]}, r"hidden_sizes\[1\] must be above 0"),
         ({"hidden_sizes": [4, 8], "num_hidden_layers": 3}, "names 2 blocks but num_hidden_layers is 3"),
-        ({"hidden_sizes": []}, "num_hidden_layers must be above 0"),
+        ({"hidden_sizes": []}, "hidden_sizes is empty"),
         ({"hidden_size": 4, "expand": 0.1}, "no channels"),
         ({"expand": float("inf")}, "expand must be above 0 and finite, got inf"),
         ({"norm_eps": -1.0}, "norm_eps must be 0 or above"),

@@ -163,7 +163,8 @@ def load_text_datasets(
 ) -> DatasetDict:
     """Load any text as splits "train" and "validation" with one string column, "text".
 
-    The source is `train_file` if given, else `dataset_name`. Without a validation split (`name_splits`) the last
+    The source is `train_file` if given, else `dataset_name`; another dataset than the default beside a file is an
+    error. Without a validation split (`name_splits`) the last
     `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or, of a
     dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near that
     position. Rows that are null, in .csv files also empty ones and NA, None or null, are left out and counted in a
@@ -551,8 +552,8 @@ def build_tokenizer(
     """Build a tokenizer from the texts, or load a pretrained one.
 
     Both built kinds have the token `<|endoftext|>` (id 0) as eos, bos and padding (on the left), normalise
-    nothing, add nothing to what they encode, have no maximum length, and restore every text exactly:
-    decode(encode(text)) == text. "char" has one token per character: `<unk>` is id 1 and stands for unseen
+    nothing, add nothing to what they encode, have no maximum length, and restore every text of known characters
+    exactly: decode(encode(text)) == text. "char" has one token per character: `<unk>` is id 1 and stands for unseen
     characters; the characters of the texts follow from id 2 in the order of their code points. "bpe" is a byte-level
     byte-pair encoding with GPT-2's pre-tokenisation; it has every byte and so needs no `<unk>`.
     `<|endoftext|>` and `<unk>` written out in a text are read as the tokens.
@@ -580,7 +581,10 @@ def build_tokenizer(
     if tokenizer_name not in ("char", "bpe"):
         return _load_pretrained_tokenizer(tokenizer_name)
     texts = [texts] if isinstance(texts, str) else texts
-    backend = _char_backend(texts) if tokenizer_name == "char" else _bpe_backend(texts, vocab_size or 4096)
+    if tokenizer_name == "char":
+        backend = _char_backend(texts)
+    else:
+        backend = _bpe_backend(texts, 4096 if vocab_size is None else vocab_size)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token=UNK_TOKEN if tokenizer_name == "char" else None,
