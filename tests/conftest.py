@@ -6,6 +6,11 @@ import torch
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 
+NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if NUM_WORKERS > 1:  # they share the cores, as do the processes that they start
+    torch.set_num_threads(max(1, torch.get_num_threads() // NUM_WORKERS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     from triton_interpreter import combine_rows_at_once
 

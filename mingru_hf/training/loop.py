@@ -646,8 +646,9 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_
     """
     prompt = prompt_ids(tokenizer, "").to(model.device)
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-    devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    device = model.device
+    kept = ([], "cuda") if device.type == "cpu" else ([device], device.type)  # the CPU's state is kept in any case
+    with torch.random.fork_rng(kept[0], device_type=kept[1]):
         torch.manual_seed(seed)
         ids = model.generate(
             prompt,
