@@ -257,7 +257,8 @@ class MinGRU(_Stack):
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(value, Integral):
         return int(value), int(value)
-    if not isinstance(value, Iterable) or len(value) != 2 or not all(isinstance(v, Integral) for v in value):
+    value = tuple(value) if isinstance(value, Iterable) else (value,)
+    if len(value) != 2 or not all(isinstance(size, Integral) for size in value):
         raise ValueError(f"The geometry of a convolution is an int or (height, width) in pixels, got {value}.")
     return int(value[0]), int(value[1])
 

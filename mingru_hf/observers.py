@@ -7,6 +7,7 @@ that calls them otherwise: the answer is then that somebody may be watching, and
 import contextlib
 
 import torch
+from torch import Tensor
 
 try:
     from torch._C import _len_torch_function_stack
@@ -65,7 +66,8 @@ def is_lost_on_kernels() -> bool:
 
     That is forward mode and, in a compiled function, torch.func's reverse mode as well.
     """
-    return _compiles_derivative() if torch.compiler.is_compiling() else differentiates_forward()
+    # Asked in this order the compiler takes note of the level, and compiles anew where it is another one.
+    return differentiates_forward() or (torch.compiler.is_compiling() and _compiles_derivative())
 
 
 def is_observed() -> bool:
@@ -77,6 +79,11 @@ def is_observed() -> bool:
         or is_in_torch_dispatch_mode()
         or _len_torch_function_stack() > 0
     )
+
+
+def has_tangent(tensor: Tensor | None) -> bool:
+    """Whether a tensor has a tangent, within forward mode; torch.func's do not show within an operator."""
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_exporting() -> bool:
@@ -99,6 +106,7 @@ __all__ = [
     "differentiates_forward",
     "differentiates_in_transform",
     "has_global_hooks",
+    "has_tangent",
     "in_transform",
     "is_exporting",
     "is_lost_on_kernels",

@@ -153,7 +153,7 @@ def mingru_scan(
 
 def _as_flags(name: str, flags: Tensor) -> Tensor:
     """Booleans, from which numbers other than 0 and 1 are told apart where nobody has to wait for them."""
-    if flags.is_floating_point() and flags.device.type == "cpu" and not is_observed():
+    if type(flags) is Tensor and flags.is_floating_point() and flags.device.type == "cpu" and not is_observed():
         wrong = flags[(flags != 0) & (flags != 1)]
         if wrong.numel():
             raise ValueError(f"{name} must hold booleans, or zeros and ones, got {wrong[0].item()}.")

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .observers import differentiates_forward, differentiates_in_transform, is_observed
+from .observers import differentiates_forward, differentiates_in_transform, has_tangent, is_observed
 from .scan_numba import numba_backward, numba_forward, numba_step
 from .scan_reference import accumulation_dtype, add_bias, initial_state, reference_states
 from .scan_torch import torch_backward, torch_forward
@@ -42,9 +42,9 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
-def _refuse_forward_mode():
+def _refuse_forward_mode(begun: bool) -> None:
     """Refuse what was traced or compiled earlier, and is now run in forward mode: the result would have no tangent."""
-    if differentiates_forward():
+    if begun:
         raise ValueError(
             "Forward mode (torch.func.jvp, forward_ad) cannot see into the kernels of a MinGRU scan that was traced "
             "or compiled before it began: use the function itself, or trace or compile it with backend='reference'."
@@ -52,7 +52,7 @@ def _refuse_forward_mode():
 
 
 def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
-    _refuse_forward_mode()
+    _refuse_forward_mode(differentiates_forward())
     forward, _ = KERNELS[backend]
     more = _bias_argument(bias, x)
     if x.dim() == 3:
@@ -63,7 +63,7 @@ def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
 
 
 def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
-    _refuse_forward_mode()
+    _refuse_forward_mode(differentiates_forward())
     if backend == "numba" and mask is None and reset is None:
         states = numba_step(x, h0, bias, dtype)
         if states is not None:
@@ -72,7 +72,7 @@ def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
 
 
 def _backward_impl(grad, grad_last, x, bias, h0, states, mask, reset, backend):
-    _refuse_forward_mode()
+    _refuse_forward_mode(differentiates_forward() and any(map(has_tangent, (grad, grad_last, x, bias, h0))))
     _, backward = KERNELS[backend]
     grads, more = (_flat(grad), _flat(grad_last)), _bias_argument(bias, x)
     grad_x, grad_h0 = backward(*grads, _flat(x), _flat(h0), _flat(states), mask, reset, **more)

@@ -303,7 +303,7 @@ FRAMES = torch.zeros(2, 5, 3, 8, 8)
         (lambda: mingru.MinConv2dGRU(3, 4, 3, paddings=[1, 1]), "paddings must be an int"),
         (lambda: mingru.MinConv2dGRU(3, 4, [(3, 3, 3)]), r"an int or \(height, width\)"),
         (lambda: mingru.MinConv2dGRU(3, 4, [(3.7, 3.2)]), r"an int or \(height, width\) .* got \(3.7, 3.2\)"),
-        (lambda: mingru.MinConv2dGRU(3, 4, 3.0), r"an int or \(height, width\) .* got 3.0"),
+        (lambda: mingru.MinConv2dGRU(3, 4, 3.0), r"an int or \(height, width\) .* got \(3.0,\)"),
         (lambda: mingru.MinConv2dGRU(3, 4, 3, strides=0), "strides must be at least 1"),
         (lambda: mingru.MinConv2dGRUCell(3, 4, 3, padding=-1), "paddings at least 0"),
         (lambda: mingru.MinConv2dGRUCell(0, 4, 3), "at least 1"),

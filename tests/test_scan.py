@@ -1,5 +1,6 @@
 """The scan: every backend against a float64 loop, outputs and gradients, and what wrong input gets."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -595,6 +596,8 @@ def test_a_step_of_what_holds_no_numbers(kind, scan):
         assert type(state) is type(x)
         assert state.device == x.device
         assert state.shape == (2, 1, 3)
+    states = mingru_scan(empty(torch.randn(2, 5, 6)), mask=empty(torch.ones(2, 5)))  # whose numbers nobody can check
+    assert states.shape == (2, 5, 3)
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -940,6 +943,27 @@ def test_what_was_traced_before_has_no_tangent_of_zero(monkeypatch):
         traced(x)
         with pytest.raises(Exception, match="cannot see into the kernels of a MinGRU scan that was traced"):
             torch.func.jvp(traced, (x,), (x.cos(),))
+
+
+def test_forward_mode_of_others_changes_nothing(compiler):
+    """Its level is the whole process's: another thread may have entered it."""
+    x = torch.randn(2, 5, 8)
+    expected = torch.func.grad(lambda x: scan_reference(x).square().sum())(x)
+    compiled = compiler(lambda x: mingru_scan(x).square().sum(), backend="aot_eager")
+    for enters_before in (False, True):
+        leaf = x.clone().requires_grad_()
+        with contextlib.ExitStack() as stack:
+            if enters_before:
+                stack.enter_context(torch.autograd.forward_ad.dual_level())
+            loss = compiled(leaf)
+            if not enters_before:
+                stack.enter_context(torch.autograd.forward_ad.dual_level())
+            loss.backward()
+        torch.testing.assert_close(leaf.grad, expected)
+    with torch.autograd.forward_ad.dual_level():  # now with a tangent
+        dual = torch.autograd.forward_ad.make_dual(x, expected)
+        tangent = torch.autograd.forward_ad.unpack_dual(compiled(dual)).tangent
+    torch.testing.assert_close(tangent, expected.square().sum())
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
