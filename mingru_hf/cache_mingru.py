@@ -129,8 +129,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """From now on keep past states too, so that `crop` can go back to them.
 
-        These are the states of the whole last call and the one before it, unless its `num_recorded` asked for fewer,
-        and at least those after the last `min_recorded_steps` steps.
+        These are the state before the last call and those after each of its steps, unless its `num_recorded` asked for
+        fewer, and at least those after the last `min_recorded_steps` steps.
         """
         self.record_past = True
 

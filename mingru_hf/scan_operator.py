@@ -24,6 +24,12 @@ KERNELS = {
     "triton": (triton_forward, triton_backward),
 }
 
+# Where the result would have no tangent, without a word.
+_FORWARD_MODE_BEGAN_LATER = (
+    "Forward mode (torch.func.jvp, forward_ad) cannot see into the kernels of a MinGRU scan that was traced or "
+    "compiled before it began: use the function itself, or trace or compile it with backend='reference'."
+)
+
 # What follows takes the arguments of the operators, whose types and order the schemas in `_register` give.
 # The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
 # installed package) finds the operator and uses it.
@@ -42,17 +48,9 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
-def _refuse_forward_mode(begun: bool) -> None:
-    """Refuse what was traced or compiled earlier, and is now run in forward mode: the result would have no tangent."""
-    if begun:
-        raise ValueError(
-            "Forward mode (torch.func.jvp, forward_ad) cannot see into the kernels of a MinGRU scan that was traced "
-            "or compiled before it began: use the function itself, or trace or compile it with backend='reference'."
-        )
-
-
 def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
-    _refuse_forward_mode(differentiates_forward())
+    if differentiates_forward():
+        raise ValueError(_FORWARD_MODE_BEGAN_LATER)
     forward, _ = KERNELS[backend]
     more = _bias_argument(bias, x)
     if x.dim() == 3:
@@ -63,7 +61,8 @@ def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
 
 
 def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
-    _refuse_forward_mode(differentiates_forward())
+    if differentiates_forward():
+        raise ValueError(_FORWARD_MODE_BEGAN_LATER)
     if backend == "numba" and mask is None and reset is None:
         states = numba_step(x, h0, bias, dtype)
         if states is not None:
@@ -72,7 +71,8 @@ def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
 
 
 def _backward_impl(grad, grad_last, x, bias, h0, states, mask, reset, backend):
-    _refuse_forward_mode(differentiates_forward() and any(map(has_tangent, (grad, grad_last, x, bias, h0))))
+    if differentiates_forward() and any(map(has_tangent, (grad, grad_last, x, bias, h0))):
+        raise ValueError(_FORWARD_MODE_BEGAN_LATER)
     _, backward = KERNELS[backend]
     grads, more = (_flat(grad), _flat(grad_last)), _bias_argument(bias, x)
     grad_x, grad_h0 = backward(*grads, _flat(x), _flat(h0), _flat(states), mask, reset, **more)

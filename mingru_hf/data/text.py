@@ -164,11 +164,10 @@ def load_text_datasets(
     """Load any text as splits "train" and "validation" with one string column, "text".
 
     The source is `train_file` if given, else `dataset_name`; another dataset than the default beside a file is an
-    error. Without a validation split (`name_splits`) the last
-    `validation_split_percentage` of the training split is taken by position, never shuffled: whole rows, or, of a
-    dataset of fewer than 100 rows (a book in one row), the last characters, cut at a line border near that
-    position. Rows that are null, in .csv files also empty ones and NA, None or null, are left out and counted in a
-    warning.
+    error. Without a validation split (`name_splits`) the last `validation_split_percentage` of the training split is
+    taken by position, never shuffled: whole rows, or, of a dataset of fewer than 100 rows (a book in one row), the
+    last characters, cut at a line border near that position. Rows that are null, in .csv files also empty ones and
+    NA, None or null, are left out and counted in a warning.
 
     Args:
         dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as

@@ -646,9 +646,8 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_
     """
     prompt = prompt_ids(tokenizer, "").to(model.device)
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-    device = model.device
-    kept = ([], "cuda") if device.type == "cpu" else ([device], device.type)  # the CPU's state is kept in any case
-    with torch.random.fork_rng(kept[0], device_type=kept[1]):
+    devices = [] if model.device.type == "cpu" else [model.device]  # beside the CPU, whose state is always kept
+    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
         torch.manual_seed(seed)
         ids = model.generate(
             prompt,
