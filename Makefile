@@ -10,8 +10,8 @@ DEMO_DIR := runs/demo
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 # Tests whose scans leave the backend open.
-BACKENDS_TESTS := layers layers_conv cache_mingru modeling_mingru modeling_minconvgru generation calling exporting \
-	losses observers conversion
+BACKENDS_TESTS := layers layers_conv layers_rows cache_mingru modeling_mingru modeling_minconvgru generation \
+	calling exporting losses observers conversion
 
 .PHONY: help demo test test-kernels test-backends test-clients test-slow quality format clean
 .DEFAULT_GOAL := help

@@ -5,6 +5,10 @@ and the returned h is passed on. h is a list with one (B, 1, D) tensor per layer
 bits: rounded at every step, a state that changes slowly would not change at all. The convolutional layers do the same
 for frames: x (B, T, C, H, W), h (B, 1, D, H_out, W_out). All layers can be scripted with `torch.jit.script`.
 
+Two arguments that torch-mingru lacks are for rows of unequal length and for rows that hold several sequences:
+`mask` (B, T), False at padding on either side, through which states pass unchanged; `reset` (B, T), True at steps that
+begin anew, from 0.5, whatever came before. At padding outputs mean nothing, and x must be finite.
+
 Source of the equations: Feng et al. 2024, arXiv:2410.01201; of the interface and of the convolutional layers:
 github.com/cheind/mingru.
 
@@ -25,17 +29,32 @@ from .scan import draw_memory_, mingru_scan
 from .scan_reference import initial_state, scan_reference
 
 
-def _scan(gate_and_candidate: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states in their dtype; the last, unrounded."""
     if torch.jit.is_scripting():
-        states = scan_reference(gate_and_candidate, h0)
+        states = scan_reference(
+            gate_and_candidate,
+            h0,
+            None if mask is None else _scripted_flags(mask, gate_and_candidate),
+            None if reset is None else _scripted_flags(reset, gate_and_candidate),
+        )
         return states.to(gate_and_candidate.dtype), states[:, -1:].clone()
-    return mingru_scan(gate_and_candidate, h0, return_last_state=True)
+    return mingru_scan(gate_and_candidate, h0, mask, reset, return_last_state=True)
+
+
+def _scripted_flags(flags: Tensor, x: Tensor) -> Tensor:
+    """What `mingru_scan` does about mask and reset."""
+    if list(flags.shape) != [x.shape[0], x.shape[1]]:
+        raise ValueError(f"mask and reset must have shape {[x.shape[0], x.shape[1]]} (B, T), got {list(flags.shape)}.")
+    return flags.to(torch.bool)
 
 
 def _check_input(x: Tensor, input_size: int, pixels: str) -> None:
     if not torch.jit.is_scripting() and (not isinstance(x, Tensor) or x.is_nested):
-        raise ValueError(f"x must be one padded tensor (B, T, {input_size}{pixels}), got a {_kind(x)}.")
+        raise ValueError(
+            f"x must be one padded tensor (B, T, {input_size}{pixels}), with a mask (B, T) where rows have unequal "
+            f"lengths, got a {_kind(x)}."
+        )
     if x.dim() != (5 if pixels else 3) or x.shape[2] != input_size or x.shape[1] == 0:
         shape = f"(B, T, {input_size}{pixels})"
         raise ValueError(f"x must have shape {shape} with T of at least 1, got {list(x.shape)}.")
@@ -106,14 +125,21 @@ class MinGRUCell(nn.Module):
         input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size) from h, a list of one (B, 1, hidden_size); 0.5 everywhere if None.
+
+        Args:
+            x, h: see above.
+            mask: (B, T) boolean, False at padding.
+            reset: (B, T) boolean, True at steps that begin anew.
 
         Returns:
             States (B, T, hidden_size) and the last of them as a list of one (B, 1, hidden_size).
 
         Raises:
-            ValueError: if x or h does not fit.
+            ValueError: if x, h, mask or reset does not fit.
         """
         _check_input(x, self.layer_sizes[0], "")
         h = self.init_hidden_state(x) if h is None else h
@@ -123,7 +149,7 @@ class MinGRUCell(nn.Module):
             gate_and_candidate = self.to_gate_hidden(x)
         else:
             gate_and_candidate = module_call(self.to_gate_hidden, x)
-        out, last_state = _scan(gate_and_candidate, h[0])
+        out, last_state = _scan(gate_and_candidate, h[0], mask, reset)
         return out, [last_state]
 
     @torch.jit.export
@@ -152,14 +178,16 @@ class _MinGRULayer(nn.Module):
         """(B, 1, D) of the state for x (B, *, D_in)."""
         return [x.shape[0], 1, self.hidden_size]
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, h: Tensor, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
         if torch.jit.is_scripting():
             gate_and_candidate, aligned = self.gate_hidden(self.norm(x)), self.res_align(x)
         else:
             gate_and_candidate = module_call(self.gate_hidden, self.norm(x))
             aligned = module_call(self.res_align, x)
-        states, last_state = _scan(gate_and_candidate, h)
+        states, last_state = _scan(gate_and_candidate, h, mask, reset)
         return states, last_state, aligned
 
 
@@ -178,15 +206,22 @@ class _Stack(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, *) from h, one (B, 1, D, *) per layer; 0.5 everywhere if None.
+
+        Args:
+            x, h: see above.
+            mask: (B, T) boolean, False at padding.
+            reset: (B, T) boolean, True at steps that begin anew.
 
         Returns:
             Outputs of the last layer (B, T, D, *) and the last state of each layer, taken before the residual sum:
             what `h` of the next call expects.
 
         Raises:
-            ValueError: if x or h does not fit, or x holds no step.
+            ValueError: if x, h, mask or reset does not fit, or x holds no step.
         """
         _check_input(x, self.layer_sizes[0], self.pixels)
         h = self.init_hidden_state(x) if h is None else h
@@ -195,7 +230,7 @@ class _Stack(nn.Module):
         out = x
         for i, layer in enumerate(self.layers):
             _check_state(h[i], layer.state_shape(out), i)
-            states, last_state, skip = layer(out, h[i])
+            states, last_state, skip = layer(out, h[i], mask, reset)
             last_states.append(last_state)
             out = states + skip if self.residual else states
             if i < self.num_layers - 1:
@@ -348,15 +383,22 @@ class MinConv2dGRUCell(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, H, W) from h, a list of one state; 0.5 everywhere if None.
+
+        Args:
+            x, h: see above.
+            mask: (B, T) boolean, False at padding.
+            reset: (B, T) boolean, True at frames that begin anew.
 
         Returns:
             States (B, T, hidden_size, H_out, W_out) and the last of them as a list of one
             (B, 1, hidden_size, H_out, W_out).
 
         Raises:
-            ValueError: if x or h does not fit, or x holds no frame.
+            ValueError: if x, h, mask or reset does not fit, or x holds no frame.
         """
         _check_input(x, self.layer_sizes[0], ", H, W")
         shape = _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
@@ -364,7 +406,7 @@ class MinConv2dGRUCell(nn.Module):
         _check_number(h, 1)
         _check_state(h[0], shape, 0)
         gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
-        out, last_state = _scan(gate_and_candidate, h[0])
+        out, last_state = _scan(gate_and_candidate, h[0], mask, reset)
         return out, [last_state]
 
     @torch.jit.export
@@ -427,10 +469,12 @@ class MinConv2dGRULayer(nn.Module):
             x = self.res_align(frames).unflatten(0, [x.shape[0], x.shape[1]])
         return gate_and_candidate, x
 
-    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, h: Tensor, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states, the last of them, the residual branch's values."""
         gate_and_candidate, skip = self.project(x)
-        states, last_state = _scan(gate_and_candidate, h)
+        states, last_state = _scan(gate_and_candidate, h, mask, reset)
         return states, last_state, skip
 
 
@@ -543,14 +587,21 @@ class Bidirectional(nn.Module):
         self.shared_weights = shared_weights
         self.backward_rnn = nn.Identity() if shared_weights else _newly_drawn(rnn)
 
-    def forward(self, x: Tensor, h: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, *); h lists the forward, then the backward direction's states.
+
+        Args:
+            x, h: see above.
+            mask: (B, T) boolean, False at padding.
+            reset: (B, T) boolean, True at the first step of a sequence: going back, states begin anew before its last.
 
         Returns:
             Outputs (B, T, 2 * hidden, *), forward channels first, and the final states of both directions.
 
         Raises:
-            ValueError: if x or h does not fit.
+            ValueError: if x, h, mask or reset does not fit.
         """
         h_forward: list[Tensor] | None = None
         h_backward: list[Tensor] | None = None
@@ -560,11 +611,19 @@ class Bidirectional(nn.Module):
                     f"h must hold {2 * self.num_layers} states, one per layer and direction, got {len(h)}."
                 )
             h_forward, h_backward = h[: self.num_layers], h[self.num_layers :]
-        out_forward, h_forward_last = self.rnn(x, h_forward)
+        out_forward, h_forward_last = self.rnn(x, h_forward, mask, reset)
+        x = x.flip(1)
+        if reset is not None:
+            if mask is not None:  # going back, padding before the first sequence hands its state on
+                reset = reset.logical_and(mask.cumsum(1) > mask.to(torch.long))
+            # The last step of a sequence is the one before the next sequence's first.
+            reset = torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:].flip(1)], dim=1)
+        if mask is not None:
+            mask = mask.flip(1)
         if self.shared_weights:
-            out_backward, h_backward_last = self.rnn(x.flip(1), h_backward)
+            out_backward, h_backward_last = self.rnn(x, h_backward, mask, reset)
         else:
-            out_backward, h_backward_last = self.backward_rnn(x.flip(1), h_backward)
+            out_backward, h_backward_last = self.backward_rnn(x, h_backward, mask, reset)
         if self.aligned:
             out_backward = out_backward.flip(1)
         return torch.cat([out_forward, out_backward], dim=2), h_forward_last + h_backward_last
