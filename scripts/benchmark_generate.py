@@ -70,11 +70,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=at_least_one, default=5, help="speed: rounds per measurement; the median is shown"
     )
-    parser.add_argument("--decode_steps", type=int, default=100, help="speed: tokens decoded per round")
-    parser.add_argument("--prompt_length", type=int, default=8192, help="speed: tokens of the prefill")
+    parser.add_argument("--decode_steps", type=at_least_one, default=100, help="speed: tokens decoded per round")
+    parser.add_argument("--prompt_length", type=at_least_one, default=8192, help="speed: tokens of the prefill")
     parser.add_argument("--requests", type=at_least_one, default=64, help="batch: requests to serve")
     parser.add_argument("--rows", type=at_least_one, default=16, help="batch: requests served at a time")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="memory: tokens to read, and to write")
+    parser.add_argument("--tokens", type=at_least_one, default=1_000_000, help="memory: tokens to read, and to write")
     return parser.parse_args(argv)
 
 
@@ -520,7 +520,7 @@ def print_batch(args: argparse.Namespace) -> None:
 def measure_memory(
     tokens: int, pieces: int = 10, piece_length: int = 1000
 ) -> dict[str, list[tuple[int, float, float]]]:
-    """Read `tokens` tokens in pieces of `piece_length`, then write as many.
+    """Read `tokens` tokens in pieces of `piece_length`, then write as many; a few less or more, so that all are equal.
 
     Returns:
         (tokens so far, MB of the process, us per token) at every of `pieces` stations, read and written.
@@ -528,10 +528,12 @@ def measure_memory(
     config = MinGRUConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()
     cache = DynamicCache(config=config)
+    part = max(tokens // pieces, 1)
+    piece_length = min(piece_length, part)
+    part -= part % piece_length
     ids = torch.randint(0, VOCABULARY, (1, piece_length))
     model(ids, cache=cache, logits_to_keep=1)  # warm up
     points: dict[str, list[tuple[int, float, float]]] = {"read": [], "written": []}
-    part = tokens // pieces
     for number in range(1, pieces + 1):
         began = time.perf_counter()
         for _ in range(part // piece_length):

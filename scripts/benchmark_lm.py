@@ -8,7 +8,8 @@
 The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
 "MinGRU" has neither MLP nor convolution, like torch-mingru's; "MinGRU, default block" is what MinGRUConfig
 makes. Freed memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's
-text model, rebuilt here over the log-space scan that it uses.
+text model, rebuilt here over the log-space scan that it uses. Where this package multiplies few rows with a
+kernel of its own, decoding is shown without it, too.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, PreTrainedModel
 
+import mingru_hf.linear as own_linear
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
 from mingru_hf.calling import module_call
 from mingru_hf.training.memory import keep_freed_memory
@@ -171,6 +173,29 @@ def decoder(model: nn.Module, batch_size: int, steps: int) -> Callable[[], None]
     return None if isinstance(model, LogScanLM) else decode
 
 
+def with_torchs_products(decode: Callable[[], None]) -> Callable[[], None]:
+    """The same without this package's kernel for linear maps of few rows."""
+
+    def run() -> None:
+        own_linear.FEW_ROWS_ARE_FASTER = False
+        try:
+            decode()
+        finally:
+            own_linear.FEW_ROWS_ARE_FASTER = True
+
+    return run
+
+
+def decoders(models: dict[str, nn.Module], batch_size: int, steps: int) -> dict[str, Callable[[], None]]:
+    """What decodes, by name: the models that can, and ours with torch's matrix products, where it has others."""
+    made = {name: decoder(model, batch_size, steps) for name, model in models.items()}
+    made = {name: decode for name, decode in made.items() if decode is not None}
+    if own_linear.FEW_ROWS_ARE_FASTER and not is_cuda(next(next(iter(models.values())).parameters()).device):
+        ours = [name for name in made if name.startswith("MinGRU")]
+        made |= {f"{name}, torch's products": with_torchs_products(made[name]) for name in ours}
+    return made
+
+
 def share_of_scan(step: Callable[[], None]) -> float:
     """Share of a training step's CPU time inside the scan operator, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
@@ -190,7 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="sequences in a batch; decoding takes 1 as well")
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens in a sequence to train on")
     parser.add_argument("--decode_steps", type=int, default=64, help="tokens decoded per round")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of autocast in training, of the weights in decoding",
+    )
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds per measurement; the median is shown")
@@ -230,18 +260,15 @@ def main(argv: list[str] | None = None) -> None:
 
     decoding: dict[int, dict[str, float]] = {}  # seconds by batch size and model
     for model in models.values():
-        model.eval()
+        model.eval().to(getattr(torch, args.dtype))
     for batch_size in (1, args.batch_size):
-        decoders = {name: decoder(model, batch_size, args.decode_steps) for name, model in models.items()}
-        decoders = {name: decode for name, decode in decoders.items() if decode is not None}
-        decoding[batch_size] = interleave(decoders, args.rounds, args.device)
-    print(
-        f"\ndecoding, ms per step      B=1   B={args.batch_size}   over {args.decode_steps} steps from an empty cache"
-    )
+        decoding[batch_size] = interleave(decoders(models, batch_size, args.decode_steps), args.rounds, args.device)
+    columns = f"     B=1 {f'B={args.batch_size}':>6}"
+    print(f"\n{'decoding, ms per step':38} {columns}   {args.decode_steps} steps from an empty cache")
     for name in decoding[1]:
         times = [1e3 * decoding[batch_size][name] / args.decode_steps for batch_size in (1, args.batch_size)]
         report["decoding"][name] = dict(zip(("ms_1", f"ms_{args.batch_size}"), times, strict=True))
-        print(f"{name:22} {times[0]:8.3f} {times[1]:6.3f}")
+        print(f"{name:38} {times[0]:8.3f} {times[1]:6.3f}")
     if args.json:
         write_json(args.json, {"arguments": vars(args), **report})
 

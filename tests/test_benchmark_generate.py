@@ -45,3 +45,11 @@ def test_a_million_tokens_leave_memory_where_it_was(benchmark):
     for points in benchmark.measure_memory(1_000_000).values():
         megabytes = [point[1] for point in points]
         assert megabytes[-1] - megabytes[0] < 5
+
+
+@pytest.mark.parametrize(("tokens", "counted"), [(95, 90), (3, 10), (12_345, 10_000)])
+def test_any_number_of_tokens_is_read_in_equal_parts(benchmark, tokens, counted):
+    points = benchmark.measure_memory(tokens)
+    assert [[point[0] for point in part] for part in points.values()] == [
+        [counted * number // 10 for number in range(1, 11)]
+    ] * 2
