@@ -3,7 +3,8 @@
 Importing this file makes `DynamicCache(config=model.config)` build `MinGRUCacheLayer`s for a MinGRU model, and
 `StaticCache` their twins in fixed memory. A layer holds a state of fixed size, and yet does what an attention layer's
 cache does: it counts tokens, so generate() can slice prompts, continue over turns and prefill in pieces, and with
-`activate_past_recording()` it keeps the last states, so that `crop` rolls back exactly.
+`activate_past_recording()` it keeps the last states, so that `crop` rolls back exactly. That is why it is none of
+transformers' linear attention layers, which cannot go back.
 
 Legend: B batch, R recorded steps, D channels of the state, W the convolution's window (taps - 1), E its channels.
 """
@@ -130,7 +131,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """From now on keep past states too, so that `crop` can go back to them.
 
         These are the state before the last call and those after each of its steps, unless its `num_recorded` asked for
-        fewer, and at least those after the last `min_recorded_steps` steps.
+        fewer, and at least those after the last `min_recorded_steps` steps. So a long prompt costs as much memory as the
+        hidden states of its tokens; with `logits_to_keep=1` (as in generate()) it costs that of `min_recorded_steps`.
         """
         self.record_past = True
 
@@ -285,7 +287,7 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
         self.seq_length.zero_()
 
 
-def own_layers(layers: list[CacheLayerMixin]) -> None:
+def adopt_layers(layers: list[CacheLayerMixin]) -> None:
     """Replace layers that another copy of this file made, in place.
 
     Checkpoints with code of their own share transformers' table of layers, where the last one imported is found by
@@ -316,4 +318,4 @@ MinGRUStaticCacheLayer._layer_type = MinGRUCacheLayer._layer_type
 STATIC_LAYER_TYPE_MAPPING[MinGRUCacheLayer._layer_type] = MinGRUStaticCacheLayer
 
 
-__all__ = ["MinGRUCacheLayer", "MinGRUStaticCacheLayer", "own_layers"]
+__all__ = ["MinGRUCacheLayer", "MinGRUStaticCacheLayer", "adopt_layers"]

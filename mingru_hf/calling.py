@@ -91,9 +91,12 @@ def is_plain(module: nn.Module) -> bool:
 
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear map that is no more than these; None for any other module."""
-    if type(module) is nn.Linear and "weight" in module._parameters and is_plain(module):
-        return module._parameters["weight"], module._parameters["bias"]
-    return None
+    if type(module) is not nn.Linear or not is_plain(module):
+        return None
+    # FSDP1 keeps views of the parameters there in a forward pass, and as attributes where that runs once more.
+    own, parameters = module.__dict__, module._parameters
+    weight = parameters["weight"] if "weight" in parameters else own.get("weight")
+    return None if weight is None else (weight, parameters["bias"] if "bias" in parameters else own.get("bias"))
 
 
 def module_call(module: nn.Module, *args, **kwargs):

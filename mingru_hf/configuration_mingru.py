@@ -131,6 +131,20 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         return ["mingru"] * self.num_hidden_layers
 
     @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the model's matrices over processes.
+
+        The scan runs in every process over all channels: gate and candidate of one channel lie in different halves of
+        `gate_hidden`, and the style for halves that transformers 5.24 has ("packed_colwise") splits biases wrongly.
+        """
+        plan = {"layers.*.mixer.gate_hidden": "colwise_gather_output"}
+        if self.use_out_proj:
+            plan["layers.*.mixer.out_proj"] = "colwise_gather_output"
+        if self.use_mlp:
+            plan |= {"layers.*.mlp.up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+        return plan
+
+    @property
     def block_sizes(self) -> list[int]:
         """Width of each block's output."""
         return self.hidden_sizes if self.hidden_sizes is not None else [self.hidden_size] * self.num_hidden_layers

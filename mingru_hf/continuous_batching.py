@@ -164,6 +164,18 @@ class _Rows:
         self._gone.clear()
 
 
+def _input_device(model) -> torch.device:
+    """Where the model reads its ids: of an embedding that is offloaded, where its hook takes the weights."""
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
+    device = next((device for device in devices if device is not None), None)
+    if device is None:
+        raise ValueError("The model's weights are on the meta device: load some with from_pretrained().")
+    return torch.device(device)
+
+
 class _Prefill:
     """Prompts on their way through the model, left-padded, in pieces that hold the token budget."""
 
@@ -173,9 +185,10 @@ class _Prefill:
         self.padding = length - min(map(len, prompts))  # behind so many tokens no row is padded
         self.requests = requests
         self.row = {prompt: row for row, prompt in enumerate(prompts)}
-        self.ids = torch.tensor([(0,) * (length - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        sizes = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-        self.mask = torch.arange(length, device=model.device) >= length - sizes.unsqueeze(1)  # (R, T)
+        device = _input_device(model)
+        self.ids = torch.tensor([(0,) * (length - len(prompt)) + prompt for prompt in prompts], device=device)
+        sizes = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.mask = torch.arange(length, device=device) >= length - sizes.unsqueeze(1)  # (R, T)
         self.cache = DynamicCache(config=model.config)
         self.steps, self.done = token_budget // len(prompts), 0
 
@@ -224,7 +237,7 @@ class _BatchProcessor(ContinuousBatchProcessor):
         self.cancel_queue = manager.cancel_queue if manager.is_tp_driver else None
         self.output_router, self.background_thread_status = manager.output_router, manager.background_thread_status
         self.distributed_helper = manager.distributed_helper
-        self.distributed_helper.set_tp_seed(config.seed, manager.model.device)
+        self.distributed_helper.set_tp_seed(config.seed, _input_device(manager.model))
         self.do_sample = bool(manager.generation_config.do_sample)
         self.max_tokens = config.max_batch_tokens or _MAX_TOKENS
         self.use_async_batching, self.inputs_and_outputs = False, SimpleNamespace(compute_stream=None)
@@ -255,7 +268,7 @@ class _BatchProcessor(ContinuousBatchProcessor):
         requests, logits = self.rows.requests, []
         if requests:
             last = [[request.state.generated_tokens[-1]] for request in requests]
-            last = torch.tensor(last, device=model.device)  # (B, 1)
+            last = torch.tensor(last, device=_input_device(model))  # (B, 1)
             logits.append(model(last, cache=self.rows.cache).logits[:, -1])
         if self.prefill is None:
             chosen = self.scheduler.schedule_batch(self.max_tokens)[0]
@@ -334,7 +347,7 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
         if endless and generation_config.eos_token_id is None and model.config.eos_token_id is None:
             raise ValueError("There is no eos_token_id, so nothing would end this: give max_new_tokens.")
         self.model, self.generation_config = model.eval(), copy.deepcopy(generation_config)
-        model._prepare_special_tokens(self.generation_config, True, model.device)  # some processors read them
+        model._prepare_special_tokens(self.generation_config, True, _input_device(model))  # some processors read them
         if continuous_batching_config is None:
             continuous_batching_config = ContinuousBatchingConfig()
         self.continuous_batching_config = continuous_batching_config

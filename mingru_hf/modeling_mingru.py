@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -31,7 +32,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_mingru import MinGRUCacheLayer, own_layers
+from .cache_mingru import MinGRUCacheLayer, adopt_layers
 from .calling import calls_directly, choose_call, direct_call, direct_output, is_plain, module_call, plain_linear
 from .configuration_mingru import MinGRUConfig
 from .linear import linear
@@ -173,9 +174,10 @@ class MinGRUMixer(nn.Module):
 
     def __init__(self, config: MinGRUConfig, input_size: int, output_size: int):
         super().__init__()
-        state_size = int(config.expand * output_size)
+        self.state_size = state_size = int(config.expand * output_size)
         self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
-        self.gate_hidden.initial_memory = config.initial_memory  # for _init_weights, which sees the modules alone
+        # Here: of a model outside transformers it calls _init_weights only for modules with parameters of their own.
+        self.gate_hidden.initial_memory = config.initial_memory
         self.register_module("out_proj", None)
         if config.use_out_proj:
             self.out_proj = nn.Linear(state_size, output_size, bias=config.use_bias)
@@ -203,6 +205,11 @@ class MinGRUMixer(nn.Module):
         else:  # the scan adds the bias on its way: a pass over all of (B, T, 2D) less
             weight, bias = parameters
             gate_and_candidate = linear(x, weight)
+        if gate_and_candidate.shape[-1] != 2 * self.state_size:
+            raise ValueError(
+                f"gate_hidden gave {gate_and_candidate.shape[-1]} channels, expected a gate and a candidate for each "
+                f"of {self.state_size}. If it is split over processes, gather its output (colwise_gather_output)."
+            )
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
         # The cache holds what a 16-bit state would round, so that decoding continues from the exact state.
@@ -267,7 +274,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
             self.mlp = MinGRUMLP(config, output_size)
         else:
             self.register_module("mlp", None)
-        self.hands_out_states = not (config.use_out_proj or config.residual or config.use_mlp)
+        self.output_is_state = not (config.use_out_proj or config.residual or config.use_mlp)
         self.branch_dropout = nn.Dropout(config.residual_dropout)
         is_last = layer_idx == config.num_hidden_layers - 1
         self.block_dropout = nn.Dropout(0.0 if is_last else config.block_dropout)
@@ -331,7 +338,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         )
         if layer is not None:
             # The states may be the block's output, and whoever gets that may write to it.
-            layer.append(states.clone() if self.hands_out_states else states, windows, num_steps=steps)
+            layer.append(states.clone() if self.output_is_state else states, windows, num_steps=steps)
         # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
         branch_dropout, block_dropout = modules["branch_dropout"], modules["block_dropout"]
         if branch_dropout.training:
@@ -341,7 +348,9 @@ class MinGRUBlock(GradientCheckpointingLayer):
             mixed = mixed + (hidden_states if res_align is None else call(res_align, hidden_states))
         hidden_states = mixed
         if modules["mlp"] is not None:
-            mlp = call(modules["mlp"], call(modules["mlp_norm"], hidden_states), call)
+            mlp, normed = modules["mlp"], call(modules["mlp_norm"], hidden_states)
+            # A user may have put another module in its place.
+            mlp = call(mlp, normed, call=call) if type(mlp) is MinGRUMLP else mlp(normed)
             if branch_dropout.training:
                 mlp = branch_dropout(mlp)
             hidden_states = hidden_states + mlp
@@ -566,7 +575,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
     def _check_cache(self, cache: Cache, batch: int, depth: int) -> None:
         layers = getattr(cache, "layers", ())
-        own_layers(layers)
+        adopt_layers(layers)
         if len(layers) != depth or not all(isinstance(layer, MinGRUCacheLayer) for layer in layers):
             raise ValueError(
                 f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; make "
@@ -686,6 +695,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MinGRUConfig):
         super().__init__(config)
@@ -793,7 +803,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache, drafts = model_kwargs.get("cache"), generation_config.max_new_tokens
         if cache is not None:
-            own_layers(cache.layers)
+            adopt_layers(cache.layers)
         if cache is not None and generation_config.is_assistant and drafts is not None:
             for layer in cache.layers:
                 # Twice: with another tokenizer than the main model's, more than the last round's may be taken back.
@@ -838,7 +848,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for this many positions at the end, or for those in a tensor; 0: all;
                 below 0: all but that many at the start.
             skip_logits: return the loss alone, computed a few rows at a time, so that all logits at once never take up
-                memory. None: in training with labels, if config.skip_logits says so.
+                memory (unless the model was given another `loss_function`). None: in training with labels, if
+                config.skip_logits says so.
 
         Returns:
             loss (mean over the positions, in nats per token, if labels are given), logits (B, T, vocab_size) unless
@@ -850,7 +861,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = labels is not None and self.training and self.config.skip_logits
         if skip_logits and labels is None:
-            raise ValueError("skip_logits needs labels: pass labels, or remove skip_logits.")
+            raise ValueError("skip_logits needs labels (shift_labels alone make no loss): pass them, or remove it.")
         # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.
         num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
         arguments = {
@@ -874,7 +885,8 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if not isinstance(logits_to_keep, int) or (logits_to_keep and logits_to_keep < hidden_states.shape[1]):
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
         loss = logits = None
-        if skip_logits and plain_linear(modules["lm_head"]) is not None and not in_transform():
+        known_loss = self.loss_function is ForCausalLMLoss
+        if skip_logits and known_loss and plain_linear(modules["lm_head"]) is not None and not in_transform():
             loss = head_loss(hidden_states, self.lm_head, labels, **kwargs)
         else:
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
@@ -1039,7 +1051,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),
             return_dict=True,
             **kwargs,
         )

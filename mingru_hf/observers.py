@@ -61,7 +61,7 @@ def _compiles_derivative() -> bool:
     return differentiates_forward() or any(level.key() in _DIFFERENTIATING for level in stack)
 
 
-def is_lost_on_kernels() -> bool:
+def kernels_miss_derivative() -> bool:
     """Whether a derivative is taken in which a kernel behind an operator has no part.
 
     That is forward mode and, in a compiled function, torch.func's reverse mode as well.
@@ -109,7 +109,7 @@ __all__ = [
     "has_tangent",
     "in_transform",
     "is_exporting",
-    "is_lost_on_kernels",
     "is_observed",
+    "kernels_miss_derivative",
     "without_modes",
 ]

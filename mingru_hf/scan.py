@@ -17,7 +17,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .observers import is_exporting, is_lost_on_kernels, is_observed, without_modes
+from .observers import is_exporting, is_observed, kernels_miss_derivative, without_modes
 from .scan_numba import NUMBA_AVAILABLE, numba_step, numba_supports
 from .scan_numba import unavailable_reason as numba_unavailable_reason
 from .scan_operator import KERNELS, run_kernel
@@ -129,7 +129,7 @@ def mingru_scan(
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
     if backend == "auto" and _wants_plain_operators(gate_and_candidate):
         backend = "exported"
-    elif backend == "auto" and is_lost_on_kernels():
+    elif backend == "auto" and kernels_miss_derivative():
         backend = "compiled" if torch.compiler.is_compiling() else "reference"
     else:
         backend = _resolve_backend(backend, gate_and_candidate, out_dtype)
@@ -301,7 +301,7 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
 
 def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
     """Why a backend cannot take these inputs; None where it can."""
-    if backend in KERNELS and is_lost_on_kernels():
+    if backend in KERNELS and kernels_miss_derivative():
         return ("a compiled derivative" if torch.compiler.is_compiling() else "forward mode") + " cannot see into it"
     if backend == "triton":
         return triton_unavailable_reason(x.device) or _fails_trial(x.device)

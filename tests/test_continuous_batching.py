@@ -1,11 +1,13 @@
 """generate_batch() and its manager: every request gets what generate() gives it alone, whoever is beside it."""
 
 import ast
+import copy
 import inspect
 import textwrap
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 # No room to spare: two or three requests at a time, prompts in pieces.
@@ -368,6 +370,18 @@ def test_a_manager_that_is_kept(model):
     assert kept is model.init_continuous_batching()
     model.destroy_cached_continuous_batching_manager()
     assert kept is not model.init_continuous_batching()
+
+
+def test_weights_that_are_elsewhere(model):
+    prompts = prompts_of(3)
+    expected = [generated_alone(model, prompt, max_new_tokens=4, do_sample=False) for prompt in prompts]
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    results = offloaded.generate_batch(prompts, greedy(max_new_tokens=4))
+    assert [result.generated_tokens for result in results.values()] == expected
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(ValueError, match="weights are on the meta device"):
+        empty.generate_batch(prompts, greedy(max_new_tokens=4))
 
 
 def test_what_a_batch_cannot_do_is_refused(model):

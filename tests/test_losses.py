@@ -340,6 +340,14 @@ def test_a_head_that_is_more_than_its_weight_is_called():
     torch.testing.assert_close(model(ids, labels=ids, skip_logits=True).loss, output.loss, **FLOAT32)
 
 
+def test_another_loss_function_reads_the_logits():
+    model, ids = make_model(), torch.randint(40, (2, 9))
+    model.loss_function = lambda logits, labels, vocab_size: logits.square().mean()
+    output = model(ids, labels=ids, skip_logits=True)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, model(ids).logits.square().mean())
+
+
 def test_operations_are_counted_without_numbers():
     counts = []
     for device in ("cpu", "meta"):

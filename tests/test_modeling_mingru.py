@@ -281,6 +281,14 @@ def test_dropout_empties_the_branches_or_the_blocks(input_ids):
     assert not any(block.any() for block in blocks)
 
 
+def test_another_module_may_stand_in_the_place_of_an_mlp(input_ids):
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2)).eval()
+    model.model.layers[0].mlp = torch.nn.Identity()
+    ids = model.generate(input_ids, max_new_tokens=3, do_sample=False)
+    assert_close(model(ids).logits[:, -1], model(ids, use_cache=False).logits[:, -1])
+    assert torch.equal(ids[:, -1], model(ids[:, :-1]).logits[:, -1].argmax(-1))
+
+
 def test_width_of_the_mlp():
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1}
     widths = [MinGRUModel(MinGRUConfig(**sizes, intermediate_size=size)) for size in (24, None)]

@@ -1,4 +1,4 @@
-"""The trainers that others wrote: transformers' Trainer, TRL's SFTTrainer, torch's FSDP2, on the text model."""
+"""The trainers that others wrote, and torch's ways to share a model between processes, on the text model."""
 
 import multiprocessing
 import socket
@@ -8,8 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import build_tokenizer
@@ -128,15 +133,45 @@ def test_sft_trainer(model, tokenizer, tmp_path, packing):
     assert after < before - 1
 
 
-# ---- torch's FSDP2 ----
+# ---- Models that several processes share ----
 
 
-def train_sharded(rank, port, queue):
-    """Train on this process's half of the rows with the blocks sharded, and one whole model on all rows."""
+def join(function, rank, port, queue, *args):
+    """Run `function` as one of two processes; hand its results to the parent."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    ids = torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
+    result = function(rank, *args)
+    if rank == 0:
+        queue.put(result)
+    torch.distributed.destroy_process_group()
+
+
+def in_two_processes(function, *args):
+    """The result of `function(rank, *args)` in the first of two processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.Queue()
+    children = [context.Process(target=join, args=(function, rank, port, queue, *args)) for rank in range(2)]
+    for child in children:
+        child.start()
+    result = queue.get(timeout=120)  # before they are waited for: a long one fills the pipe
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    return result
+
+
+def rows_of_ids():
+    return torch.randint(40, (4, 12), generator=torch.Generator().manual_seed(1))
+
+
+def train_sharded(rank):
+    """Train on this process's half of the rows with the blocks sharded, and one whole model on all rows."""
+    ids, results = rows_of_ids(), []
     mine = ids[2 * rank : 2 * rank + 2]
     for options in ({}, {"tie_word_embeddings": True, "lm_head_bias": True}):
         for skip_logits in (False, True):
@@ -158,26 +193,109 @@ def train_sharded(rank, port, queue):
                     mean = loss.detach().clone()
                     torch.distributed.all_reduce(mean)
                     losses.append(mean.item() / 2)
-            if rank == 0:
-                queue.put((losses[:4], losses[4:]))
-    torch.distributed.destroy_process_group()
+            results.append((losses[:4], losses[4:]))
+    return results
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+forks = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+
+
+@forks
 def test_two_processes_that_share_a_model_equal_one():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = context.SimpleQueue()
-    children = [context.Process(target=train_sharded, args=(rank, port, queue)) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        assert child.exitcode == 0
-    for _ in range(4):
-        whole, sharded = queue.get()
+    for whole, sharded in in_two_processes(train_sharded):
         assert sharded == pytest.approx(whole, rel=1e-5)
         assert whole[-1] < whole[0] - 0.1
+
+
+def recompute_sharded(rank):
+    """Loss and gradients, flat, of a model and of the same in FSDP's first form, its activations recomputed."""
+    ids, results = rows_of_ids(), []
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = net = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2)).train()
+        if sharded:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy = ModuleWrapPolicy({type(model.model.layers[0])})
+            net = FullyShardedDataParallel(
+                model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+            )
+        loss = net(ids, labels=ids).loss
+        loss.backward()
+        with FullyShardedDataParallel.summon_full_params(net, with_grads=True):
+            grads = {name: p.grad.tolist() for name, p in model.named_parameters()}
+        results.append((loss.item(), {name.replace("_fsdp_wrapped_module.", ""): g for name, g in grads.items()}))
+    return results
+
+
+@forks
+@pytest.mark.filterwarnings("ignore:FSDP")
+def test_activations_are_recomputed_in_the_first_fsdp():
+    whole, sharded = in_two_processes(recompute_sharded)
+    assert sharded[0] == pytest.approx(whole[0], rel=1e-6)
+    for name, grad in whole[1].items():
+        torch.testing.assert_close(torch.tensor(sharded[1][name]), torch.tensor(grad), rtol=1e-4, atol=1e-6)
+
+
+def compute_in_parallel(rank, path, saved):
+    """A saved model's logits, losses, gradients and tokens, and those of its matrices split over the processes."""
+    ids, results = rows_of_ids(), []
+    for split in (False, True):
+        shares = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")} if split else {}
+        model = MinGRUForCausalLM.from_pretrained(path, **shares)
+        with torch.no_grad():
+            values = [model(ids).logits, model(ids, labels=ids, skip_logits=True).loss]
+        values.append(model.generate(ids[:, :5], max_new_tokens=6, do_sample=False))
+        loss = model.train()(ids, labels=ids).loss
+        loss.backward()
+        values += [loss.detach(), *(full(parameter.grad) for parameter in model.parameters())]
+        results.append([value.tolist() for value in values])
+    model.save_pretrained(saved)
+    torch.distributed.barrier()
+    return results, sum(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@forks
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True, "lm_head_bias": True},
+        {"expand": 1, "conv_kernel": 0, "use_mlp": False, "residual": False},
+        {"hidden_sizes": [16, 24], "use_bias": False},
+    ],
+    ids=["default", "tied", "bare", "widening"],
+)
+def test_tensor_parallelism_equals_one_process(tmp_path, options):
+    torch.manual_seed(0)
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, **options))
+    for parameter in model.parameters():  # biases, too: they are split along with their matrices
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "whole")
+    (whole, split), num_split = in_two_processes(compute_in_parallel, tmp_path / "whole", tmp_path / "split")
+    assert num_split >= 3
+    for one, two in zip(whole, split, strict=True):
+        torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-4, atol=1e-5)
+    saved = MinGRUForCausalLM.from_pretrained(tmp_path / "split").state_dict()
+    torch.testing.assert_close(saved, model.state_dict(), rtol=0, atol=0)
+
+
+def split_by_columns(rank):
+    model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2))
+    plan = {
+        "model.layers.*.mixer.gate_hidden": ColwiseParallel(),
+        "model.layers.*.mixer.out_proj": RowwiseParallel(),
+    }
+    parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    try:
+        model(rows_of_ids())
+    except ValueError as error:
+        return str(error)
+
+
+@forks
+def test_a_split_between_gates_and_candidates_is_refused():
+    assert "gave 32 channels, expected a gate and a candidate for each of 32" in in_two_processes(split_by_columns)

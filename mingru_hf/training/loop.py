@@ -240,7 +240,7 @@ def train(
     run.begin()
     while not run.is_over:
         run.update_weights()
-        evaluation_due, checkpoint_due = run.look_at_the_clock()
+        evaluation_due, checkpoint_due = run.update_progress()
         run.log_training_loss()
         with run.pause():
             if evaluation_due:
@@ -403,7 +403,7 @@ class _Run:
             now.tokens += _num_tokens(batch) * accelerator.num_processes
         now.step += 1
 
-    def look_at_the_clock(self) -> tuple[bool, bool]:
+    def update_progress(self) -> tuple[bool, bool]:
         """Bring `now` up to date, and decide whether an evaluation and a checkpoint are due."""
         now, plan, args = self.now, self.plan, self.args
         now.seconds = _common_seconds(self.began, args, self.accelerator)
