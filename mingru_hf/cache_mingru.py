@@ -131,8 +131,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """From now on keep past states too, so that `crop` can go back to them.
 
         These are the state before the last call and those after each of its steps, unless its `num_recorded` asked for
-        fewer, and at least those after the last `min_recorded_steps` steps. So a long prompt costs as much memory as the
-        hidden states of its tokens; with `logits_to_keep=1` (as in generate()) it costs that of `min_recorded_steps`.
+        fewer, and at least those after the last `min_recorded_steps` steps. So a long prompt costs as much memory as
+        the states of all its tokens; with `logits_to_keep=1`, as in generate(), that of `min_recorded_steps`.
         """
         self.record_past = True
 

@@ -25,6 +25,7 @@ from mingru_hf.data.text import (
     StreamedBlocks,
     build_tokenizer,
     characters_per_token,
+    checksum,
     count_targets,
     evaluation_blocks,
     group_texts,
@@ -86,6 +87,7 @@ class DataArguments:
     validation_documents: int = option(
         500,
         "with streaming: documents to validate on, from the validation split, or else the first of the training split",
+        fixed=True,
     )
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
     block_size: int = option(256, "tokens per training example", fixed=True)
@@ -210,9 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.main_process_first():  # the others read what the first one has cached
             if data_args.streaming:
                 training, validation, tokenizer, characters = load_stream(model_args, data_args, args.seed)
+                checksums = training.checksum, checksum(validation)
                 counted = {"validation": validation}
             else:
                 training, validation, tokenizer, characters = load_data(model_args, data_args)
+                checksums = checksum(training), checksum(validation)
                 counted = {"training": training, "validation": validation}
                 if data_args.shift_blocks:
                     training = ShiftedBlocks(training, args.seed)
@@ -243,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
             collate_fn=DocumentPositions(tokenizer.eos_token_id) if data_args.packing == "reset" else None,
             processing_class=tokenizer,
             settings=settings,
+            checksums=checksums,
             characters_per_token=characters,
             dataset_name=dataset_name,
             task="text-generation",

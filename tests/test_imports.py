@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mingru_hf"
-# Files that transformers copies, flat, beside the weights of a checkpoint with custom code.
+# Files that transformers copies, flat, beside the weights of a checkpoint with custom code; and exporting.py.
 TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("__init__.py", "conversion.py"))
 OPTIONAL = {"numba", "triton", "datasets", "accelerate", "matplotlib", "torchvision", "av", "timm"}
 

@@ -347,8 +347,9 @@ def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, ca
 
 def test_a_run_does_not_go_on_with_another_text(text_file, tmp_path, capsys):
     """An edit that keeps the number of blocks moves the numbers of the tokens."""
-    edited = tmp_path / "edited.txt"
+    edited, reordered = tmp_path / "edited.txt", tmp_path / "reordered.txt"
     edited.write_text(TEXT.replace("dog", "dög"))
+    reordered.write_text(TEXT.replace("dog", "god"))
     for kind in ("char", "bpe"):
         train = ("train_causal_lm", "--output_dir", tmp_path / kind, "--tokenizer_name", kind, *TINY, *FAST)
         train += ("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
@@ -359,6 +360,8 @@ def test_a_run_does_not_go_on_with_another_text(text_file, tmp_path, capsys):
             error = error_of(capsys, *train, "--train_file", edited, "--max_train_steps", 4)
             assert "checkpoint-2 belongs to a run with other tokens" in error
             assert "None there, 'ö' here" in error
+        error = error_of(capsys, *train, "--train_file", reordered, "--max_train_steps", 4)
+        assert f"run {'with other tokens' if kind == 'bpe' else 'on other training data'}" in error
         call(*train, "--train_file", text_file, "--max_train_steps", 4)
         assert json.loads((tmp_path / kind / "metrics.json").read_text())["step"] == 4
         assert (tmp_path / kind / "tokenizer.json").read_bytes() == kept

@@ -1,5 +1,6 @@
 """The training loop: what a step sees, what it updates, what is kept on disk, when it stops."""
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -26,7 +27,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, ResNetConfig
 
-from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification, MinGRUConfig, MinGRUForCausalLM
+from mingru_hf import (
+    MinConvGRUConfig,
+    MinConvGRUForVideoClassification,
+    MinGRUConfig,
+    MinGRUForCausalLM,
+    MinGRUForTokenClassification,
+)
 from mingru_hf.data.text import build_tokenizer
 from mingru_hf.training import loop
 from mingru_hf.training.arguments import (
@@ -376,6 +383,42 @@ def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_no_checkpoint_holds_weights_that_are_not_finite(args, tmp_path, monkeypatch):
+    """Those before it stay: else every resumed run would fail, with nothing to go back to."""
+    model, weights = make_model(), []
+    update = loop._Run.update_weights
+
+    def diverge(run):
+        update(run)
+        if run.now.step == 5:
+            weights.extend(parameter.clone() for parameter in model.parameters())
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = float("inf")
+
+    monkeypatch.setattr(loop._Run, "update_weights", diverge)
+    arguments = args(max_train_steps=8, logging_steps=50, eval_steps=50, checkpointing_steps="2")
+    with pytest.raises(FloatingPointError, match="not finite at step 6: lower learning_rate"):
+        run(arguments, model)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    monkeypatch.undo()
+    arguments.resume_from_checkpoint = "latest"
+    assert run(arguments)[1]["step"] == 8
+
+
+def test_the_model_comes_back_as_it_was(args, tmp_path):
+    """Without autocast around it, and with what it had of its own."""
+    arguments = args(mixed_precision="bf16", gradient_checkpointing=True)
+    model, _ = run(arguments)
+    assert not model.is_activation_checkpointing
+    assert "forward" not in vars(model)
+    ids = torch.arange(6).unsqueeze(0)
+    saved = MinGRUForCausalLM.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(model(ids).logits, saved(ids).logits, rtol=0, atol=0)
+    forward = model.forward = functools.partial(type(model).forward, model)
+    run(args(mixed_precision="bf16", output_dir=str(tmp_path / "again")), model)
+    assert model.forward is forward
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 def test_a_step_may_be_compiled(args, tmp_path, monkeypatch):
     """As by `accelerate launch --dynamo_backend inductor`, less the code of inductor."""
@@ -557,6 +600,24 @@ def test_evaluation_is_the_mean_over_all_targets(args):
     assert scores["eval_loss_per_character"] == pytest.approx(expected / 2, rel=1e-6)
     assert 2 ** scores["eval_bits_per_character"] == pytest.approx(math.exp(expected / 2), rel=1e-6)
     assert scores["eval_constant"] == pytest.approx(0.25)
+
+
+def test_labels_of_tokens_count_where_they_are(args):
+    """A tagger does not shift: its first label counts, and the last one, whatever the batch."""
+    torch.manual_seed(1)
+    config = MinGRUConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, initializer_range=0.5, num_labels=3)
+    model, rows = MinGRUForTokenClassification(config).eval(), make_blocks(7)
+    labels = torch.full((7, 12), -100)
+    labels[0, 0] = 1  # one in the first column, and a varying number in the others
+    for row in range(1, 7):
+        labels[row, : 2 * row] = row % 3
+    with torch.no_grad():
+        logits = model(torch.tensor(rows["input_ids"])).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    dataset, accelerator = rows.add_column("labels", labels.tolist()), start(args())
+    for batch_size in (1, 4):
+        scores = evaluate(model, dataset, accelerator, batch_size=batch_size)
+        assert scores["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_evaluation_draws_no_random_number(args):

@@ -36,6 +36,7 @@ from mingru_hf.data.text import ShiftedBlocks, build_tokenizer
 from mingru_hf.training import checkpoints, loop
 from mingru_hf.training.arguments import SetupError, TrainArguments, option
 from mingru_hf.training.checkpoints import (
+    STATE_FILE,
     check_new_files,
     check_output_dir,
     check_writable,
@@ -57,7 +58,9 @@ SERVER.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text",
 LETTERS = "abcdefg"
 
 
-def train_counting(output_dir, stream=None, settings=(), tokenizer=None, config=None, **changes):
+def train_counting(
+    output_dir, stream=None, settings=(), tokenizer=None, config=None, checksums=(None, None), **changes
+):
     """Train a tiny model with dropout on rows that count up, evaluating and saving all the time.
 
     Changes are of TrainArguments or, by their names, of the model's config.
@@ -99,6 +102,7 @@ def train_counting(output_dir, stream=None, settings=(), tokenizer=None, config=
             accelerator,
             processing_class=tokenizer,
             settings=settings,
+            checksums=checksums,
         )
 
 
@@ -426,6 +430,31 @@ def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
     weights = (load_file(tmp_path / name / "checkpoint-18" / "model.safetensors") for name in ("run", "whole"))
     torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_path, capsys):
+    """Their old loss says nothing about later ones: here no later loss could be below it."""
+    first = train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=6)
+    state = tmp_path / "run" / "checkpoint-6" / STATE_FILE
+    content = json.loads(state.read_text())
+    content["best"]["eval_loss"] = content["progress"]["best"]["eval_loss"] = 0.0
+    state.write_text(json.dumps(content))
+    same = train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=9)
+    assert same["best"]["eval_loss"] == 0.0
+    assert "validation set has changed" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoint-9")
+    again = train_counting(tmp_path / "run", checksums=(1, 3), max_train_steps=9)
+    assert f"the best weights, those of step {first['best']['step']}, have: validation loss" in capsys.readouterr().out
+    assert again["best"]["step"] == 9
+    assert again["best"]["eval_loss"] < first["best"]["eval_loss"]
+    weights = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("", "checkpoint-9"))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_on_other_training_data_no_run_goes_on(tmp_path):
+    train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=4)
+    with pytest.raises(SetupError, match="belongs to a run on other training data: resume with the data"):
+        train_counting(tmp_path / "run", checksums=(9, 2), max_train_steps=6)
 
 
 def test_what_has_changed_when_a_run_goes_on_takes_effect(tmp_path, capsys):

@@ -52,6 +52,9 @@ from .plots import plot_loss
 
 Metric = Callable[[torch.Tensor, torch.Tensor], float | torch.Tensor]
 
+_DIVERGED = "lower learning_rate, or set mixed_precision to no"
+_SAME_DATA = "resume with the data and the tokenizer that the run began with, or start again in another output_dir"
+
 
 @dataclass
 class Progress:
@@ -178,6 +181,7 @@ def train(
     collate_fn: Callable[[list], dict] | None = None,
     metrics: dict[str, Metric] | None = None,
     settings: Sequence[object] = (),
+    checksums: tuple[int | None, int | None] = (None, None),
     characters_per_token: float | None = None,
     unit: str = "token",
     dataset_name: str = "custom data",
@@ -205,6 +209,8 @@ def train(
         metrics: name -> f(logits, labels), a mean over targets; reported as `eval_NAME`.
         settings: the script's other arguments, dataclasses made with `option`: recorded with `args`; the fixed ones
             must equal those of the checkpoint.
+        checksums: of the training and of the validation data, where they are known. A run does not resume on other
+            training data; on other validation data the best weights so far are evaluated once more.
         characters_per_token: of the validation text, to report nats per character.
         unit: what one target belongs to: token, or clip (then frames are counted for the speed).
         dataset_name, task, auto_class: for the model card.
@@ -234,6 +240,7 @@ def train(
         collate_fn=collate_fn,
         metrics=metrics,
         settings=settings,
+        checksums=checksums,
         characters_per_token=characters_per_token,
         unit=unit,
     )
@@ -265,6 +272,7 @@ class _Run:
         collate_fn: Callable[[list], dict] | None,
         metrics: dict[str, Metric] | None,
         settings: Sequence[object],
+        checksums: tuple[int | None, int | None],
         characters_per_token: float | None,
         unit: str,
     ):
@@ -285,9 +293,12 @@ class _Run:
             "training_examples": num_examples,
             **self.data_settings,
         }
+        self.training_checksum = checksums[0]
+        # What losses must have been measured on, to be compared.
+        self.evaluated_on = {"examples": len(self.interim_dataset), "checksum": checksums[1]}
 
         checkpoint = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
-        self.now, saved = Progress(patience=args.early_stopping_patience), None
+        self.now, saved, self.best_is_stale = Progress(patience=args.early_stopping_patience), None, False
         if checkpoint is not None:
             saved = self.load_checkpoint(checkpoint)
         elif args.resume_from_checkpoint is not None:
@@ -299,7 +310,9 @@ class _Run:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.to(accelerator.device)
         optimizer = make_optimizer(model, args)
-        self.net, self.optimizer = accelerator.prepare(model, optimizer)  # net: model, perhaps in a DDP wrapper
+        self.own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
+        # net: the model, perhaps in a DDP wrapper, with autocast around its forward pass
+        self.net, self.optimizer = accelerator.prepare(model, optimizer)
         set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
         if args.with_tracking:
             named = {tracker: {"name": self.output_dir.name} for tracker in ("trackio", "wandb")}
@@ -308,6 +321,8 @@ class _Run:
         first_batch = self.now.step * args.gradient_accumulation_steps * accelerator.num_processes
         self.batches = _make_batches(_as_tensors(train_dataset), args, accelerator, collate_fn, first_batch)
         self.loss_sum = torch.zeros((), device=accelerator.device)  # of the steps since the last point of the curve
+        if self.best_is_stale:
+            self.evaluate_the_best_anew()
         if saved is not None:
             self.restore_training_state(saved)
         self.passed, self.last_pause = self.plan.fraction(self.now.step, self.now.seconds), 0.0
@@ -339,12 +354,30 @@ class _Run:
         _check_identity(state["run"], self.identity, checkpoint, changes)
         self.now = Progress(**state["progress"])
         _load_weights(self.model, self.processing_class, checkpoint)
+        if state.get("training_checksum", self.training_checksum) != self.training_checksum:
+            raise SetupError(f"{checkpoint} belongs to a run on other training data: {_SAME_DATA}{changes}")
         if self.is_main and self.now.best is not None:
             restore_best(checkpoint, self.output_dir)
+        measured_on = state.get("evaluated_on", self.evaluated_on)
+        self.best_is_stale = self.now.best is not None and measured_on != self.evaluated_on
         if "early_stopping_patience" in changed:
             self.now.patience = self.args.early_stopping_patience
         self.accelerator.print(f"resuming from {checkpoint}{changes}")
         return saved
+
+    def evaluate_the_best_anew(self) -> None:
+        """Give the best weights so far a loss on the present validation set, to compare those of later ones with."""
+        model = self.model
+        current = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.accelerator.wait_for_everyone()  # until the weights are in the output directory
+        model.load_state_dict(load_pretrained(type(model), self.output_dir).state_dict())
+        scores = self.evaluate(self.interim_dataset)
+        model.load_state_dict(current)
+        self.accelerator.print(
+            f"the validation set has changed; on it the best weights, those of step {self.now.best['step']}, have: "
+            f"{summary(scores, self.unit)}"
+        )
+        self.now.best = self.now.best | scores
 
     def restore_training_state(self, saved: dict) -> None:
         """Restore the optimizer, the gradient scaler, this process's random numbers and the sum of losses."""
@@ -426,8 +459,7 @@ class _Run:
         if now.step % self.args.logging_steps == 0 or self.passed >= 1:
             loss = self.accelerator.reduce(self.loss_sum / (now.step - now.logged_step), "mean").item()
             if not math.isfinite(loss):
-                advice = "lower learning_rate, or set mixed_precision to no"
-                raise FloatingPointError(f"the training loss is {loss} at step {now.step}: {advice}")
+                raise FloatingPointError(f"the training loss is {loss} at step {now.step}: {_DIVERGED}")
             values = {"loss": loss, "learning_rate": self.optimizer.param_groups[0]["lr"]}
             now.history.append({**now.position, **values})
             self.accelerator.log(values, step=now.step)
@@ -447,7 +479,7 @@ class _Run:
         args, now, accelerator, bar = self.args, self.now, self.accelerator, self.bar
         scores = self.evaluate(self.interim_dataset)
         if not math.isfinite(scores["eval_loss"]):
-            raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}")
+            raise FloatingPointError(f"the validation loss is {scores['eval_loss']} at step {now.step}: {_DIVERGED}")
         now.history.append({**now.position, **scores})
         accelerator.log({f"eval/{name[5:]}": value for name, value in scores.items()}, step=now.step)
         improved = now.best is None or scores["eval_loss"] < now.best["eval_loss"]
@@ -478,9 +510,16 @@ class _Run:
             bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
 
     def save_checkpoint(self) -> None:
-        """Write all that a resumed run needs."""
+        """Write all that a resumed run needs.
+
+        Raises:
+            FloatingPointError: if a weight or the training loss is not finite: no checkpoint to resume from.
+        """
         accelerator, now = self.accelerator, self.now
+        finite = torch.stack([self.loss_sum.isfinite(), *(p.isfinite().all() for p in self.model.parameters())]).all()
         processes = gather_object([{"loss_sum": self.loss_sum.cpu(), **_random_state()}])
+        if not all(gather_object([finite.item()])):
+            raise FloatingPointError(f"weights or training loss are not finite at step {now.step}: {_DIVERGED}")
         if self.is_main:
             scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
             progress = dataclasses.asdict(now)
@@ -489,7 +528,14 @@ class _Run:
                 now.step,
                 (self.model, self.processing_class),
                 {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "processes": processes},
-                {"run": self.identity, "best": now.best, "progress": progress, "arguments": self.arguments},
+                {
+                    "run": self.identity,
+                    "best": now.best,
+                    "training_checksum": self.training_checksum,
+                    "evaluated_on": self.evaluated_on,
+                    "progress": progress,
+                    "arguments": self.arguments,
+                },
                 self.args.checkpoints_total_limit or None,
             )
 
@@ -519,6 +565,12 @@ class _Run:
             final = {f"final/{name[5:]}": value for name, value in result["final"].items()}
             accelerator.log(final, step=self.now.step)
         accelerator.wait_for_everyone()
+        # Leave the model as it came. (accelerator.unwrap_model() would take off the decorators of its forward, too.)
+        for name in ("forward", "_original_forward"):
+            vars(model).pop(name, None)
+        vars(model).update(self.own_forward)
+        if args.gradient_checkpointing:
+            model.activation_checkpointing_disable()
         # A DDP wrapper that outlives its process group hangs.
         self.net, self.optimizer = accelerator.free_memory(self.net, self.optimizer)
         accelerator.end_training()
@@ -606,10 +658,13 @@ def evaluate(
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     numbers = {"dtype": dtype, "device": accelerator.device}
     counts, means = [0], [torch.zeros(1 + len(metrics), **numbers)]  # of the batches
+    shifts = (
+        "logits_to_keep" in inspect.signature(model.forward).parameters
+    )  # as models that predict the next token do
     for batch in loader:
-        # Counted before the batch moves, since a GPU would be waited for. A language model shifts.
+        # Counted before the batch moves, since a GPU would be waited for.
         labels = batch["labels"] if "labels" in batch else batch["input_ids"]
-        targets = int(((labels[:, 1:] if labels.ndim == 2 else labels) != -100).sum())
+        targets = int(((labels[:, 1:] if shifts and labels.ndim == 2 else labels) != -100).sum())
         if targets == 0:
             continue  # a mean over nothing is NaN
         batch = _prepare(batch, accelerator.device)
@@ -815,17 +870,16 @@ def _load_weights(model: PreTrainedModel, processing_class: object | None, check
     Raises:
         SetupError: if a label, a token of the vocabulary or the shape of a weight differs.
     """
-    data = "resume with the data and the tokenizer that the run began with, or start again in another output_dir"
     config = "resume with its config_name and config_overrides"
     types = ({"model_type": t} for t in (read_config_file(checkpoint).get("model_type"), model.config.model_type))
     # Else its weights would be drawn at random, with only a warning.
     _check_same(checkpoint, "another model", *types, config)
     saved = load_pretrained(type(model), checkpoint)
-    _check_same(checkpoint, "other labels", saved.config.id2label, model.config.id2label, data)
+    _check_same(checkpoint, "other labels", saved.config.id2label, model.config.id2label, _SAME_DATA)
     if isinstance(processing_class, PreTrainedTokenizerBase):
         tokenizers = (load_pretrained(type(processing_class), checkpoint), processing_class)
         tokens = ({number: token for token, number in t.get_vocab().items()} for t in tokenizers)
-        _check_same(checkpoint, "other tokens", *tokens, data)
+        _check_same(checkpoint, "other tokens", *tokens, _SAME_DATA)
     weights = saved.state_dict()
     shapes = ({name: list(w.shape) for name, w in part.items()} for part in (weights, model.state_dict()))
     _check_same(checkpoint, "another model", *shapes, config)
