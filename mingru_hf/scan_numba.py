@@ -685,17 +685,17 @@ def _dot_four(weights, x, stride, count, W, A):
 
 
 @_compiled
-def _add(out, index, sum_, first, start, A):
+def _add(out, index, sum_, first, start, W):
     """Write the sum that begins with `first`, or go on with what stands there."""
-    before = first if start == 0 else _load(out, index, A, "state")
-    _store(out, index, before + sum_, A, "state")
+    before = first if start == 0 else _load(out, index, W, "state")
+    _store(out, index, before + sum_, W, "state")
 
 
 @_compiled
 def _linear_output(a, o, start, count, W, A):
     """Add to output o of every row what comes of inputs start..start + count; the first ones add to the bias."""
     rows, inputs, outputs = _argument(a, _ROWS), _argument(a, _INPUTS), _argument(a, _OUTPUTS)
-    bias, out = _argument(a, _LINEAR_BIAS), _address(_argument(a, _OUT), o, A)
+    bias, out = _argument(a, _LINEAR_BIAS), _address(_argument(a, _OUT), o, W)
     x, weights = _address(_argument(a, _IN), start, A), _address(_argument(a, _WEIGHT), o * inputs + start, W)
     if _argument(a, _FETCHES_AHEAD) != 0:
         for i in range(0, count, _CHUNK):
@@ -704,13 +704,13 @@ def _linear_output(a, o, start, count, W, A):
     whole = rows // 4 * 4
     for r in range(0, whole, 4):
         sums = _dot_four(weights, _address(x, r * inputs, A), inputs, count, W, A)
-        _add(out, r * outputs, sums[0], first, start, A)
-        _add(out, (r + 1) * outputs, sums[1], first, start, A)
-        _add(out, (r + 2) * outputs, sums[2], first, start, A)
-        _add(out, (r + 3) * outputs, sums[3], first, start, A)
+        _add(out, r * outputs, sums[0], first, start, W)
+        _add(out, (r + 1) * outputs, sums[1], first, start, W)
+        _add(out, (r + 2) * outputs, sums[2], first, start, W)
+        _add(out, (r + 3) * outputs, sums[3], first, start, W)
     for r in range(whole, rows):
         sum_ = _dot(weights, _address(x, r * inputs, A), count, W, A)
-        _add(out, r * outputs, sum_, first, start, A)
+        _add(out, r * outputs, sum_, first, start, W)
 
 
 @_compiled
@@ -963,8 +963,9 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
         h0_address, states = h0.data_ptr(), torch.empty_like(h0)
     bias_address = 0
     if bias is not None:
-        if bias.dtype != dtype or not bias.is_cpu or not bias.is_contiguous() or len(bias) != shape[2]:
+        if not bias.is_cpu or not bias.is_contiguous() or len(bias) != shape[2]:
             return None
+        bias = bias if bias.dtype == dtype else bias.to(dtype)
         bias_address = bias.data_ptr()
     scratch = _scratch.at_least(16 * size)  # two rows of at most 8 bytes a number
     sizes = 0, 0, batch, batch, 1, channels, 1, channels, 1, 1
@@ -1013,7 +1014,7 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     if bias is not None and (bias.dtype != dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
         return None
     pieces = -(-size // _NEAR_INPUTS)
-    if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast
+    if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast, and sums would be rounded on the way
         return None
     weight_address, bias_address = weight.data_ptr(), _data_ptr(bias)
     if not (x.data_ptr() and weight_address and (bias_address or bias is None)):  # sharding may have taken the memory
@@ -1025,11 +1026,11 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     tasks = min(max(-(-outputs // _TASK_OUTPUTS), 4 * threads), outputs)
     at_once = -(-inputs // (pieces * _CHUNK)) * _CHUNK
     wide = x.float().contiguous()
-    out = wide.new_empty((*shape[:-1], outputs))
+    out = x.new_empty((*shape[:-1], outputs))
     sizes = 0, 0, tasks, size // inputs, inputs, outputs, -(-outputs // tasks), at_once, size > _PREFETCH_INPUTS
     addresses = wide.data_ptr(), weight_address, bias_address, out.data_ptr()
     _run(entry, array("q", (*sizes, *addresses)), (wide, weight, bias, out), 0, tasks, threads)
-    return out.to(dtype)
+    return out
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -583,3 +583,16 @@ assert not mingru_hf.scan_numba.NUMBA_AVAILABLE
 out, _ = mingru_hf.MinGRU(4, [4])(torch.zeros(1, 2, 4))
 assert out.shape == (1, 2, 4)
 """)
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32])
+def test_a_token_takes_the_short_way_whatever_its_bias(dtype, bias_dtype):
+    """A model in bfloat16 has such biases, and states in float32."""
+    x, h0 = torch.randn(3, 1, 14).to(dtype), torch.rand(3, 1, 7)
+    bias = None if bias_dtype is None else torch.randn(14).to(bias_dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    state = scan_numba.numba_step(x, h0.to(wide), bias, wide)
+    biased = x.double() if bias is None else x.double() + bias.double()
+    torch.testing.assert_close(state.double(), scan_reference(biased, h0.double()), rtol=1e-6, atol=1e-7)
