@@ -24,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .calling import module_call
-from .scan import draw_memory_, mingru_scan
-from .scan_reference import initial_state, scan_reference
+from .calling import choose_call, direct_call
+from .scan import draw_memory_, mingru_scan, mingru_step, requested_backend
+from .scan_reference import accumulation_dtype, initial_state, scan_reference
 
 
-def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan(
+    gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Tensor | None, is_unobserved_step: bool = False
+) -> tuple[Tensor, Tensor]:
     """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states in their dtype; the last, unrounded."""
     if torch.jit.is_scripting():
         states = scan_reference(
@@ -39,6 +41,10 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Te
             None if reset is None else _scripted_flags(reset, gate_and_candidate),
         )
         return states.to(gate_and_candidate.dtype), states[:, -1:].clone()
+    if is_unobserved_step and mask is None and reset is None:
+        wide, backend = accumulation_dtype(gate_and_candidate), requested_backend("auto")
+        state = mingru_step(gate_and_candidate, h0, backend=backend, dtype=wide)
+        return state.clone() if gate_and_candidate.dtype == wide else state.to(gate_and_candidate.dtype), state
     return mingru_scan(gate_and_candidate, h0, mask, reset, return_last_state=True)
 
 
@@ -146,10 +152,11 @@ class MinGRUCell(nn.Module):
         _check_number(h, 1)
         _check_state(h[0], [x.shape[0], 1, self.layer_sizes[1]], 0)
         if torch.jit.is_scripting():
-            gate_and_candidate = self.to_gate_hidden(x)
+            gate_and_candidate, is_unobserved_step = self.to_gate_hidden(x), False
         else:
-            gate_and_candidate = module_call(self.to_gate_hidden, x)
-        out, last_state = _scan(gate_and_candidate, h[0], mask, reset)
+            call = choose_call(x)
+            gate_and_candidate, is_unobserved_step = call(self.to_gate_hidden, x), call is direct_call
+        out, last_state = _scan(gate_and_candidate, h[0], mask, reset, is_unobserved_step)
         return out, [last_state]
 
     @torch.jit.export
@@ -184,10 +191,12 @@ class _MinGRULayer(nn.Module):
         """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
         if torch.jit.is_scripting():
             gate_and_candidate, aligned = self.gate_hidden(self.norm(x)), self.res_align(x)
+            is_unobserved_step = False
         else:
-            gate_and_candidate = module_call(self.gate_hidden, self.norm(x))
-            aligned = module_call(self.res_align, x)
-        states, last_state = _scan(gate_and_candidate, h, mask, reset)
+            call = choose_call(x)
+            gate_and_candidate, aligned = call(self.gate_hidden, call(self.norm, x)), call(self.res_align, x)
+            is_unobserved_step = call is direct_call
+        states, last_state = _scan(gate_and_candidate, h, mask, reset, is_unobserved_step)
         return states, last_state, aligned
 
 

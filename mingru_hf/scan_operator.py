@@ -51,6 +51,10 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
 def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
     if differentiates_forward():
         raise ValueError(_FORWARD_MODE_BEGAN_LATER)
+    if backend == "numba" and mask is None and reset is None:
+        state = numba_step(x, h0, bias, accumulation_dtype(x))
+        if state is not None:
+            return state.clone() if state.dtype == dtype else state.to(dtype), state
     forward, _ = KERNELS[backend]
     more = _bias_argument(bias, x)
     if x.dim() == 3:

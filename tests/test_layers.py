@@ -228,6 +228,36 @@ def test_last_states_have_memory_of_their_own(name, steps):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_without_gradients_goes_a_short_way_to_the_same(name, dtype):
+    rnn = make_layers()[name].eval().to(dtype)
+    x = torch.randn(2, 1, 3, dtype=dtype)
+    h = [torch.rand_like(state, dtype=torch.float32) for state in rnn.init_hidden_state(x)]
+    expected, expected_h = rnn(x, h)
+    with torch.no_grad():
+        out, last = rnn(x, h)
+    assert out.dtype == dtype
+    assert {state.dtype for state in last} == {torch.float32}
+    close = CLOSE if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close([out.float(), *last], [expected.float(), *expected_h], **close)
+    before = out.clone()
+    for state in last:
+        state.fill_(0.5)
+    torch.testing.assert_close(out, before, rtol=0, atol=0)
+
+
+def test_a_step_calls_the_hooks_and_what_stands_in_a_layers_place():
+    rnn, calls = mingru.MinGRU(3, [4, 4], norm=True, residual=True).eval(), []
+    rnn.layers[0].gate_hidden.register_forward_hook(lambda module, args, out: calls.append("gate"))
+    rnn.layers[1].norm = torch.nn.Tanh()
+    x = torch.randn(2, 1, 3)
+    expected = rnn(x)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(rnn(x)[0], expected, **CLOSE)
+    assert calls == ["gate", "gate"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_exported_with_the_states_they_returned(name):
     rnn = make_layers()[name].eval()
     x = torch.randn(2, 7, rnn.layer_sizes[0])
