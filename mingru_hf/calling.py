@@ -95,8 +95,10 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         return None
     # FSDP1 keeps views of the parameters there in a forward pass, and as attributes where that runs once more.
     own, parameters = module.__dict__, module._parameters
-    weight = parameters["weight"] if "weight" in parameters else own.get("weight")
-    return None if weight is None else (weight, parameters["bias"] if "bias" in parameters else own.get("bias"))
+    weight, bias = (parameters.get(name, own.get(name)) for name in ("weight", "bias"))
+    if weight is None or (bias is None and "bias" not in parameters and "bias" not in own):
+        return None
+    return weight, bias
 
 
 def module_call(module: nn.Module, *args, **kwargs):

@@ -123,6 +123,8 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         if self.use_out_proj is None:
             self.use_out_proj = self.expand != 1
         kwargs["auto_map"] = self._code_to_load(AUTO_MAP, kwargs.get("auto_map") or {})
+        if self.base_model_tp_plan is None:  # a subclass may have one
+            self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     @property
@@ -130,8 +132,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         """The kind of cache layer each block has, for `DynamicCache(config=...)`."""
         return ["mingru"] * self.num_hidden_layers
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def _tensor_parallel_plan(self) -> dict[str, str]:
         """How tensor parallelism splits the model's matrices over processes.
 
         The scan runs in every process over all channels: gate and candidate of one channel lie in different halves of

@@ -186,7 +186,7 @@ class _MinGRULayer(nn.Module):
         return [x.shape[0], 1, self.hidden_size]
 
     def forward(
-        self, x: Tensor, h: Tensor, mask: Tensor | None, reset: Tensor | None
+        self, x: Tensor, h: Tensor, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
         if torch.jit.is_scripting():
@@ -479,7 +479,7 @@ class MinConv2dGRULayer(nn.Module):
         return gate_and_candidate, x
 
     def forward(
-        self, x: Tensor, h: Tensor, mask: Tensor | None, reset: Tensor | None
+        self, x: Tensor, h: Tensor, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states, the last of them, the residual branch's values."""
         gate_and_candidate, skip = self.project(x)
@@ -565,8 +565,9 @@ class Bidirectional(nn.Module):
     stack runs as a whole in each direction; its layers do not mix directions.
 
     Args:
-        rnn: a layer or stack of this package. It becomes the forward direction; the backward direction is a copy
-            with newly drawn weights, so `spread_memory_`, parametrizations and frozen weights come after wrapping.
+        rnn: a layer or stack of this package, called as rnn(x, h, mask, reset). It becomes the forward direction; the
+            backward direction is a copy with newly drawn weights, so `spread_memory_`, parametrizations and frozen
+            weights come after wrapping.
         shared_weights: use one set of weights for both directions, as torch-mingru does.
         aligned: put the backward outputs in the order of time. False leaves them in the order of processing, which
             is what torch-mingru's outputs are and what a head trained on them expects.

@@ -174,7 +174,7 @@ class MinGRUMixer(nn.Module):
 
     def __init__(self, config: MinGRUConfig, input_size: int, output_size: int):
         super().__init__()
-        self.state_size = state_size = int(config.expand * output_size)
+        state_size = int(config.expand * output_size)
         self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
         # Here: of a model outside transformers it calls _init_weights only for modules with parameters of their own.
         self.gate_hidden.initial_memory = config.initial_memory
@@ -205,10 +205,11 @@ class MinGRUMixer(nn.Module):
         else:  # the scan adds the bias on its way: a pass over all of (B, T, 2D) less
             weight, bias = parameters
             gate_and_candidate = linear(x, weight)
-        if gate_and_candidate.shape[-1] != 2 * self.state_size:
+        width = gate_and_candidate.shape[-1]
+        if width != getattr(gate_hidden, "out_features", width):
             raise ValueError(
-                f"gate_hidden gave {gate_and_candidate.shape[-1]} channels, expected a gate and a candidate for each "
-                f"of {self.state_size}. If it is split over processes, gather its output (colwise_gather_output)."
+                f"gate_hidden gave {width} of its {gate_hidden.out_features} channels, the first half of which are "
+                "gates. If it is split over processes, gather its output (colwise_gather_output)."
             )
         # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
@@ -701,6 +702,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MinGRUModel(config)
         self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=config.lm_head_bias)
+        self.loss_type = "ForCausalLM"  # of a subclass by another name, too
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -885,8 +887,12 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         if not isinstance(logits_to_keep, int) or (logits_to_keep and logits_to_keep < hidden_states.shape[1]):
             hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
         loss = logits = None
-        known_loss = self.loss_function is ForCausalLMLoss
-        if skip_logits and known_loss and plain_linear(modules["lm_head"]) is not None and not in_transform():
+        if (
+            skip_logits
+            and self.loss_function is ForCausalLMLoss
+            and plain_linear(modules["lm_head"]) is not None
+            and not in_transform()
+        ):
             loss = head_loss(hidden_states, self.lm_head, labels, **kwargs)
         else:
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)

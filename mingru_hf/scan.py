@@ -265,10 +265,10 @@ def _check_inputs(
                 f"h0 must have shape {tuple(expected)} (B, 1, D, *) and a floating-point type, got {tuple(h0.shape)} "
                 f"{h0.dtype}."
             )
-    if mask is not None and mask.shape != shape[:2]:
-        raise ValueError(f"mask must have shape {tuple(shape[:2])} (B, T), got {tuple(mask.shape)}.")
-    if reset is not None and reset.shape != shape[:2]:
-        raise ValueError(f"reset must have shape {tuple(shape[:2])} (B, T), got {tuple(reset.shape)}.")
+    for name, flags in (("mask", mask), ("reset", reset)):
+        if flags is not None and (not isinstance(flags, Tensor) or flags.shape != shape[:2]):
+            got = tuple(flags.shape) if isinstance(flags, Tensor) else f"a {type(flags).__name__}"
+            raise ValueError(f"{name} must be a tensor of shape {tuple(shape[:2])} (B, T), got {got}.")
     if bias is not None and (bias.shape != shape[2:3] or not bias.is_floating_point()):
         raise ValueError(
             f"bias must have shape {tuple(shape[2:3])} (2D,) and a floating-point type, got {tuple(bias.shape)} "

@@ -520,7 +520,7 @@ def print_batch(args: argparse.Namespace) -> None:
 def measure_memory(
     tokens: int, pieces: int = 10, piece_length: int = 1000
 ) -> dict[str, list[tuple[int, float, float]]]:
-    """Read `tokens` tokens in pieces of `piece_length`, then write as many; a few less or more, so that all are equal.
+    """Read `tokens` tokens in pieces of at most `piece_length`, then write as many; a few more or less, rounded.
 
     Returns:
         (tokens so far, MB of the process, us per token) at every of `pieces` stations, read and written.
@@ -529,8 +529,9 @@ def measure_memory(
     model = MinGRUForCausalLM(config).eval()
     cache = DynamicCache(config=config)
     part = max(tokens // pieces, 1)
-    piece_length = min(piece_length, part)
-    part -= part % piece_length
+    number = -(-part // piece_length)
+    piece_length = -(-part // number)
+    part = number * piece_length
     ids = torch.randint(0, VOCABULARY, (1, piece_length))
     model(ids, cache=cache, logits_to_keep=1)  # warm up
     points: dict[str, list[tuple[int, float, float]]] = {"read": [], "written": []}

@@ -97,3 +97,11 @@ def test_shipped_configs_build_models(path):
     assert not set(json.loads(path.read_text())) - set(config.to_dict())  # no key that nothing reads
     config.vocab_size = 11
     assert type(AutoModelForCausalLM.from_config(config)) is MinGRUForCausalLM
+
+
+def test_the_tensor_parallel_plan_can_be_replaced_and_is_not_saved():
+    config = MinGRUConfig(expand=1, use_mlp=False)
+    assert config.base_model_tp_plan == {"layers.*.mixer.gate_hidden": "colwise_gather_output"}
+    assert "base_model_tp_plan" not in config.to_json_string(use_diff=False)
+    config.base_model_tp_plan = {}
+    assert MinGRUConfig.from_dict({"base_model_tp_plan": None}).base_model_tp_plan is None

@@ -687,6 +687,10 @@ def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
         count = 2 * total // block_size
         text = tokenizer.decode(torch.cat([next(blocks)["input_ids"] for _ in range(count)]))
         assert "<|endoftext|>".join([*passes[0], *passes[1]]).startswith(text.rstrip("\ufffd"))
+    checksum = StreamedBlocks(stream, tokenizer, block_size=1, seed=3).checksum
+    assert checksum == StreamedBlocks(stream, tokenizer, block_size=7, seed=4).checksum
+    later, _ = load_text_stream(train_file=file, validation_documents=11)
+    assert checksum != StreamedBlocks(later, tokenizer, block_size=1, seed=3).checksum
     other = iter(StreamedBlocks(stream, tokenizer, block_size=1, seed=4))
     assert tokenizer.decode([int(next(other)["input_ids"]) for _ in range(total)]) != "<|endoftext|>".join(passes[0])
 

@@ -109,7 +109,7 @@ def test_padding_hands_on_the_state_that_was_given():
 @pytest.mark.parametrize("which", ["mask", "reset"])
 def test_flags_of_another_shape_are_refused(name, which):
     layer, x = make_layers()[name], make_input(name, 2)
-    with pytest.raises(ValueError, match=rf"{which} must have shape \(2, 9\) \(B, T\), got \(9, 2\)"):
+    with pytest.raises(ValueError, match=rf"{which} must be a tensor of shape \(2, 9\) \(B, T\), got \(9, 2\)"):
         layer(x, **{which: torch.ones(9, 2, dtype=torch.bool)})
     if sys.version_info < (3, 14):
         with pytest.raises(torch.jit.Error, match=r"must have shape \[2, 9\] \(B, T\), got \[9, 2\]"):

@@ -340,6 +340,18 @@ def test_a_head_that_is_more_than_its_weight_is_called():
     torch.testing.assert_close(model(ids, labels=ids, skip_logits=True).loss, output.loss, **FLOAT32)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+def test_a_subclass_compiles_in_one_graph():
+    class Another(MinGRUForCausalLM):
+        pass
+
+    model, ids = Another(make_model().config), torch.randint(40, (2, 9))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **FLOAT32)
+    loss = compiled(ids, labels=ids, skip_logits=True).loss
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss, **FLOAT32)
+
+
 def test_another_loss_function_reads_the_logits():
     model, ids = make_model(), torch.randint(40, (2, 9))
     model.loss_function = lambda logits, labels, vocab_size: logits.square().mean()

@@ -348,6 +348,17 @@ def test_documents_told_in_two_ways_are_joined(model, input_ids):
     assert_close(model(input_ids, **both).logits, expected)
 
 
+def test_a_tagger_builds_no_cache_which_it_could_not_return(input_ids):
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_labels=3)
+    tagger, caches = MinGRUForTokenClassification(config).eval(), []
+    tagger.model.register_forward_hook(lambda module, args, output: caches.append(output.cache))
+    expected = tagger(input_ids).logits
+    cache = DynamicCache(config=config)
+    pieces = [tagger(piece, cache=cache).logits for piece in input_ids.split(4, dim=1)]
+    assert_close(torch.cat(pieces, dim=1), expected)
+    assert caches == [None] + [cache] * len(pieces)
+
+
 def test_training_builds_no_cache_unless_asked(model, input_ids):
     assert model(input_ids).cache is not None
     model.train()

@@ -260,7 +260,7 @@ def test_documents_as_a_stream(tmp_path, capsys):
     )
     bpe = ("--tokenizer_name", "bpe", "--vocab_size", 300)
     assert "give max_train_steps or max_train_seconds" in error_of(capsys, *stream, *bpe)
-    stream = (*stream, "--max_train_steps", 40)
+    stream = (*stream, "--max_train_steps", 40, "--checkpointing_steps", 40)
     assert "--tokenizer_name bpe" in error_of(capsys, *stream)
     assert "leave it out with streaming" in error_of(capsys, *stream, *bpe, "--shift_blocks")
     call(*stream, *bpe, "--packing", "reset")
@@ -268,6 +268,9 @@ def test_documents_as_a_stream(tmp_path, capsys):
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["final"]["eval_loss"] < metrics["history"][0]["loss"] - 1
     assert "a stream" in (directory / "README.md").read_text()
+    # Documents held out until then would be trained on.
+    again = (*stream, *bpe, "--packing", "reset", "--resume_from_checkpoint", "latest", "--validation_documents", 10)
+    assert "with validation documents 20, not 10" in error_of(capsys, *again)
 
 
 def test_a_checkpoint_keeps_its_own_tokenizer(trained, text_file, tmp_path, capsys):
@@ -343,6 +346,17 @@ def test_mistakes_in_training_end_with_one_line(trained, text_file, tmp_path, ca
     assert not (tmp_path / "run").exists()
     nowhere = error_of(capsys, "train_causal_lm", "--output_dir", empty / "run", "--train_file", "missing.txt")
     assert f"output_dir {empty / 'run'} cannot be written" in nowhere
+
+
+def test_a_run_goes_on_with_another_validation_text(text_file, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:500])
+    train = ("train_causal_lm", "--output_dir", tmp_path / "run", "--train_file", text_file, *TINY, *FAST)
+    train += ("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
+    call(*train, "--max_train_steps", 2, "--validation_file", text_file)
+    assert "validation set has changed" not in capsys.readouterr().out
+    call(*train, "--max_train_steps", 4, "--validation_file", other)
+    assert "validation set has changed" in capsys.readouterr().out
 
 
 def test_a_run_does_not_go_on_with_another_text(text_file, tmp_path, capsys):

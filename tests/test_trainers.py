@@ -298,4 +298,4 @@ def split_by_columns(rank):
 
 @forks
 def test_a_split_between_gates_and_candidates_is_refused():
-    assert "gave 32 channels, expected a gate and a candidate for each of 32" in in_two_processes(split_by_columns)
+    assert "gate_hidden gave 32 of its 64 channels" in in_two_processes(split_by_columns)

@@ -1,6 +1,5 @@
 """The training loop: what a step sees, what it updates, what is kept on disk, when it stops."""
 
-import functools
 import importlib.util
 import itertools
 import json
@@ -383,17 +382,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_no_checkpoint_holds_weights_that_are_not_finite(args, tmp_path, monkeypatch):
+@pytest.mark.parametrize("which", ["weight", "loss"])
+def test_no_checkpoint_holds_what_is_not_finite(args, tmp_path, monkeypatch, which):
     """Those before it stay: else every resumed run would fail, with nothing to go back to."""
-    model, weights = make_model(), []
-    update = loop._Run.update_weights
+    model, update = make_model(), loop._Run.update_weights
 
     def diverge(run):
         update(run)
-        if run.now.step == 5:
-            weights.extend(parameter.clone() for parameter in model.parameters())
+        if run.now.step == 6:
             with torch.no_grad():
-                model.lm_head.weight[0, 0] = float("inf")
+                (model.lm_head.weight[0, 0] if which == "weight" else run.loss_sum).fill_(float("inf"))
 
     monkeypatch.setattr(loop._Run, "update_weights", diverge)
     arguments = args(max_train_steps=8, logging_steps=50, eval_steps=50, checkpointing_steps="2")
@@ -414,9 +412,19 @@ def test_the_model_comes_back_as_it_was(args, tmp_path):
     ids = torch.arange(6).unsqueeze(0)
     saved = MinGRUForCausalLM.from_pretrained(tmp_path / "run")
     torch.testing.assert_close(model(ids).logits, saved(ids).logits, rtol=0, atol=0)
-    forward = model.forward = functools.partial(type(model).forward, model)
-    run(args(mixed_precision="bf16", output_dir=str(tmp_path / "again")), model)
+    under_autocast = set()
+
+    def forward(*args, **kwargs):
+        under_autocast.add(torch.is_autocast_enabled("cpu"))
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = forward
+    model.activation_checkpointing_enable()
+    arguments = args(mixed_precision="bf16", gradient_checkpointing=True, output_dir=str(tmp_path / "again"))
+    run(arguments, model)
+    assert under_autocast == {True}
     assert model.forward is forward
+    assert model.is_activation_checkpointing
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
@@ -592,6 +600,13 @@ def test_evaluation_is_the_mean_over_all_targets(args):
         metrics={"constant": lambda logits, labels: torch.tensor(0.25)},
         characters_per_token=2.0,
     )
+
+    class Wrapped(torch.nn.Module):  # as by PEFT or torch.compile
+        def forward(self, **kwargs):
+            return model(**kwargs)
+
+    alone = evaluate(Wrapped(), dataset, accelerator, batch_size=1)
+    assert alone["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-6)
     with torch.no_grad():
         logits = model(torch.tensor(blocks["input_ids"])).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
@@ -615,7 +630,7 @@ def test_labels_of_tokens_count_where_they_are(args):
         logits = model(torch.tensor(rows["input_ids"])).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     dataset, accelerator = rows.add_column("labels", labels.tolist()), start(args())
-    for batch_size in (1, 4):
+    for batch_size in (1, 4, 7):
         scores = evaluate(model, dataset, accelerator, batch_size=batch_size)
         assert scores["eval_loss"] == pytest.approx(expected, rel=1e-5)
 

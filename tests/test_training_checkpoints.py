@@ -434,25 +434,30 @@ def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
 
 def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_path, capsys):
     """Their old loss says nothing about later ones: here no later loss could be below it."""
-    first = train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=6)
-    state = tmp_path / "run" / "checkpoint-6" / STATE_FILE
+    first = train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=6, checkpoints_total_limit=0)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")  # the best weights are those of step 3, not checkpoint-4's
+    first["best"] = json.loads((tmp_path / "run" / "checkpoint-4" / STATE_FILE).read_text())["best"]
+    state = tmp_path / "run" / "checkpoint-4" / STATE_FILE
     content = json.loads(state.read_text())
     content["best"]["eval_loss"] = content["progress"]["best"]["eval_loss"] = 0.0
     state.write_text(json.dumps(content))
-    same = train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=9)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    same = train_counting(tmp_path / "same", checksums=(1, 2), max_train_steps=9)
     assert same["best"]["eval_loss"] == 0.0
     assert "validation set has changed" not in capsys.readouterr().out
-    shutil.rmtree(tmp_path / "run" / "checkpoint-9")
     again = train_counting(tmp_path / "run", checksums=(1, 3), max_train_steps=9)
     assert f"the best weights, those of step {first['best']['step']}, have: validation loss" in capsys.readouterr().out
     assert again["best"]["step"] == 9
     assert again["best"]["eval_loss"] < first["best"]["eval_loss"]
-    weights = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("", "checkpoint-9"))
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    files = ("run/model.safetensors", "run/checkpoint-9/model.safetensors", "same/checkpoint-9/model.safetensors")
+    best, last, of_same = (load_file(tmp_path / file) for file in files)
+    torch.testing.assert_close(best, last, rtol=0, atol=0)
+    torch.testing.assert_close(of_same, last, rtol=0, atol=0)  # what was evaluated changed nothing in training
 
 
 def test_on_other_training_data_no_run_goes_on(tmp_path):
     train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=4)
+    assert train_counting(tmp_path / "run", max_train_steps=5)["step"] == 5  # if nobody knows
     with pytest.raises(SetupError, match="belongs to a run on other training data: resume with the data"):
         train_counting(tmp_path / "run", checksums=(9, 2), max_train_steps=6)
 

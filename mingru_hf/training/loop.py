@@ -306,6 +306,7 @@ class _Run:
         accelerator.print(f"training for {self.plan}")
 
         self.rate, self.warmup = make_schedule(args, self.plan.max_steps), make_warmup(args, self.plan.max_steps)
+        self.came_with_checkpointing = model.is_activation_checkpointing
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.to(accelerator.device)
@@ -354,12 +355,15 @@ class _Run:
         _check_identity(state["run"], self.identity, checkpoint, changes)
         self.now = Progress(**state["progress"])
         _load_weights(self.model, self.processing_class, checkpoint)
-        if state.get("training_checksum", self.training_checksum) != self.training_checksum:
+        saved_checksum = state.get("training_checksum")
+        if _differ(saved_checksum, self.training_checksum):
             raise SetupError(f"{checkpoint} belongs to a run on other training data: {_SAME_DATA}{changes}")
         if self.is_main and self.now.best is not None:
             restore_best(checkpoint, self.output_dir)
-        measured_on = state.get("evaluated_on", self.evaluated_on)
-        self.best_is_stale = self.now.best is not None and measured_on != self.evaluated_on
+        self.training_checksum = self.training_checksum or saved_checksum
+        before = state.get("evaluated_on", {})
+        changed_set = any(_differ(before.get(name), value) for name, value in self.evaluated_on.items())
+        self.best_is_stale = self.now.best is not None and changed_set
         if "early_stopping_patience" in changed:
             self.now.patience = self.args.early_stopping_patience
         self.accelerator.print(f"resuming from {checkpoint}{changes}")
@@ -566,10 +570,10 @@ class _Run:
             accelerator.log(final, step=self.now.step)
         accelerator.wait_for_everyone()
         # Leave the model as it came. (accelerator.unwrap_model() would take off the decorators of its forward, too.)
-        for name in ("forward", "_original_forward"):
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(model).pop(name, None)
         vars(model).update(self.own_forward)
-        if args.gradient_checkpointing:
+        if args.gradient_checkpointing and not self.came_with_checkpointing:
             model.activation_checkpointing_disable()
         # A DDP wrapper that outlives its process group hangs.
         self.net, self.optimizer = accelerator.free_memory(self.net, self.optimizer)
@@ -658,9 +662,7 @@ def evaluate(
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     numbers = {"dtype": dtype, "device": accelerator.device}
     counts, means = [0], [torch.zeros(1 + len(metrics), **numbers)]  # of the batches
-    shifts = (
-        "logits_to_keep" in inspect.signature(model.forward).parameters
-    )  # as models that predict the next token do
+    shifts = getattr(model, "loss_type", None) != "ForTokenClassification"  # taggers alone do not
     for batch in loader:
         # Counted before the batch moves, since a GPU would be waited for.
         labels = batch["labels"] if "labels" in batch else batch["input_ids"]
@@ -847,6 +849,11 @@ def _batches_of_stream(
             raise ValueError("the stream of training examples has ended, expected an endless one")
         if number >= first_batch and number % num_processes == process_index:
             yield batch
+
+
+def _differ(one: object, other: object) -> bool:
+    """Return whether two values are known and not equal."""
+    return None not in (one, other) and one != other
 
 
 def _check_identity(saved: dict, present: dict, checkpoint: Path, changes: str) -> None:
