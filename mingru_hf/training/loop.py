@@ -360,7 +360,8 @@ class _Run:
             raise SetupError(f"{checkpoint} belongs to a run on other training data: {_SAME_DATA}{changes}")
         if self.is_main and self.now.best is not None:
             restore_best(checkpoint, self.output_dir)
-        self.training_checksum = self.training_checksum or saved_checksum
+        if self.training_checksum is None:
+            self.training_checksum = saved_checksum
         before = state.get("evaluated_on", {})
         changed_set = any(_differ(before.get(name), value) for name, value in self.evaluated_on.items())
         self.best_is_stale = self.now.best is not None and changed_set
