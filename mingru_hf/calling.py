@@ -93,7 +93,7 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear map that is no more than these; None for any other module."""
     if type(module) is not nn.Linear or not is_plain(module):
         return None
-    # FSDP1 keeps views of the parameters there in a forward pass, and as attributes where that runs once more.
+    # FSDP1 keeps its views of them in `_parameters` in a forward pass, and as attributes where that runs once more.
     own, parameters = module.__dict__, module._parameters
     weight, bias = (parameters.get(name, own.get(name)) for name in ("weight", "bias"))
     if weight is None or (bias is None and "bias" not in parameters and "bias" not in own):

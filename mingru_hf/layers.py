@@ -24,14 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .calling import choose_call, direct_call
-from .scan import draw_memory_, mingru_scan, mingru_step, requested_backend
-from .scan_reference import accumulation_dtype, initial_state, scan_reference
+from .calling import choose_call
+from .scan import draw_memory_, mingru_scan
+from .scan_reference import initial_state, scan_reference
 
 
-def _scan(
-    gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Tensor | None, is_unobserved_step: bool = False
-) -> tuple[Tensor, Tensor]:
+def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states in their dtype; the last, unrounded."""
     if torch.jit.is_scripting():
         states = scan_reference(
@@ -41,10 +39,6 @@ def _scan(
             None if reset is None else _scripted_flags(reset, gate_and_candidate),
         )
         return states.to(gate_and_candidate.dtype), states[:, -1:].clone()
-    if is_unobserved_step and mask is None and reset is None:
-        wide, backend = accumulation_dtype(gate_and_candidate), requested_backend("auto")
-        state = mingru_step(gate_and_candidate, h0, backend=backend, dtype=wide)
-        return state.clone() if gate_and_candidate.dtype == wide else state.to(gate_and_candidate.dtype), state
     return mingru_scan(gate_and_candidate, h0, mask, reset, return_last_state=True)
 
 
@@ -136,10 +130,7 @@ class MinGRUCell(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size) from h, a list of one (B, 1, hidden_size); 0.5 everywhere if None.
 
-        Args:
-            x, h: see above.
-            mask: (B, T) boolean, False at padding.
-            reset: (B, T) boolean, True at steps that begin anew.
+        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
 
         Returns:
             States (B, T, hidden_size) and the last of them as a list of one (B, 1, hidden_size).
@@ -152,11 +143,10 @@ class MinGRUCell(nn.Module):
         _check_number(h, 1)
         _check_state(h[0], [x.shape[0], 1, self.layer_sizes[1]], 0)
         if torch.jit.is_scripting():
-            gate_and_candidate, is_unobserved_step = self.to_gate_hidden(x), False
+            gate_and_candidate = self.to_gate_hidden(x)
         else:
-            call = choose_call(x)
-            gate_and_candidate, is_unobserved_step = call(self.to_gate_hidden, x), call is direct_call
-        out, last_state = _scan(gate_and_candidate, h[0], mask, reset, is_unobserved_step)
+            gate_and_candidate = choose_call(x)(self.to_gate_hidden, x)
+        out, last_state = _scan(gate_and_candidate, h[0], mask, reset)
         return out, [last_state]
 
     @torch.jit.export
@@ -191,12 +181,10 @@ class _MinGRULayer(nn.Module):
         """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
         if torch.jit.is_scripting():
             gate_and_candidate, aligned = self.gate_hidden(self.norm(x)), self.res_align(x)
-            is_unobserved_step = False
         else:
             call = choose_call(x)
             gate_and_candidate, aligned = call(self.gate_hidden, call(self.norm, x)), call(self.res_align, x)
-            is_unobserved_step = call is direct_call
-        states, last_state = _scan(gate_and_candidate, h, mask, reset, is_unobserved_step)
+        states, last_state = _scan(gate_and_candidate, h, mask, reset)
         return states, last_state, aligned
 
 
@@ -220,10 +208,7 @@ class _Stack(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, *) from h, one (B, 1, D, *) per layer; 0.5 everywhere if None.
 
-        Args:
-            x, h: see above.
-            mask: (B, T) boolean, False at padding.
-            reset: (B, T) boolean, True at steps that begin anew.
+        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
 
         Returns:
             Outputs of the last layer (B, T, D, *) and the last state of each layer, taken before the residual sum:
@@ -397,10 +382,7 @@ class MinConv2dGRUCell(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, H, W) from h, a list of one state; 0.5 everywhere if None.
 
-        Args:
-            x, h: see above.
-            mask: (B, T) boolean, False at padding.
-            reset: (B, T) boolean, True at frames that begin anew.
+        `mask` (B, T) is False at padding, `reset` (B, T) True at frames that begin anew; both are booleans.
 
         Returns:
             States (B, T, hidden_size, H_out, W_out) and the last of them as a list of one
@@ -602,10 +584,8 @@ class Bidirectional(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Run over x (B, T, input_size, *); h lists the forward, then the backward direction's states.
 
-        Args:
-            x, h: see above.
-            mask: (B, T) boolean, False at padding.
-            reset: (B, T) boolean, True at the first step of a sequence: going back, states begin anew before its last.
+        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
+        Going back, states begin anew before the last step of a sequence.
 
         Returns:
             Outputs (B, T, 2 * hidden, *), forward channels first, and the final states of both directions.

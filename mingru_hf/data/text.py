@@ -743,6 +743,9 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         block_size: tokens per block.
         seed: of the orders.
         shuffle_buffer: documents from which the next one is drawn.
+
+    Attributes:
+        checksum: CRC-32 of the first 16 documents, to tell whether a run resumes on the same stream.
     """
 
     def __init__(
@@ -756,7 +759,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self.tokenizer, self.block_size = tokenizer, block_size
         texts = "".join(row["text"] for row in stream.take(16))
-        self.checksum = zlib.crc32(texts.encode("utf-8", "surrogatepass"))  # of the first documents in their own order
+        self.checksum = zlib.crc32(texts.encode("utf-8", "surrogatepass"))
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
