@@ -787,15 +787,31 @@ class _Entry:
 
 
 _entries: dict[Callable, _Entry] = {}
-_COMPILING = threading.RLock()  # a signal's handler may come here while its thread compiles
+_COMPILING = threading.RLock()
 
 
 def _compiled_entry(function) -> _Entry:
     entry = _entries.get(function)
-    if entry is None:
-        with _COMPILING:  # numba compiles on one thread at a time; from its cache on disk in 0.1 s
-            entry = _entries.get(function) or _Entry(function)
-            _entries[function] = entry
+    if entry is not None:
+        return entry
+    if threading.current_thread() is threading.main_thread():
+        # Handlers of signals run there alone. One that comes here, too, must not find itself within the compiler.
+        with contextlib.suppress(RuntimeError):  # at the interpreter's exit there are no new threads
+            thread = threading.Thread(target=_try_to_compile, args=(function,))
+            thread.start()
+            thread.join()
+    return _compile(function)
+
+
+def _try_to_compile(function) -> None:
+    with contextlib.suppress(Exception):  # it shows where the kernel is asked for
+        _compile(function)
+
+
+def _compile(function) -> _Entry:
+    with _COMPILING:  # numba compiles on one thread at a time; from its cache on disk in 0.1 s
+        entry = _entries.get(function) or _Entry(function)
+        _entries[function] = entry
     return entry
 
 
