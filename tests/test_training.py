@@ -102,11 +102,18 @@ def make_blocks(num_examples, seed=0):
     return Dataset.from_dict({"input_ids": ((starts + torch.arange(12)) % 7).tolist()})
 
 
-def run(args, model=None, **kwargs):
+def make_answers(num_examples):
+    """The same rows, of which only the ends are asked for: 0, 3, 6 or 9 tokens."""
+    rows = make_blocks(num_examples)["input_ids"]
+    labels = [[-100] * (12 - 3 * (i % 4)) + row[12 - 3 * (i % 4) :] for i, row in enumerate(rows)]
+    return Dataset.from_dict({"input_ids": rows, "labels": labels})
+
+
+def run(args, model=None, dataset=None, **kwargs):
     """Train a tiny model on 16 examples, validate on 13."""
     accelerator = start(args)
     model = make_model() if model is None else model
-    return model, train(model, make_blocks(16), make_blocks(13, seed=1), args, accelerator, **kwargs)
+    return model, train(model, dataset or make_blocks(16), make_blocks(13, seed=1), args, accelerator, **kwargs)
 
 
 # ---- what a step sees ----
@@ -165,11 +172,14 @@ def test_the_optimizer_is_fused_and_refuses_a_frozen_model(args):
         make_optimizer(model.requires_grad_(False), args())
 
 
-def test_gradient_accumulation_equals_a_bigger_batch(args, tmp_path):
-    whole, result = run(args(output_dir=str(tmp_path / "whole")))
+@pytest.mark.parametrize("make_rows", [make_blocks, make_answers])
+def test_gradient_accumulation_equals_a_bigger_batch(args, tmp_path, make_rows):
+    """Every target counts the same, however many there are in its piece; one of the pieces may have none."""
+    whole, result = run(args(output_dir=str(tmp_path / "whole")), dataset=make_rows(16))
     AcceleratorState._reset_state()
     pieces, result_of_pieces = run(
-        args(output_dir=str(tmp_path / "pieces"), per_device_train_batch_size=1, gradient_accumulation_steps=4)
+        args(output_dir=str(tmp_path / "pieces"), per_device_train_batch_size=1, gradient_accumulation_steps=4),
+        dataset=make_rows(16),
     )
     assert result["examples_per_step"] == result_of_pieces["examples_per_step"] == 4
     for a, b in zip(result["history"], result_of_pieces["history"], strict=True):
@@ -449,7 +459,7 @@ def test_a_step_may_be_compiled(args, tmp_path, monkeypatch):
 
 def counting():
     """A tiny model, what it is trained on, and what it is validated on."""
-    return make_model(), make_blocks(16), make_blocks(13, seed=1)
+    return make_model(), make_answers(16), make_blocks(13, seed=1)
 
 
 def clips():

@@ -198,9 +198,8 @@ def train(
         model: returns `.loss`, a mean over targets, and `.logits`.
         train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or an
             endless torch `IterableDataset` of such items, the same ones every time: every process reads all of it and
-            takes its share. A step follows the mean of the losses of its batches, accumulated ones and those of all
-            processes: where they differ in their number of targets (some labels are -100), this is not the mean over
-            all targets, since a target among few counts for more.
+            takes its share. A step follows the mean over all targets of its batches, accumulated ones and those of
+            all processes: a target (a label that is not -100) counts the same, however many there are beside it.
         eval_dataset: map-style, for validation.
         args: how to train.
         accelerator: from `start(args)`.
@@ -428,18 +427,29 @@ class _Run:
         for group in optimizer.param_groups:
             group["lr"] = self.rate(now.step, self.passed)
         now.warmup_steps += self.warmup(now.step, self.passed) < 1
-        for _ in range(args.gradient_accumulation_steps):
-            batch = _prepare(next(self.batches), accelerator.device)
+        batches = list(itertools.islice(self.batches, args.gradient_accumulation_steps))
+        for batch, (targets, weight) in zip(batches, self.count_targets(batches), strict=True):
+            batch = _prepare(batch, accelerator.device)
             with accelerator.accumulate(self.net):  # divides the loss, and syncs processes in the last pass only
-                loss = self.net(**batch, **_loss_alone(self.model)).loss
+                loss = self.net(**batch, **_loss_alone(self.model)).loss * weight
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(self.net.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            self.loss_sum = self.loss_sum + loss.detach().float() / args.gradient_accumulation_steps
+            if targets > 0:  # a mean over nothing is NaN, though its gradients are 0
+                self.loss_sum = self.loss_sum + loss.detach().float() / args.gradient_accumulation_steps
             now.tokens += _num_tokens(batch) * accelerator.num_processes
         now.step += 1
+
+    def count_targets(self, batches: list[dict]) -> list[tuple[int, float | torch.Tensor]]:
+        """Count the targets of a step's batches, and weight each with its share: the mean of the weights is 1."""
+        accelerator = self.accelerator
+        counts = [_num_targets(self.model, batch) for batch in batches]
+        num_batches, total = len(counts) * accelerator.num_processes, sum(counts) * accelerator.num_processes
+        if accelerator.num_processes > 1 and "labels" in batches[0]:  # inputs have equal shapes, labels may differ
+            total = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device), "sum")
+        return [(count, count * num_batches / total if count > 0 else 0.0) for count in counts]
 
     def update_progress(self) -> tuple[bool, bool]:
         """Bring `now` up to date, and decide whether an evaluation and a checkpoint are due."""
@@ -663,11 +673,8 @@ def evaluate(
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     numbers = {"dtype": dtype, "device": accelerator.device}
     counts, means = [0], [torch.zeros(1 + len(metrics), **numbers)]  # of the batches
-    shifts = getattr(model, "loss_type", None) != "ForTokenClassification"  # taggers alone do not
     for batch in loader:
-        # Counted before the batch moves, since a GPU would be waited for.
-        labels = batch["labels"] if "labels" in batch else batch["input_ids"]
-        targets = int(((labels[:, 1:] if shifts and labels.ndim == 2 else labels) != -100).sum())
+        targets = _num_targets(model, batch)  # before the batch moves, since a GPU would be waited for
         if targets == 0:
             continue  # a mean over nothing is NaN
         batch = _prepare(batch, accelerator.device)
@@ -930,6 +937,13 @@ def _prepare(batch: dict, device: torch.device) -> dict:
     """Move a batch to the device; without labels it is a language model's, whose labels are its inputs."""
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
+
+
+def _num_targets(model: PreTrainedModel, batch: dict) -> int:
+    """Count the labels of a batch that are asked for."""
+    labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+    shifts = labels.ndim == 2 and getattr(model, "loss_type", None) != "ForTokenClassification"  # taggers do not
+    return int(((labels[:, 1:] if shifts else labels) != -100).sum())
 
 
 def _num_tokens(batch: dict) -> int:
