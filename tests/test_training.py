@@ -437,6 +437,16 @@ def test_the_model_comes_back_as_it_was(args, tmp_path):
     assert model.is_activation_checkpointing
 
 
+def test_the_model_comes_back_as_it_was_from_a_run_that_fails(args, monkeypatch):
+    """As when a run in a notebook is interrupted."""
+    model = make_model()
+    monkeypatch.setattr(loop._Run, "update_progress", lambda run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(args(mixed_precision="bf16", gradient_checkpointing=True), model)
+    assert not model.is_activation_checkpointing
+    assert "forward" not in vars(model)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
 def test_a_step_may_be_compiled(args, tmp_path, monkeypatch):
     """As by `accelerate launch --dynamo_backend inductor`, less the code of inductor."""

@@ -243,17 +243,20 @@ def train(
         characters_per_token=characters_per_token,
         unit=unit,
     )
-    run.begin()
-    while not run.is_over:
-        run.update_weights()
-        evaluation_due, checkpoint_due = run.update_progress()
-        run.log_training_loss()
-        with run.pause():
-            if evaluation_due:
-                run.evaluate_and_keep_the_best()
-            if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
-                run.save_checkpoint()
-    return run.finish(dataset_name, task, auto_class)
+    try:
+        run.begin()
+        while not run.is_over:
+            run.update_weights()
+            evaluation_due, checkpoint_due = run.update_progress()
+            run.log_training_loss()
+            with run.pause():
+                if evaluation_due:
+                    run.evaluate_and_keep_the_best()
+                if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
+                    run.save_checkpoint()
+        return run.finish(dataset_name, task, auto_class)
+    finally:
+        run.restore_model()
 
 
 class _Run:
@@ -580,18 +583,20 @@ class _Run:
             final = {f"final/{name[5:]}": value for name, value in result["final"].items()}
             accelerator.log(final, step=self.now.step)
         accelerator.wait_for_everyone()
-        # Leave the model as it came. (accelerator.unwrap_model() would take off the decorators of its forward, too.)
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            vars(model).pop(name, None)
-        vars(model).update(self.own_forward)
-        if args.gradient_checkpointing and not self.came_with_checkpointing:
-            model.activation_checkpointing_disable()
         # A DDP wrapper that outlives its process group hangs.
         self.net, self.optimizer = accelerator.free_memory(self.net, self.optimizer)
         accelerator.end_training()
         if args.push_to_hub and self.is_main:
             push_directory(args.output_dir, args.hub_name)
         return result
+
+    def restore_model(self) -> None:
+        """Leave the model's forward as it came. (accelerator.unwrap_model() would take off its decorators, too.)"""
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(self.model).pop(name, None)
+        vars(self.model).update(self.own_forward)
+        if self.args.gradient_checkpointing and not self.came_with_checkpointing:
+            self.model.activation_checkpointing_disable()
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         return evaluate(
