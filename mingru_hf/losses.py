@@ -6,7 +6,6 @@ Legend: N rows (tokens), E width of the head's input, V vocabulary, B rows of th
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_tracing
 
@@ -35,7 +34,8 @@ def head_loss(
     """Mean cross-entropy of the next tokens, as transformers' `ForCausalLMLoss` on `head(hidden_states)`.
 
     Loss and gradients are its, to rounding: the products run in autocast's type, the rest in float32. The gradients
-    are computed along with the loss, so that each piece's logits are made only once.
+    are computed along with the loss, so that each piece's logits are made only once; those that are to be
+    differentiated again (`create_graph`) are computed anew, from all logits at a time.
 
     Args:
         hidden_states: (B, T, E) inputs of the head.
@@ -59,7 +59,7 @@ def head_loss(
             f"labels have the shape {tuple(shift_labels.shape)}, expected {tuple(hidden_states.shape[:-1])}: one for "
             "each position that the head reads."
         )
-    target = shift_labels.reshape(-1).to(hidden_states.device)
+    target = shift_labels.reshape(-1).to(hidden_states.device, torch.long)
     device = _autocast_device(hidden_states)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -128,18 +128,43 @@ class _HeadLoss(torch.autograd.Function):
             rows_grad,
             None if weight_grad is None else weight_grad.to(_held(weight)),
             None if bias_grad is None else bias_grad.to(_held(bias)),
+            *(rows, weight, bias, target),
         )
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, weight, bias)]
+        ctx.ignore_index, ctx.dtype = ignore_index, dtype
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        grads = (
-            None if g is None else (g * grad.to(g.dtype)).to(dtype)
-            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
+        *grads, rows, weight, bias, target = ctx.saved_tensors
+        inputs = rows, weight, bias
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            needed = ctx.needs_input_grad[:3]
+            grads = _differentiable_gradients(grad, inputs, needed, target, ctx.ignore_index, ctx.dtype)
+        else:
+            grads = (
+                None if g is None else (g * grad.to(g.dtype)).to(tensor.dtype)
+                for g, tensor in zip(grads, inputs, strict=True)
+            )
         return *grads, None, None, None, None
+
+
+def _differentiable_gradients(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    needed: tuple[bool, ...],
+    target: Tensor,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> list[Tensor | None]:
+    """Gradients of the sum of cross-entropies for rows, weight and bias, as functions of these that autograd knows."""
+    # Views, since a tied weight is also what the rows were made of, and that way is not meant.
+    rows, weight, bias = inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+    with torch.autocast(_autocast_device(rows), enabled=False):
+        logits = F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+        loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        grads = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return [next(grads) if need else None for need in needed]
 
 
 def _held(tensor: Tensor) -> torch.dtype:

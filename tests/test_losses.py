@@ -246,12 +246,39 @@ def test_pieces_are_bounded_by_the_vocabulary_not_by_the_width():
     assert max(largest) == 100 * 4  # the weight; all logits would be 6000
 
 
-def test_second_derivatives_are_refused_instead_of_wrong():
+@pytest.mark.parametrize("tied", [False, True])
+def test_second_derivatives_equal_those_of_all_logits(tied):
+    """A penalty on the gradients, as in meta-learning; for a tied weight the rows are made of it, too."""
+    model = make_model(lm_head_bias=True, tie_word_embeddings=tied)
+    ids = torch.randint(40, (3, 12))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    penalties = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        loss = model(ids, labels=labels, skip_logits=skip_logits).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        sum(gradient.square().sum() for gradient in gradients).backward()
+        penalties.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(*penalties, rtol=1e-3, atol=1e-6)
+    assert all(gradient.abs().max() > 1e-3 for gradient in penalties[1].values())
+
+
+def test_second_derivatives_of_a_function_of_the_loss():
     head, hidden, labels = make_rows()
-    loss = head_loss(hidden, head, None, shift_labels=labels).square()
-    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    results = []
+    for loss in (head_loss(hidden, head, None, shift_labels=labels), F.cross_entropy(head(hidden), labels)):
+        (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), (hidden, head.weight)))
+    torch.testing.assert_close(*results, **FLOAT32)
+
+
+def test_labels_of_any_integer_type():
+    head, hidden, labels = make_rows()
+    losses = [
+        head_loss(hidden, head, None, shift_labels=labels.to(d)) for d in (torch.int16, torch.int32, torch.int64)
+    ]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_labels_in_another_order_of_axes_are_refused():
