@@ -57,11 +57,16 @@ def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
             return state.clone() if state.dtype == dtype else state.to(dtype), state
     forward, _ = KERNELS[backend]
     more = _bias_argument(bias, x)
-    if x.dim() == 3:
-        return forward(x, h0, mask, reset, dtype, **more)
     states, last = forward(_flat(x), _flat(h0), mask, reset, dtype, **more)
     sizes = x.shape[2] // 2, *x.shape[3:]
-    return states.unflatten(2, sizes), last.unflatten(2, sizes)
+    return _as_own(states, sizes), _as_own(last, sizes)
+
+
+def _as_own(states, sizes):
+    """States (B, T, N) as (B, T, *sizes) that autograd takes for no view, so that they can be written to."""
+    if len(sizes) == 1 and not states._is_view():
+        return states
+    return torch.ops.aten._unsafe_view(states, (*states.shape[:2], *sizes))
 
 
 def _scan_impl(x, bias, h0, mask, reset, backend, dtype):

@@ -113,3 +113,29 @@ def test_scripted_layers_refuse_them_too(name, which):
     layer, x = torch.jit.script(make_layers()[name]), make_input(name, 2)
     with pytest.raises(torch.jit.Error, match=r"must have shape \[2, 9\] \(B, T\), got \[9, 2\]"):
         layer(x, **{which: torch.ones(9, 2, dtype=torch.bool)})
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", ["cell", "stack", "conv_cell", "conv_stack"])
+def test_states_may_be_written_to(name, steps, backend, monkeypatch):
+    """As environments do that end: the state goes back to the beginning in place, gradients and all."""
+    if backend == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setenv("MINGRU_SCAN", backend)
+    layer, x = make_layers()[name], make_input(name)[:, : 2 * steps]
+    ended = torch.tensor([True, False] * 3)
+
+    def as_list(h):
+        return h if isinstance(h, list) else [h]
+
+    _, h = layer(x[:, :steps])
+    for state in as_list(h):
+        state[ended] = 0.5
+    out, _ = layer(x[:, steps:], h)
+    in_place = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+    reset = torch.zeros(6, 2 * steps, dtype=torch.bool)
+    reset[ended, steps] = True
+    out, _ = layer(x, reset=reset)
+    expected = torch.autograd.grad(out[:, steps:].square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(in_place, expected, **CLOSE_GRADS)
