@@ -639,7 +639,8 @@ def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
         The module.
 
     Raises:
-        ValueError: if num_steps is below 1 or not finite, or no layer is found, or one has no bias.
+        ValueError: if num_steps is below 1 or not finite, or no layer is found, or the bias of one is missing or
+            computed from something else (a parametrization, an adapter).
 
     Example:
         >>> rnn = spread_memory_(MinGRU(3, [32, 64]), 1024)
@@ -650,8 +651,11 @@ def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
     projections = [projection for projection in found if projection is not None]
     if not projections:
         raise ValueError(f"{type(module).__name__} holds no MinGRU layer.")
-    if any(projection.bias is None for projection in projections):
-        raise ValueError("Memory is set by the gates' biases: build the layers with bias=True.")
+    if not all(isinstance(getattr(projection, "bias", None), nn.Parameter) for projection in projections):
+        raise ValueError(
+            "Memory is set by the gates' biases, and a layer's is missing or computed from something else: build the "
+            "layers with bias=True, and call this before pruning, parametrizing, wrapping or quantizing them."
+        )
     with torch.no_grad():
         for projection in projections:
             draw_memory_(projection.bias, num_steps)

@@ -403,6 +403,16 @@ def test_spread_memory_changes_all_layers_or_none():
     assert torch.equal(module[0].layers[0].gate_hidden.bias, before)
 
 
+def test_spread_memory_refuses_a_bias_that_is_computed():
+    """It would be computed anew at the next call, and what was drawn be gone."""
+    pruned, wrapped = mingru.MinGRU(3, 4), mingru.MinGRU(3, 4)
+    torch.nn.utils.prune.random_unstructured(pruned.layers[0].gate_hidden, "bias", 0.5)
+    wrapped.layers[0].gate_hidden = torch.nn.Sequential(wrapped.layers[0].gate_hidden)
+    for module in (pruned, wrapped):
+        with pytest.raises(ValueError, match=r"computed from something else.*before pruning"):
+            mingru.spread_memory_(module, 8)
+
+
 def test_spread_memory_needs_a_layer_and_a_step():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         mingru.spread_memory_(mingru.MinGRU(3, 4), 0)
