@@ -12,37 +12,43 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import HAS_FASTER_WAY, linear, linear_unobserved
 from .observers import has_global_hooks, is_observed
 
-# Parameters are looked up where they are registered; a wrapper that has taken them from there (FSDP) is asked itself.
+# Parameters are looked up where they are registered; a module from where one has been taken (by FSDP, a
+# parametrization, a user) is asked itself.
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     parameters = module._parameters
-    if "weight" not in parameters:
+    if "weight" not in parameters or "bias" not in parameters:
         return module(x)
     return linear_unobserved(x, parameters["weight"], parameters["bias"])
 
 
 def _layer_norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
     parameters = module._parameters
-    if "weight" not in parameters:
+    if "weight" not in parameters or "bias" not in parameters:
         return module(x)
-    return torch.layer_norm(x, module.normalized_shape, parameters["weight"], parameters["bias"], module.eps)
+    return F.layer_norm(x, module.normalized_shape, parameters["weight"], parameters["bias"], module.eps)
 
 
 def _rms_norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
     parameters = module._parameters
     if "weight" not in parameters:
         return module(x)
-    return torch.rms_norm(x, module.normalized_shape, parameters["weight"], module.eps)
+    return F.rms_norm(x, module.normalized_shape, parameters["weight"], module.eps)
 
 
 def _identity(module: nn.Identity, x: Tensor) -> Tensor:
     return x
+
+
+def _dropout(module: nn.Dropout, x: Tensor) -> Tensor:
+    return module(x) if module.training else x
 
 
 def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
@@ -52,13 +58,20 @@ def _embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
     return torch.embedding(parameters["weight"], ids)
 
 
-# class -> (its forward when it was registered here, the direct replacement). A forward that differs has been patched.
+_REPLACEMENTS = {
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.RMSNorm: _rms_norm,
+    nn.Identity: _identity,
+    nn.Dropout: _dropout,
+    nn.Embedding: _embedding,
+}
+# class -> (its forward when it was registered here, the direct replacement). A forward that differs has been patched,
+# and so has one that torch has not written.
 _DIRECT: dict[type, tuple[Callable, Callable]] = {
-    nn.Linear: (nn.Linear.forward, _linear),
-    nn.LayerNorm: (nn.LayerNorm.forward, _layer_norm),
-    nn.RMSNorm: (nn.RMSNorm.forward, _rms_norm),
-    nn.Identity: (nn.Identity.forward, _identity),
-    nn.Embedding: (nn.Embedding.forward, _embedding),
+    module_class: (module_class.forward, direct)
+    for module_class, direct in _REPLACEMENTS.items()
+    if getattr(module_class.forward, "__globals__", {}).get("__name__") == module_class.__module__
 }
 _UNKNOWN = (None, None)
 

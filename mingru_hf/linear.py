@@ -67,6 +67,7 @@ FEW_ROWS_ARE_FASTER = (
     and os.environ.get("MINGRU_SCAN") in (None, "", "auto", "numba")
 )
 HAS_FASTER_WAY = CONVOLUTION_IS_FASTER or FEW_ROWS_ARE_FASTER
+_LINEAR = F.linear  # one that somebody has put in its place is called
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -99,6 +100,7 @@ def linear_unobserved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear outside autograd and all that `is_observed` knows of; uses the kernel where that is faster."""
     if (
         FEW_ROWS_ARE_FASTER
+        and F.linear is _LINEAR
         and not torch.compiler.is_compiling()  # a module may be compiled while the model that calls it is not
         and not torch.is_autocast_enabled("cpu")
         and _is_array(x)
@@ -124,7 +126,7 @@ class _BiasGradient(torch.autograd.Function):
 
 
 def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.jit.is_tracing() or weight.dim() != 2:  # under a tracer, sizes are tensors
+    if F.linear is not _LINEAR or torch.jit.is_tracing() or weight.dim() != 2:  # under a tracer, sizes are tensors
         return False
     size, (outputs, inputs) = x.numel(), weight.shape
     rows = size // inputs if inputs else 0

@@ -340,10 +340,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         if layer is not None:
             # The states may be the block's output, and whoever gets that may write to it.
             layer.append(states.clone() if self.output_is_state else states, windows, num_steps=steps)
-        # A dropout that is off is not even called: with the other modules it would be a tenth of a decoding step.
-        branch_dropout, block_dropout = modules["branch_dropout"], modules["block_dropout"]
-        if branch_dropout.training:
-            mixed = branch_dropout(mixed)
+        mixed = call(modules["branch_dropout"], mixed)
         if self.residual:
             res_align = modules["res_align"]
             mixed = mixed + (hidden_states if res_align is None else call(res_align, hidden_states))
@@ -352,12 +349,8 @@ class MinGRUBlock(GradientCheckpointingLayer):
             mlp, normed = modules["mlp"], call(modules["mlp_norm"], hidden_states)
             # A user may have put another module in its place.
             mlp = call(mlp, normed, call=call) if type(mlp) is MinGRUMLP else mlp(normed)
-            if branch_dropout.training:
-                mlp = branch_dropout(mlp)
-            hidden_states = hidden_states + mlp
-        if block_dropout.training:
-            hidden_states = block_dropout(hidden_states)
-        return hidden_states
+            hidden_states = hidden_states + call(modules["branch_dropout"], mlp)
+        return call(modules["block_dropout"], hidden_states)
 
 
 class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
@@ -395,9 +388,12 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
 def _may_look(flags: Tensor) -> bool:
     """Whether to look at the values of flags (B, T), which may save the masked path.
 
-    Not while tracing, nor on the meta device, nor for single steps on a GPU, where waiting for the answer costs more.
+    Not while tracing, in a transform (under vmap each sample has an answer of its own) or on the meta device, nor for
+    single steps on a GPU, where waiting for the answer costs more.
     """
-    return not is_tracing(flags) and not flags.is_meta and (flags.device.type == "cpu" or flags.shape[1] > 1)
+    if is_tracing(flags) or in_transform() or flags.is_meta:
+        return False
+    return flags.device.type == "cpu" or flags.shape[1] > 1
 
 
 def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None:
@@ -545,9 +541,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         blocks = modules["layers"]._modules
         if depth != len(blocks):
             self._check_early_exit(depth)
-        hidden_states = inputs_embeds
-        if modules["embedding_dropout"].training:
-            hidden_states = self.embedding_dropout(hidden_states)
+        hidden_states = call(modules["embedding_dropout"], inputs_embeds)
         backend = requested_backend(self.config.scan_backend)
         for block in islice(blocks.values(), depth):
             # The cache by name: that is where transformers looks for it when activations are recomputed.
@@ -584,6 +578,12 @@ class MinGRUModel(MinGRUPreTrainedModel):
             )
         if layers[0].batch_size not in (-1, batch):
             raise ValueError(f"cache holds {layers[0].batch_size} rows, but the inputs have {batch}.")
+        places = [getattr(block, "layer_idx", 0) for block in self._modules["layers"]._modules.values()][:depth]
+        if 0 not in places or max(places) >= depth:  # the first place tells whether the cache has seen a token
+            raise ValueError(
+                f"The blocks have the places {places} in a cache of {depth}. After taking blocks away set "
+                "config.num_hidden_layers, and each block's layer_idx to its position."
+            )
 
     def _padding_mask(
         self, attention_mask: Tensor | None, batch: int, steps: int, begins: bool, device: torch.device

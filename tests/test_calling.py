@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state
 from torch.nn.modules.module import register_module_forward_hook
@@ -82,6 +85,18 @@ def test_weights_are_looked_for_where_a_wrapper_has_put_them(input_ids):
         torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm])
+def test_a_bias_that_is_no_parameter(model, input_ids, kind):
+    expected = decode(model, input_ids)
+    for module in model.modules():
+        if isinstance(module, kind) and module.bias is not None:
+            bias = module.bias.detach()
+            del module.bias
+            module.register_buffer("bias", bias)
+    torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
+    torch.testing.assert_close(model(input_ids).logits, expected, **CLOSE)
+
+
 def test_embeddings_of_bounded_length(model, input_ids):
     model.model.embed_tokens.max_norm = 0.5
     token_by_token = decode(copy.deepcopy(model), input_ids)
@@ -90,14 +105,15 @@ def test_embeddings_of_bounded_length(model, input_ids):
 
 def test_every_hook_sees_every_token(model, input_ids):
     expected, calls = decode(model, input_ids), []
-    unused = {module for module in model.modules() if isinstance(module, (nn.Dropout, nn.ModuleList))}
-    names = [name for name, module in model.named_modules() if module not in unused]
+    names = [name for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)]
     for name in names:
         module = model.get_submodule(name)
         module.register_forward_pre_hook(lambda *args, name=name: calls.append((name, "before")))
         module.register_forward_hook(lambda *args, name=name: calls.append((name, "after")))
     torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
-    assert Counter(calls) == {(name, when): 12 for name in names for when in ("before", "after")}
+    twice = "branch_dropout" if model.config.use_mlp else None  # of the recurrence and of the MLP
+    times = {name: 24 if name.split(".")[-1] == twice else 12 for name in names}
+    assert Counter(calls) == {(name, when): times[name] for name in names for when in ("before", "after")}
 
 
 def test_a_hook_on_all_modules_sees_every_token(model, input_ids):
@@ -111,7 +127,13 @@ def test_a_hook_on_all_modules_sees_every_token(model, input_ids):
         assert (tokens.count(kind), seen.count(kind)) == (12 * count, count)
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mixer.gate_hidden", "lm_head", "model.norm", "model.embed_tokens"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.layers.1.mixer.gate_hidden", "lm_head", "model.norm", "model.embed_tokens"),
+        *("model.embedding_dropout", "model.layers.0.branch_dropout", "model.layers.1.block_dropout"),
+    ],
+)
 @pytest.mark.parametrize("change", ["another class", "a hook", "a hook before", "a forward of its own", "compiled"])
 def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
     """In decoding, in the pass over the whole and in training: adapters, quantisation, offloading."""
@@ -128,7 +150,7 @@ def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
     elif change == "a hook":
         module.register_forward_hook(lambda module, args, output: 2 * output)
     elif change == "a hook before":
-        module.register_forward_pre_hook(lambda module, args: args[0].clamp(0, 20))  # ids stay ids
+        module.register_forward_pre_hook(lambda module, args: args[0].clamp(1, 20))  # ids stay ids
     elif change == "a forward of its own":
         module.forward = louder
     else:
@@ -149,6 +171,35 @@ def test_a_patch_on_a_class_takes_effect(model, input_ids, owner, monkeypatch):
     for_each_token, calls[:] = len(calls) / 12, []
     model(input_ids)
     assert for_each_token == len(calls) == sum(isinstance(module, owner) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["linear", "layer_norm"])
+def test_a_patch_on_a_function_takes_effect(model, input_ids, name, monkeypatch):
+    """As programs do that emulate other number formats."""
+    original, calls = getattr(F, name), []
+    monkeypatch.setattr(F, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    decode(model, input_ids)
+    for_each_token, calls[:] = len(calls) / 12, []
+    with torch.no_grad():
+        model(input_ids)
+    kind = {"linear": nn.Linear, "layer_norm": nn.LayerNorm}[name]
+    assert for_each_token == len(calls) == sum(isinstance(module, kind) for module in model.modules())
+
+
+def test_a_patch_from_before_the_import_takes_effect():
+    program = """
+from torch import nn
+original, calls = nn.Linear.forward, []
+nn.Linear.forward = lambda *args: calls.append(1) or original(*args)
+import torch
+from mingru_hf import MinGRU
+rnn = MinGRU(256, [256, 256])
+with torch.no_grad():
+    rnn(torch.randn(2, 1, 256))
+rnn(torch.randn(2, 9, 256))
+assert len(calls) == 4, calls
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_subclass_of_the_body_is_called(model, input_ids):
@@ -255,6 +306,31 @@ def test_gradients_of_each_row(model, input_ids, monkeypatch, skip_logits):
         model.zero_grad()
         model(row[None], labels=row[None]).loss.backward()
         for name, parameter in model.named_parameters():
+            torch.testing.assert_close(together[name][i], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_each_row_of_unequal_lengths_and_documents(model, input_ids, monkeypatch):
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    mask = torch.ones_like(input_ids)
+    mask[0, 9:] = mask[1, :3] = 0
+    labels = torch.where(mask == 1, input_ids, -100)
+    positions = torch.arange(12).repeat(len(input_ids), 1)
+    positions[:, 5:] -= 5  # two documents a row
+    positions[2, 2:5] -= 2  # and in this one three
+
+    def loss(parameters, row, mask, labels, positions):
+        arguments = {"attention_mask": mask[None], "labels": labels[None], "position_ids": positions[None]}
+        return functional_call(model, parameters, (row[None],), arguments).loss
+
+    rows = input_ids, mask, labels, positions
+    together = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0, 0))(parameters, *rows)
+    for i in range(len(input_ids)):
+        expected = torch.func.grad(loss)(parameters, *(tensor[i] for tensor in rows))
+        model.zero_grad()
+        loss(dict(model.named_parameters()), *(tensor[i] for tensor in rows)).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(expected[name], parameter.grad, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(together[name][i], parameter.grad, rtol=1e-3, atol=1e-5)
 
 

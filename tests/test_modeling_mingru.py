@@ -596,6 +596,25 @@ def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
             model.generate(ids, max_new_tokens=20, assistant_early_exit=1)
 
 
+def test_blocks_taken_away_are_numbered_anew(input_ids):
+    """The cache tells by its first place whether it has seen a token."""
+    config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, initializer_range=0.3)
+    model = MinGRUForCausalLM(config).eval()
+    del model.model.layers[0]
+    whole = model(input_ids, use_cache=False).logits
+    with pytest.raises(
+        ValueError, match=r"places \[1, 2\] in a cache of 3.*num_hidden_layers, and each block's layer_idx"
+    ):
+        model(input_ids)
+    model.config.num_hidden_layers = 2
+    with pytest.raises(ValueError, match=r"places \[1, 2\] in a cache of 2"):
+        model(input_ids)
+    for i, block in enumerate(model.model.layers):
+        block.layer_idx = i
+    cache = model(input_ids[:, :7], use_cache=True).cache
+    torch.testing.assert_close(model(input_ids[:, 7:], cache=cache).logits, whole[:, 7:], **CLOSE)
+
+
 def test_early_exit_between_blocks_of_one_width(input_ids):
     sizes = {"hidden_size": 16, "hidden_sizes": [24, 24, 24], "conv_kernel": 0}
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, initializer_range=0.3, **sizes)).eval()
