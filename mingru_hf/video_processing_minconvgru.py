@@ -9,6 +9,7 @@ T frames of the video; N frames of a clip; H x W pixels.
 
 from collections.abc import Callable
 from io import BytesIO
+from itertools import chain
 
 import numpy as np
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -53,6 +54,24 @@ def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1
     return offsets + round(position * room)
 
 
+def upright(pixels: np.ndarray, frame) -> np.ndarray:
+    """Turn a frame as players do: a phone stores it as its sensor saw it, and beside it how the phone was held.
+
+    Args:
+        pixels: (H, W, 3) of the frame, as stored.
+        frame: of PyAV, which tells the turn.
+
+    Returns:
+        (H, W, 3), or (W, H, 3) after a quarter turn.
+    """
+    if not frame.rotation:
+        return pixels
+    a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+    if a * d < b * c:  # mirrored before it is turned
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+
+
 def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the frames of a video that `choose` names, with PyAV.
 
@@ -64,7 +83,7 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
         choose: from the metadata (`total_num_frames`, `fps`, `height`, `width`) to indices, in any order.
 
     Returns:
-        (N, H, W, 3) uint8 RGB frames in the order of the indices, and the metadata with `frames_indices`.
+        (N, H, W, 3) uint8 RGB frames, `upright`, in the order of the indices, and the metadata with `frames_indices`.
 
     Raises:
         VideoReadError: if the file cannot be decoded, or holds no frame.
@@ -79,26 +98,31 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
                 stream = container.streams.video[0]
                 stream.codec_context.thread_count = 1  # DataLoader workers are the parallel part
                 reformatter = av.video.reformatter.VideoReformatter()
+                decoded = container.decode(stream)
+                first = next(decoded, None)  # only frames say how they are turned
+                if first is None:
+                    raise VideoReadError(f"0 frames of {total} can be decoded")
+                height, width, _ = upright(np.empty((stream.height, stream.width, 0)), first).shape
                 metadata = VideoMetadata(
                     total_num_frames=total,
                     fps=float(stream.average_rate) if stream.average_rate else None,
-                    width=stream.width,
-                    height=stream.height,
+                    width=width,
+                    height=height,
                     video_backend="pyav",
                 )
                 if metadata.fps:
                     metadata.duration = total / metadata.fps
                 indices = np.asarray(choose(metadata))
                 wanted, frames, count = set(indices.tolist()), {}, 0
-                for frame in container.decode(stream):
+                for frame in chain([first], decoded):
                     if count in wanted:
                         rgb = reformatter.reformat(frame, stream.width, stream.height, "rgb24", threads=1)
-                        frames[count] = rgb.to_ndarray()
+                        frames[count] = upright(rgb.to_ndarray(), frame)
                     count += 1
                     if len(frames) == len(wanted):
                         metadata.frames_indices = indices.tolist()
                         return np.stack([frames[i] for i in indices.tolist()]), metadata
-            if known is not None or count == 0:
+            if known is not None:
                 raise VideoReadError(f"{count} frames of {total} can be decoded")
             total = known = count
     except (av.FFmpegError, IndexError, OSError) as error:

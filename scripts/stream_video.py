@@ -27,6 +27,7 @@ import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.av import import_av, write_video
 from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.models import load_pretrained
+from mingru_hf.video_processing_minconvgru import upright
 
 CAMERAS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
@@ -59,11 +60,11 @@ def parse_args(argv: list[str] | None) -> tuple:
 
 
 def read_frames(container, max_frames: int | None) -> Iterator[np.ndarray]:
-    """Decode frames one after another: (H, W, 3) uint8 RGB each."""
+    """Decode frames one after another: (H, W, 3) uint8 RGB each, turned upright."""
     for number, frame in enumerate(container.decode(video=0)):
         if number == max_frames:
             return
-        yield frame.to_ndarray(format="rgb24")
+        yield upright(frame.to_ndarray(format="rgb24"), frame)
 
 
 class Watcher:

@@ -7,11 +7,13 @@ import os
 import re
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -27,6 +29,7 @@ from transformers import (
 )
 
 from mingru_hf import MinGRUForCausalLM
+from mingru_hf.data.av import write_video
 from mingru_hf.data.moving_shapes import CLASSES
 from mingru_hf.data.text import build_tokenizer
 from mingru_hf.linear import FEW_ROWS_ARE_FASTER
@@ -799,6 +802,22 @@ def test_a_stream_ends_where_the_whole_clip_does(video_model, shapes, tmp_path, 
     assert "--overwrite_output_file" in error_of(capsys, *stream, "--output_file", tmp_path / "out.png")
     call(*stream, "--output_file", tmp_path / "out.png", "--overwrite_output_file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png"]
+
+
+def test_a_stream_shows_a_phones_video_upright(tmp_path):
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    frames = np.zeros((2, 32, 48, 3), np.uint8)
+    frames[:, :16] = 250
+    write_video(tmp_path / "phone.mp4", frames)
+    data = bytearray((tmp_path / "phone.mp4").read_bytes())
+    start = data.index(b"tkhd") + 44  # the display matrix
+    data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # a quarter clockwise
+    (tmp_path / "phone.mp4").write_bytes(data)
+    with av.open(str(tmp_path / "phone.mp4")) as container:
+        seen = np.stack(list(load("stream_video").read_frames(container, None)))
+    assert seen.shape == (2, 48, 32, 3)
+    assert (seen[:, :, 18:] > 200).all()
+    assert (seen[:, :, :14] < 50).all()
 
 
 def test_a_strip_spans_a_long_video_evenly():

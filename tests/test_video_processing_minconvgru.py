@@ -2,6 +2,7 @@
 
 import json
 import math
+import struct
 import subprocess
 import sys
 import wave
@@ -332,6 +333,37 @@ def test_red_stays_red(tmp_path):
     assert video.shape == (2, 32, 48, 3)
     assert (video[..., 0] > 200).all()
     assert (video[..., 2] < 70).all()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "stored"),
+    [
+        ((0, 1, -1, 0), lambda frames: np.rot90(frames, 1, (1, 2))),
+        ((0, -1, 1, 0), lambda frames: np.rot90(frames, -1, (1, 2))),
+        ((-1, 0, 0, -1), lambda frames: np.rot90(frames, 2, (1, 2))),
+        ((-1, 0, 0, 1), lambda frames: frames[:, :, ::-1]),
+        ((0, 1, 1, 0), lambda frames: frames.swapaxes(1, 2)),
+    ],
+    ids=["clockwise", "counterclockwise", "upside down", "mirrored", "mirrored and turned"],
+)
+def test_a_video_that_players_turn_is_turned(matrix, stored, frames, tmp_path):
+    pytest.importorskip("av", reason="videos are written by PyAV")
+    path = tmp_path / "phone.mp4"
+    write_video(path, stored(frames), fps=6)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44  # the display matrix: a, b, u, c, d, v, x, y, w
+    a, b, c, d = (value << 16 for value in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    sizes = []
+
+    def choose(metadata):
+        sizes.append((metadata.height, metadata.width))
+        return np.arange(12)
+
+    video, _ = read_video(str(path), choose)
+    assert sizes == [(24, 32)]
+    assert np.abs(video - frames.astype(int)).mean() < 2  # above 20 where the white corner is another one
 
 
 def test_frames_that_no_file_holds_are_an_error(file):
