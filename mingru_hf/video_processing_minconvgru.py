@@ -7,7 +7,7 @@ need neither.
 T frames of the video; N frames of a clip; H x W pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from itertools import chain
 
@@ -54,6 +54,19 @@ def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1
     return offsets + round(position * room)
 
 
+def decode_frames(container) -> Iterator:
+    """Decode the frames of a container of PyAV; what is damaged is skipped, as players do.
+
+    Yields:
+        Frames of PyAV, of the first video stream.
+    """
+    for packet in container.demux(video=0):
+        try:
+            yield from packet.decode()
+        except av.error.InvalidDataError:
+            continue
+
+
 def upright(pixels: np.ndarray, frame) -> np.ndarray:
     """Turn a frame as players do: a phone stores it as its sensor saw it, and beside it how the phone was held.
 
@@ -76,7 +89,7 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
     """Decode the frames of a video that `choose` names, with PyAV.
 
     Frames are counted as they are decoded, from the first to the last that is wanted: exact for any file, at the
-    cost of decoding what lies before. Where the file holds fewer frames than it says, `choose` is asked again.
+    cost of decoding what lies before. Where fewer frames can be decoded than the file says, `choose` is asked again.
 
     Args:
         video: a path, or the bytes of a file.
@@ -86,7 +99,7 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
         (N, H, W, 3) uint8 RGB frames, `upright`, in the order of the indices, and the metadata with `frames_indices`.
 
     Raises:
-        VideoReadError: if the file cannot be decoded, or holds no frame.
+        VideoReadError: if the file cannot be decoded, has no video stream or frame, or too few for `choose`.
         ImportError: if PyAV is missing.
     """
     if av is None:
@@ -98,7 +111,7 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
                 stream = container.streams.video[0]
                 stream.codec_context.thread_count = 1  # DataLoader workers are the parallel part
                 reformatter = av.video.reformatter.VideoReformatter()
-                decoded = container.decode(stream)
+                decoded = decode_frames(container)
                 first = next(decoded, None)  # only frames say how they are turned
                 if first is None:
                     raise VideoReadError(f"0 frames of {total} can be decoded")

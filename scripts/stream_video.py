@@ -27,7 +27,7 @@ import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.av import import_av, write_video
 from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.models import load_pretrained
-from mingru_hf.video_processing_minconvgru import upright
+from mingru_hf.video_processing_minconvgru import decode_frames, upright
 
 CAMERAS = {"linux": "v4l2", "darwin": "avfoundation", "win32": "dshow"}
 
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> tuple:
 
 def read_frames(container, max_frames: int | None) -> Iterator[np.ndarray]:
     """Decode frames one after another: (H, W, 3) uint8 RGB each, turned upright."""
-    for number, frame in enumerate(container.decode(video=0)):
+    for number, frame in enumerate(decode_frames(container)):
         if number == max_frames:
             return
         yield upright(frame.to_ndarray(format="rgb24"), frame)
@@ -131,8 +131,9 @@ def watch(watcher: Watcher, container, args: StreamArguments, stride: float) -> 
             line = ", ".join(f"{names[label]} {100 * value:.0f} %" for label, value in pairs)
             print(f"frame {number}: {line}", flush=True)
         yield number, frame, probabilities, line
-    if number >= 0:
-        print(f"{(number + 1) / (time.perf_counter() - began):.1f} frames/s", file=sys.stderr)
+    if number < 0:
+        raise ValueError("the video has no frame that can be decoded")
+    print(f"{(number + 1) / (time.perf_counter() - began):.1f} frames/s", file=sys.stderr)
 
 
 def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.ndarray], torch.Tensor]:
@@ -144,9 +145,6 @@ def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.nd
 
     Returns:
         Frames (H, W, 3) by their number, fewer than `limit`, and the probabilities (T, classes).
-
-    Raises:
-        ValueError: if there is no frame.
     """
     frames, courses, every = {}, [], 1
     for number, frame, probabilities, _ in seen:
@@ -156,8 +154,6 @@ def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.nd
         if len(frames) == limit:
             every *= 2
             frames = {number: frame for number, frame in frames.items() if number % every == 0}
-    if not courses:
-        raise ValueError("the video has no frames")
     return frames, torch.stack(courses)
 
 

@@ -820,6 +820,25 @@ def test_a_stream_shows_a_phones_video_upright(tmp_path):
     assert (seen[:, :, :14] < 50).all()
 
 
+def test_a_stream_skips_damaged_frames(video_model, tmp_path, capsys):
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    path = tmp_path / "damaged.mp4"
+    write_video(path, np.zeros((4, 32, 48, 3), np.uint8))
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    stream = ("stream_video", "--model_name_or_path", video_model, "--video", path, "--use_cpu")
+    for damaged in ([packets[1]], packets):
+        data = bytearray(path.read_bytes())
+        for start, size in damaged:
+            data[start : start + size] = b"\xff" * size
+        path.write_bytes(data)
+        if len(damaged) == 1:
+            call(*stream)
+            assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["frame 0", "frame 1", "frame 2"]
+    with pytest.raises(ValueError, match="no frame that can be decoded"):
+        call(*stream)
+
+
 def test_a_strip_spans_a_long_video_evenly():
     script = load("stream_video")
     for length in (1, 63, 64, 1000, 100_000):

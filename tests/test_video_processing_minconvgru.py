@@ -165,6 +165,30 @@ def test_a_broken_file_is_named(file, content, tmp_path):
         MinConvGRUVideoProcessor(num_frames=2)(str(broken))
 
 
+def damage(path, numbers):
+    """Overwrite packets of a file."""
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for start, size in (packets[number] for number in numbers):
+        data[start : start + size] = b"\xff" * size
+    path.write_bytes(data)
+
+
+def test_damaged_frames_are_skipped(file):
+    damage(file, [6])
+    for position in (0, 0.5, 1):
+        video, metadata = read_video(str(file), lambda m, p=position: clip_indices(m.total_num_frames, 4, position=p))
+        assert video.shape == (4, 24, 32, 3)
+    assert metadata.total_num_frames == 11
+    with pytest.raises(VideoReadError, match=r"video.mp4: the video has 11 frames, too few"):
+        MinConvGRUVideoProcessor(num_frames=12)(str(file))
+    damage(file, range(12))
+    with pytest.raises(VideoReadError, match=r"video.mp4: 0 frames of 12 can be decoded"):
+        MinConvGRUVideoProcessor(num_frames=2)(str(file))
+
+
 def test_a_short_file_is_named(file):
     with pytest.raises(VideoReadError, match=r"video.mp4: the video has 12 frames, too few"):
         MinConvGRUVideoProcessor(num_frames=13)(str(file))
