@@ -138,13 +138,19 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
             if known is not None:
                 raise VideoReadError(f"{count} frames of {total} can be decoded")
             total = known = count
-    except (av.FFmpegError, IndexError, OSError) as error:
+    except (av.FFmpegError, OSError) as error:
         raise VideoReadError(f"it cannot be decoded: {error or type(error).__name__}") from None
 
 
 def _count_frames(video: str | bytes) -> int:
-    """Return the number of frames from the file's header or, where it says none, by counting its packets."""
+    """Return the number of frames from the file's header or, where it says none, by counting its packets.
+
+    Raises:
+        VideoReadError: if the file has no video stream.
+    """
     with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
+        if not container.streams.video:
+            raise VideoReadError("it has no video stream: expected a video, not sound alone")
         stream = container.streams.video[0]
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 

@@ -194,9 +194,11 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{output_file} exists: choose another output_file, or add --overwrite_output_file")
         try:
             container = av.open(args.video, format=CAMERAS.get(sys.platform) if args.camera else None)
-            rate = container.streams.video[0].average_rate
-        except (av.FFmpegError, IndexError) as error:
+        except av.FFmpegError as error:
             raise ValueError(f"{args.video} cannot be read as a video: {error}") from None
+        if not container.streams.video:
+            raise ValueError(f"{args.video} has no video stream: expected a video, not sound alone")
+        rate = container.streams.video[0].average_rate
         stride = args.frame_stride or trained_stride(processor, rate)
     use_accelerator = torch.accelerator.is_available() and not args.use_cpu
     watcher = Watcher(model, processor, torch.accelerator.current_accelerator() if use_accelerator else "cpu")

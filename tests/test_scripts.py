@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import wave
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -901,6 +902,10 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert "clips_per_video" in error_of(capsys, *test, "--clips_per_video", 0)
     stream = ("stream_video", "--model_name_or_path", video_model)
     assert "cannot be read" in error_of(capsys, *stream, "--video", shapes / "train" / "up" / "000002.mp4")
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(1600))
+    assert "sound.wav has no video stream" in error_of(capsys, *stream, "--video", tmp_path / "sound.wav")
     assert "must end in .mp4 or .png" in error_of(capsys, *stream, "--video", "a.mp4", "--output_file", "a.gif")
     assert not (tmp_path / "run").exists()
 
