@@ -148,6 +148,18 @@ def test_what_workers_find_unreadable_is_counted(videos, processor, tmp_path):
     assert clips.unreadable == [str(tmp_path / "3.mp4")]
 
 
+def test_a_draw_that_failed_changes_no_later_one(videos, processor, tmp_path):
+    """What an item is depends on seed and index alone: a resumed run has not seen what failed before."""
+    clips = VideoClips(videos, processor, training=True)
+    expected = clips[5]
+    (tmp_path / "1.mp4").rename(tmp_path / "away")
+    assert clips[1]["labels"] == 2
+    (tmp_path / "away").rename(tmp_path / "1.mp4")
+    assert clips[5]["labels"] == expected["labels"] == 1
+    torch.testing.assert_close(clips[5]["pixel_values_videos"], expected["pixel_values_videos"], rtol=0, atol=0)
+    assert clips.unreadable == [str(tmp_path / "1.mp4")]
+
+
 def test_nothing_readable_is_an_error(videos, processor, tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.mp4").write_bytes(b"")

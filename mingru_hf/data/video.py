@@ -177,6 +177,7 @@ class VideoClips(torch.utils.data.Dataset):
 
     A file that cannot be decoded or is too short is named in a warning once and counted in `unreadable`, and the next
     readable video takes its place; except in training its label is then -100, so that losses and metrics leave it out.
+    Each draw tries it anew: what an item is must not depend on those drawn before, or a resumed run would see others.
 
     Args:
         videos: with columns `video` and `label`.
@@ -228,14 +229,13 @@ class VideoClips(torch.utils.data.Dataset):
                 position = clip_positions(self.clips_per_video)[number]
             for step in range(len(self.videos)):
                 video = (first + step) % len(self.videos)
-                if not self._unreadable[video]:
-                    try:
-                        frames = self.read(video, [position])[0]
-                    except VideoReadError as error:
-                        self.report(video, error)
-                    else:
-                        label = self.videos[video]["label"] if self.training or step == 0 else IGNORE_INDEX
-                        return {"pixel_values_videos": self.prepare(frames), "labels": label}
+                try:
+                    frames = self.read(video, [position])[0]
+                except VideoReadError as error:
+                    self.report(video, error)
+                else:
+                    label = self.videos[video]["label"] if self.training or step == 0 else IGNORE_INDEX
+                    return {"pixel_values_videos": self.prepare(frames), "labels": label}
         raise ValueError(
             f"none of the {len(self.videos)} videos can be read and is long enough for a clip: the warnings say why. "
             "Lower num_frames or frame_stride, or repair the files"
@@ -274,9 +274,10 @@ class VideoClips(torch.utils.data.Dataset):
         return inputs["pixel_values_videos"][0]
 
     def report(self, video: int, error: Exception) -> None:
-        """Name an unreadable video in a warning, and count it."""
+        """Name an unreadable video in a warning, the first time, and count it."""
+        if not self._unreadable[video]:
+            logger.warning("skipped %s: %s", self.name(video), error)
         self._unreadable[video] = True
-        logger.warning("skipped %s: %s", self.name(video), error)
 
     def name(self, video: int) -> str:
         """Name a video by its path, or by its row where it has none."""
