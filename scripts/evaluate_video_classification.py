@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
-from mingru_hf.data.video import VIEWS, VideoClips
+from mingru_hf.data.video import VIEWS, VideoClips, compose
 from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{'validation' if 'validation' in videos else next(iter(videos))}, or a {args.split} directory"
             )
         names = videos[args.split].features["label"].names
-        if list(model.config.id2label.values()) != names:
+        if list(map(compose, model.config.id2label.values())) != list(map(compose, names)):
             raise ValueError(f"{args.model_name_or_path} was trained on other classes than {data_args.dataset_name}")
         clips = VideoClips(
             videos[args.split], processor, args.clips_per_video, frame_order=data_args.frame_order, seed=args.seed

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
-from mingru_hf.data.video import VideoClips, make_augmentation
+from mingru_hf.data.video import VideoClips, compose, make_augmentation
 from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import check_one_source, load_pretrained, make_config
@@ -111,7 +111,7 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
     if model_args.model_name_or_path is not None:
         model = load_pretrained(AutoModelForVideoClassification, model_args.model_name_or_path)
         processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
-        if list(model.config.id2label.values()) != names:
+        if list(map(compose, model.config.id2label.values())) != list(map(compose, names)):
             if not model_args.ignore_mismatched_sizes:
                 raise ValueError(
                     f"{model_args.model_name_or_path} was trained on {_listed(model.config.id2label.values())}, but "

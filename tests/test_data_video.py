@@ -2,6 +2,7 @@
 
 import json
 import logging
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,24 @@ def test_splits_in_one_folder_and_by_words(train, dev, root, tmp_path):
         "train": [(f"{root}{train}/a/0.mp4", "a"), (f"{root}{train}/b/1.mp4", "b")],
         "validation": [(f"{root}{dev}/b/2.mp4", "b")],
     }
+
+
+@pytest.mark.parametrize("as_words", [False, True], ids=["folders", "words"])
+def test_a_class_is_one_however_its_name_is_encoded(tmp_path, as_words):
+    """macOS writes a ü as u and two dots."""
+    composed, apart = (unicodedata.normalize(form, "müde") for form in ("NFC", "NFD"))
+    for split, names in (("train", (composed, apart, "wach")), ("validation", (apart, "wach"))):
+        for number, name in enumerate(names):
+            path = tmp_path / "set" / split / ("clips" if as_words else name) / f"{number}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        if as_words:
+            lines = [json.dumps({"file_name": f"clips/{i}.mp4", "label": name}) for i, name in enumerate(names)]
+            (tmp_path / "set" / split / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    splits = load_video_datasets(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    for split, labels in (("train", [0, 0, 1]), ("validation", [0, 1])):
+        assert splits[split].features["label"].names == [composed, "wach"]
+        assert sorted(splits[split]["label"]) == labels
 
 
 def test_what_a_folder_of_splits_leaves_out_is_said(tmp_path, caplog):

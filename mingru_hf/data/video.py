@@ -7,6 +7,7 @@ needs torchcodec for that) and `label` (a class). `VideoClips` cuts clips out of
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -294,6 +295,11 @@ def clip_positions(clips_per_video: int) -> list[float]:
     return [0.5] if clips_per_video == 1 else np.linspace(0, 1, clips_per_video).tolist()
 
 
+def compose(name):
+    """Spell a class's name, if it is a word, with composed characters: macOS takes an ü apart, which prints alike."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
+
+
 def make_augmentation(
     processor: MinConvGRUVideoProcessor, min_crop_scale: float = 0.4, flip: bool = True, color_jitter: float = 0.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -387,10 +393,10 @@ def _load_directory(directory: Path, config_name: str | None, cache_dir: str | N
             f"{directory}: the class of {examples[min(examples)]} is unclear, expected every video as CLASS/*.mp4 or "
             "train/CLASS/*.mp4, in a folder for each class. Move it, or remove it."
         )
-    names = sorted({path.parent.name for part in paths.values() for path in part})
+    names = sorted({compose(path.parent.name) for part in paths.values() for path in part})
     return DatasetDict(
         {
-            split: _dataset([{"video": str(p), "label": names.index(p.parent.name)} for p in part], names)
+            split: _dataset([{"video": str(p), "label": names.index(compose(p.parent.name))} for p in part], names)
             for split, part in paths.items()
         }
     )
@@ -424,11 +430,11 @@ def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None
     if "train" not in splits:
         raise ValueError(f"{dataset_name} has no video to train on, or none with a label")
     if not isinstance(features[label], ClassLabel):
-        names = sorted({value for dataset in splits.values() for value in dataset.unique("label")})
+        names = sorted({compose(value) for dataset in splits.values() for value in dataset.unique("label")})
         numbers = {name: number for number, name in enumerate(names)}
         feature = ClassLabel(names=[str(name) for name in names])
         for split, dataset in splits.items():
-            labels = [numbers[value] for value in dataset["label"]]
+            labels = [numbers[compose(value)] for value in dataset["label"]]
             splits[split] = dataset.remove_columns("label").add_column("label", labels).cast_column("label", feature)
     return splits
 
