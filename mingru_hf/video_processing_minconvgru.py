@@ -182,7 +182,7 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         frame_stride: frames of the video from one frame of the clip to the next, 1 or more; without effect
             beside `fps`.
         fps: frames of the clip per second instead; then `video_metadata` must hold the video's `fps`, as it does
-            for files. Above the video's own rate every frame is taken once.
+            for files. Above the video's own rate every frame is taken once. The video's rate is taken as constant.
         kwargs: all that transformers' video processors take.
 
     Raises:
