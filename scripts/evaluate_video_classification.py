@@ -4,7 +4,8 @@
     python scripts/evaluate_video_classification.py --model_name_or_path runs/ucf101 --dataset_name ucf101
 
 The defaults are UCF101's protocol: 25 clips per video, five crops of each and their mirror images, majority
-vote. Writes metrics.json and confusion_matrix.png, and prints a table of the classes.
+vote; only the centre crop for a model trained with --no_flip. Writes metrics.json and confusion_matrix.png,
+and prints a table of the classes.
 
 The seed, the validation_split_percentage and the fold are those of the model's training by default, read from
 metrics.json in its directory: with others, videos it was trained on would be among those held out.
@@ -24,7 +25,13 @@ from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
 from mingru_hf.training.models import load_pretrained
 from mingru_hf.training.plots import plot_confusion
-from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos, split_as_in_training
+from mingru_hf.training.video import (
+    VideoDataArguments,
+    confusion_matrix,
+    evaluate_videos,
+    split_as_in_training,
+    views_as_in_training,
+)
 
 FILES = METRICS, PICTURE = "metrics.json", "confusion_matrix.png"
 
@@ -40,7 +47,12 @@ class EvaluateArguments:
     overwrite_output_dir: bool = option(False, "replace these files if they exist")
     split: str = option("test", "the videos to classify", ("train", "validation", "test"), group="protocol")
     clips_per_video: int = option(25, "clips per video, spread evenly from beginning to end", positive=True)
-    views: str = option("ten_crops", "crops of each clip (ten_crops: five and their mirror images)", VIEWS)
+    views: str | None = option(
+        None,
+        "crops of each clip (five_crops: the corners and the middle; ten_crops: and their mirror images; default: "
+        "ten_crops, or center for a model trained with --no_flip)",
+        VIEWS,
+    )
     aggregation: str = option("vote", "how the views decide a video's class", ("vote", "mean"))
     per_device_eval_batch_size: int = option(32, "views per batch of one process", group="machine", positive=True)
     dataloader_num_workers: int = option(2, "processes that decode; 0: the main process", least=0)
@@ -72,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
         processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
+        args.views = views_as_in_training(args.views, args.model_name_or_path)
         data_args, args.seed = split_as_in_training(data_args, args.seed, args.split, args.model_name_or_path)
         videos = data_args.load(args.seed)
         if args.split not in videos:

@@ -716,6 +716,7 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
     assert "--overwrite_output_dir" in again
     metrics = json.loads((video_model / "evaluation-test" / "metrics.json").read_text())
     assert (metrics["videos"], metrics["unreadable"]) == (15, 1)
+    assert metrics["arguments"]["views"] == "center"  # it was trained with --no_flip
     assert "000010.mp4" in caplog.text
     matrix = torch.tensor(metrics["confusion_matrix"])
     assert matrix.sum().item() == 15
@@ -919,6 +920,7 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert "other classes" in error_of(capsys, *test, "--dataset_name", tmp_path / "two", "--split", "train")
     assert "no test: give --split validation" in error_of(capsys, *test, "--dataset_name", tmp_path / "two")
     assert "clips_per_video" in error_of(capsys, *test, "--clips_per_video", 0)
+    assert "use --views center" in error_of(capsys, *test, "--dataset_name", shapes, "--views", "ten_crops")
     stream = ("stream_video", "--model_name_or_path", video_model)
     assert "cannot be read" in error_of(capsys, *stream, "--video", shapes / "train" / "up" / "000002.mp4")
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:

@@ -19,7 +19,13 @@ from mingru_hf.training import video as video_module
 from mingru_hf.training.arguments import fixed_settings
 from mingru_hf.training.loop import BatchStream, summary
 from mingru_hf.training.plots import plot_confusion
-from mingru_hf.training.video import VideoDataArguments, confusion_matrix, evaluate_videos, split_as_in_training
+from mingru_hf.training.video import (
+    VideoDataArguments,
+    confusion_matrix,
+    evaluate_videos,
+    split_as_in_training,
+    views_as_in_training,
+)
 from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor
 
 
@@ -149,6 +155,17 @@ def test_a_model_is_tested_on_the_fold_and_the_split_of_its_training(tmp_path):
     ):
         assert split("validation", dataset="mine", directory=tmp_path / "missing") == (10, 1, 0)
     assert split("test", dataset="mine", directory=tmp_path / "missing") == (10, 1, 0)
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "trainer_state.json"])
+def test_a_model_trained_without_mirror_images_is_tested_without_them(tmp_path, file):
+    assert views_as_in_training(None, tmp_path) == views_as_in_training("ten_crops", "some/model") == "ten_crops"
+    for no_flip, expected in ((False, "ten_crops"), (True, "center")):
+        (tmp_path / file).write_text(json.dumps({"arguments": {"no_flip": no_flip}}))
+        assert views_as_in_training(None, tmp_path) == expected
+        assert views_as_in_training("five_crops", tmp_path) == "five_crops"
+    with pytest.raises(ValueError, match=r"trained with no_flip.* mirror images: use --views center or five_crops"):
+        views_as_in_training("ten_crops", tmp_path)
 
 
 def test_the_confusion_matrix_has_the_truth_along_its_rows(tmp_path):

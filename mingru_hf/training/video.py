@@ -116,6 +116,25 @@ def split_as_in_training(
     return dataclasses.replace(data_args, **values), seed
 
 
+def views_as_in_training(views: str | None, directory: str | Path) -> str:
+    """Choose the crops to test on, so that no clip is mirrored where the model tells left from right.
+
+    Args:
+        views: center, five_crops or ten_crops; None: ten_crops, or center if training had `no_flip`.
+        directory: the model's, as for `split_as_in_training`.
+
+    Raises:
+        ValueError: if ten_crops is asked of a model that was trained with `no_flip`.
+    """
+    no_flip = _training_arguments(directory).get("no_flip")
+    if no_flip and views == "ten_crops":
+        raise ValueError(
+            f"{directory} was trained with no_flip, but half of ten_crops are mirror images: use --views center or "
+            "five_crops"
+        )
+    return views or ("center" if no_flip else "ten_crops")
+
+
 def _training_arguments(directory: str | Path) -> dict:
     """Read the arguments that the model in a directory was trained with; none if no file there tells them."""
     for name in (METRICS_FILE, STATE_FILE):
