@@ -10,15 +10,15 @@ loss.png and a model card; test them on whole videos with scripts/evaluate_video
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, PreTrainedConfig
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, compose, make_augmentation
-from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
+from mingru_hf.training.arguments import TrainArguments, check_values, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 from mingru_hf.training.video import VideoDataArguments
@@ -56,17 +56,25 @@ class ClipArguments:
     """
 
     num_frames: int | None = option(
-        None, "frames per clip; default: the config's", group="clips (frames and sizes only for a model from scratch)"
+        None,
+        "frames per clip; default: the config's",
+        group="clips (frames and sizes only for a model from scratch)",
+        positive=True,
     )
-    frame_stride: int = option(1, "take every N-th frame of the video")
+    frame_stride: int | None = option(None, "take every N-th frame of the video; default: 1", positive=True)
     clips_per_video: int = option(1, "clips per training video and epoch", fixed=True)
-    resize_size: int | None = option(None, "pixels of a frame's shorter edge; default: 8/7 of crop_size, rounded")
-    crop_size: int = option(224, "width and height of a crop, pixels")
+    resize_size: int | None = option(
+        None, "pixels of a frame's shorter edge; default: 8/7 of crop_size, rounded", positive=True
+    )
+    crop_size: int | None = option(None, "width and height of a crop, pixels; default: 224", positive=True)
     min_crop_scale: float = option(
         0.4, "smallest fraction of a frame's area that a random crop takes; 1: the same crop as at inference"
     )
     no_flip: bool = option(False, "do not mirror clips: for classes that differ in left and right")
     color_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation")
+
+    def __post_init__(self):
+        check_values(self)
 
 
 def parse_args(argv: list[str] | None) -> tuple:
@@ -86,8 +94,50 @@ def parse_args(argv: list[str] | None) -> tuple:
     )
 
 
+def resolve_clips(model_args: ModelArguments, clip_args: ClipArguments) -> ClipArguments:
+    """Fill in the frames and sizes of the clips: those of the checkpoint's processor, or else as given or by default.
+
+    Raises:
+        ValueError: if others are given than the checkpoint's processor has, or a crop is larger than the frame.
+    """
+    if model_args.model_name_or_path is not None:
+        processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
+        height, width = processor.crop_size["height"], processor.crop_size["width"]
+        own = {
+            "num_frames": processor.num_frames,
+            "frame_stride": processor.frame_stride if processor.fps is None else None,
+            "resize_size": processor.size["shortest_edge"],
+            "crop_size": height if height == width else None,
+        }
+        differing = [name for name, value in own.items() if getattr(clip_args, name) not in (None, value)]
+        if differing:
+            raise ValueError(
+                f"model_name_or_path starts with that model's own processor "
+                f"({', '.join(f'{name} {value}' for name, value in own.items())}): leave out {' and '.join(differing)}"
+            )
+        return replace(clip_args, **own)
+    num_frames = clip_args.num_frames or _config(model_args).num_frames
+    crop_size = clip_args.crop_size or 224
+    resize_size = clip_args.resize_size or round(crop_size * 8 / 7)
+    if resize_size < crop_size:
+        raise ValueError(f"resize_size {resize_size} is less than crop_size {crop_size}")
+    return replace(
+        clip_args,
+        num_frames=num_frames,
+        frame_stride=clip_args.frame_stride or 1,
+        resize_size=resize_size,
+        crop_size=crop_size,
+    )
+
+
+def _config(model_args: ModelArguments, **values: object) -> PreTrainedConfig:
+    return make_config(model_args.config_name or str(CONFIG), model_args.config_overrides, **values)
+
+
 def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
     """Load or make the model for the classes `names`, its backbone frozen on request, and its processor.
+
+    `clip_args` are those of `resolve_clips`.
 
     Raises:
         ValueError: if a checkpoint has other classes, or there is no backbone to freeze.
@@ -123,9 +173,8 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
             for classifier in getattr(model, "classifiers", None) or [model.classifier]:
                 classifier.reset_parameters()  # as many classes may be others, too
         return model, processor
-    config = make_config(model_args.config_name or str(CONFIG), model_args.config_overrides, **values)
-    if clip_args.num_frames is not None:
-        config.num_frames = clip_args.num_frames
+    config = _config(model_args, **values)
+    config.num_frames = clip_args.num_frames
     if model_args.backbone_name_or_path is None:
         model = AutoModelForVideoClassification.from_config(config)
     else:
@@ -135,11 +184,10 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
         model = MinConvGRUForVideoClassification.from_backbone_pretrained(
             model_args.backbone_name_or_path, out_indices=list(config.backbone_config.out_indices), **fields
         )
-    resize_size = clip_args.resize_size or round(clip_args.crop_size * 8 / 7)
     processor = MinConvGRUVideoProcessor(
-        num_frames=config.num_frames,
+        num_frames=clip_args.num_frames,
         frame_stride=clip_args.frame_stride,
-        size={"shortest_edge": resize_size},
+        size={"shortest_edge": clip_args.resize_size},
         crop_size=clip_args.crop_size,
     )
     return model, processor
@@ -155,8 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     parser, model_args, data_args, clip_args, args = parse_args(argv)
     with parser.user_errors():
         check_one_source(model_args)
-        if clip_args.resize_size is not None and clip_args.resize_size < clip_args.crop_size:
-            raise ValueError(f"resize_size {clip_args.resize_size} is less than crop_size {clip_args.crop_size}")
+        clip_args = resolve_clips(model_args, clip_args)
         settings = (model_args, data_args, clip_args)
         accelerator = start(args, settings)
         with accelerator.main_process_first():  # the others read what the first one has cached

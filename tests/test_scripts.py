@@ -648,6 +648,19 @@ def test_the_backbone_of_a_checkpoint_is_frozen_too(video_model, shapes, tmp_pat
     assert not all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
 
 
+def test_a_checkpoints_own_processor_makes_the_clips(video_model, shapes, tmp_path, capsys):
+    train = ("train_video_classification", "--model_name_or_path", video_model, "--output_dir", tmp_path / "more")
+    train += ("--dataset_name", shapes, "--cache_dir", tmp_path / "cache", "--use_cpu", "--max_train_steps", 1)
+    error = error_of(capsys, *train, "--num_frames", 4, "--frame_stride", 2, "--crop_size", 224)
+    assert "own processor (num_frames 4, frame_stride 1, resize_size 37, crop_size 32)" in error
+    assert error.endswith("leave out frame_stride and crop_size")
+    assert not (tmp_path / "more").exists()
+    call(*train, "--num_frames", 4, "--crop_size", 32, "--dataloader_num_workers", 0)
+    clips = {"num_frames": 4, "frame_stride": 1, "resize_size": 37, "crop_size": 32}
+    for directory in (video_model, tmp_path / "more"):
+        assert clips.items() <= json.loads((directory / "metrics.json").read_text())["arguments"].items()
+
+
 @pytest.mark.parametrize("names", [("left", "right"), tuple("abcdefgh")], ids=["fewer", "as many"])
 def test_a_trained_model_learns_other_classes(video_model, shapes, tmp_path, capsys, names):
     for old, new in zip(CLASSES, names, strict=False):
@@ -906,6 +919,7 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert "holds no videos" in error_of(capsys, *train, "--dataset_name", tmp_path / "empty")
     given = (*train, "--dataset_name", shapes)
     assert "is less than crop_size" in error_of(capsys, *given, "--resize_size", 16)
+    assert "frame_stride must be positive" in error_of(capsys, *given, "--frame_stride", 0)
     error = error_of(capsys, *given, "--num_frames", 1000)
     assert "videos can be read and is long enough" in error
     assert "Lower num_frames or frame_stride" in error

@@ -147,7 +147,8 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
             raise
         raise OSError(f"{name} is not a local directory, and could not be loaded from the Hub: {error}") from None
     except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):  # a list of all the models that there are follows
+        # A list of all the models that there are follows.
+        if not re.match("Unrecognized (configuration class|video processor)", str(error)):
             raise
         kind = AutoConfig.from_pretrained(name).model_type
         raise ValueError(f"{name} is a {kind} model, which {cls.__name__} does not load") from None
