@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForVideoClassification, AutoVideoProcessor, PreTrainedConfig
+from transformers import AutoModelForVideoClassification, AutoVideoProcessor, ImageProcessingMixin, PreTrainedConfig
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, compose, make_augmentation
@@ -43,7 +43,9 @@ class ModelArguments:
     )
     config_overrides: str | None = option(None, 'change the config: "stride=1,hidden_sizes=[32,64]" (values are JSON)')
     backbone_name_or_path: str | None = option(
-        None, "initialize the backbone from this image model: timm/NAME, a directory, or a name on the Hub"
+        None,
+        "initialize the backbone from this image model, and normalise pixels as it does: timm/NAME, a directory, or a "
+        "name on the Hub",
     )
     freeze_backbone: bool = option(False, "train only the recurrent layers and the classifiers")
 
@@ -175,6 +177,7 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
         return model, processor
     config = _config(model_args, **values)
     config.num_frames = clip_args.num_frames
+    pixels = {}
     if model_args.backbone_name_or_path is None:
         model = AutoModelForVideoClassification.from_config(config)
     else:
@@ -184,13 +187,30 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
         model = MinConvGRUForVideoClassification.from_backbone_pretrained(
             model_args.backbone_name_or_path, out_indices=list(config.backbone_config.out_indices), **fields
         )
+        pixels = _pixels_of(model_args.backbone_name_or_path)
     processor = MinConvGRUVideoProcessor(
         num_frames=clip_args.num_frames,
         frame_stride=clip_args.frame_stride,
         size={"shortest_edge": clip_args.resize_size},
         crop_size=clip_args.crop_size,
+        **pixels,
     )
     return model, processor
+
+
+def _pixels_of(backbone: str) -> dict:
+    """Return how the images of a pretrained backbone are rescaled and normalised, as far as its checkpoint says."""
+    if backbone.startswith("timm/"):
+        import timm
+
+        pretrained = timm.get_pretrained_cfg(backbone.removeprefix("timm/"))
+        return {"image_mean": list(pretrained.mean), "image_std": list(pretrained.std)}
+    try:
+        pretrained, _ = ImageProcessingMixin.get_image_processor_dict(backbone)
+    except OSError:  # it has no image processor
+        return {}
+    names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+    return {name: pretrained[name] for name in names if pretrained.get(name) is not None}
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

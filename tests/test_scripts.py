@@ -24,11 +24,13 @@ from transformers import (
     AutoModelForVideoClassification,
     AutoTokenizer,
     AutoVideoProcessor,
+    ConvNextImageProcessor,
     GPT2Config,
     GPT2LMHeadModel,
     ResNetConfig,
     ResNetModel,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN
 
 from mingru_hf import MinGRUForCausalLM
 from mingru_hf.data.av import write_video
@@ -631,10 +633,40 @@ def test_a_pretrained_backbone_stays_as_it_is_when_frozen(shapes, tmp_path):
     for name, value in trained.model.backbone.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
+    # Its checkpoint has no image processor: ImageNet's numbers.
+    assert list(AutoVideoProcessor.from_pretrained(tmp_path / "run").image_mean) == IMAGENET_DEFAULT_MEAN
+
     # From there on, by the checkpoint's own processor.
     more = ("--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "more", "--max_train_steps", 1)
     call("train_video_classification", "--dataset_name", shapes, "--cache_dir", tmp_path / "cache", *more, "--use_cpu")
     assert AutoVideoProcessor.from_pretrained(tmp_path / "more").num_frames == 4
+
+
+def test_pixels_are_normalised_as_for_the_pretrained_backbone(shapes, tmp_path, capsys, monkeypatch):
+    config = json.loads((SCRIPTS / "configs" / "moving_shapes.json").read_text())["backbone_config"]
+    config.pop("model_type")
+    ResNetModel(ResNetConfig(**config)).save_pretrained(tmp_path / "backbone")
+    own = {"image_mean": [0.5, 0.5, 0.4], "image_std": [0.5, 0.4, 0.5], "rescale_factor": 1 / 127.5}
+    ConvNextImageProcessor(**own).save_pretrained(tmp_path / "backbone")
+    train = ("train_video_classification", "--dataset_name", shapes, "--cache_dir", tmp_path / "cache")
+    train += ("--output_dir", tmp_path / "run", "--max_train_steps", 1)
+    call(*train, "--backbone_name_or_path", tmp_path / "backbone", *TINY_VIDEO)
+    saved = json.loads((tmp_path / "run" / "video_preprocessor_config.json").read_text())
+    assert {name: saved[name] for name in own} == own
+    train = (*train, "--overwrite_output_dir", "--use_cpu", "--model_name_or_path", tmp_path / "backbone")
+    assert "is a resnet model, which AutoVideoProcessor does not load" in error_of(capsys, *train)
+
+    timm = pytest.importorskip("timm", reason="its backbones have numbers of their own")
+    script, create = load("train_video_classification"), timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: create(*args, **kwargs | {"pretrained": False}))
+    model_args = script.ModelArguments(
+        backbone_name_or_path="timm/test_resnet.r160_in1k",
+        config_name=str(SCRIPTS / "configs" / "moving_shapes.json"),
+        config_overrides="hidden_sizes=[4,4]",
+    )
+    clip_args = script.resolve_clips(model_args, script.ClipArguments())
+    _, processor = script.load_model(model_args, clip_args, ["a", "b"])
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.5] * 3, [0.5] * 3)
 
 
 def test_the_backbone_of_a_checkpoint_is_frozen_too(video_model, shapes, tmp_path):
