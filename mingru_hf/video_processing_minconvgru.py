@@ -85,7 +85,11 @@ def upright(pixels: np.ndarray, frame) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
 
-def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]) -> tuple[np.ndarray, VideoMetadata]:
+def read_video(
+    video: str | bytes,
+    choose: Callable[[VideoMetadata], np.ndarray],
+    fit: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
+) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the frames of a video that `choose` names, with PyAV.
 
     Frames are counted as they are decoded, from the first to the last that is wanted: exact for any file, at the
@@ -94,6 +98,8 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
     Args:
         video: a path, or the bytes of a file.
         choose: from the metadata (`total_num_frames`, `fps`, `height`, `width`) to indices, in any order.
+        fit: called once with each frame wanted, (H, W, 3) uint8, as it is decoded, to return a smaller one; all frames
+            of the result are in memory at once.
 
     Returns:
         (N, H, W, 3) uint8 RGB frames, `upright`, in the order of the indices, and the metadata with `frames_indices`.
@@ -130,7 +136,7 @@ def read_video(video: str | bytes, choose: Callable[[VideoMetadata], np.ndarray]
                 for frame in chain([first], decoded):
                     if count in wanted:
                         rgb = reformatter.reformat(frame, stream.width, stream.height, "rgb24", threads=1)
-                        frames[count] = upright(rgb.to_ndarray(), frame)
+                        frames[count] = fit(upright(rgb.to_ndarray(), frame))
                     count += 1
                     if len(frames) == len(wanted):
                         metadata.frames_indices = indices.tolist()

@@ -14,7 +14,7 @@ pytest.importorskip("av", reason="videos are read and written by PyAV")
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
 
 from mingru_hf.data.av import write_video
-from mingru_hf.data.video import VideoClips
+from mingru_hf.data.video import FitAndCrop, VideoClips, clip_positions
 from mingru_hf.training import video as video_module
 from mingru_hf.training.arguments import fixed_settings
 from mingru_hf.training.loop import BatchStream, summary
@@ -110,6 +110,31 @@ def test_views_are_upright(clips, accelerator, tmp_path, views):
     frames = torch.cat(seen).float()
     assert (frames[..., -1] - frames[..., 0] > 50).all()
     assert ((frames[..., -1, :] - frames[..., 0, :]).abs() < 20).all()
+
+
+@pytest.mark.parametrize("views", ["center", "ten_crops"])
+@pytest.mark.parametrize("size", [(60, 100), (102, 38), (20, 30)])
+def test_frames_are_resized_before_clips_share_them(clips, accelerator, tmp_path, views, size):
+    """So that memory is that of small frames, and the views are those of whole clips that are resized."""
+    data, seen = clips([0], clips_per_video=5), []
+    noise = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    write_video(str(tmp_path / "0.mp4"), noise)
+    data.processor.num_frames, data.processor.size = 2, {"shortest_edge": 24}
+
+    class Watching(Reader):
+        def forward(self, pixel_values_videos):
+            seen.append(pixel_values_videos)
+            return SimpleNamespace(logits=torch.zeros(len(pixel_values_videos), 2))
+
+    evaluate_videos(Watching({}), data, accelerator, views=views)
+    crop, expected = FitAndCrop(data.processor, views), []
+    for clip in torch.from_numpy(data.read(0, clip_positions(5))).permute(0, 1, 4, 2, 3):
+        cropped = crop(clip)
+        expected += [cropped] if views == "center" else cropped
+    assert torch.equal(torch.cat(seen), torch.stack(expected))
+    frames = video_module._WholeVideos(data, range(1))[0][1]
+    assert min(frames.shape[3:]) == 24
+    assert frames.shape[:3] == (5, 2, 3)
 
 
 @pytest.mark.parametrize(("views", "count"), [("center", 1), ("five_crops", 5), ("ten_crops", 10)])
@@ -252,10 +277,10 @@ def test_shuffled_frames_depend_on_the_seed_and_the_video(clips, accelerator):
 class ReadByWorkers(VideoClips):
     """Clips that the main process must not decode."""
 
-    def read(self, video, positions):
+    def read(self, video, positions, **kwargs):
         if torch.utils.data.get_worker_info() is None:
             raise RuntimeError("decoded by the main process")
-        return super().read(video, positions)
+        return super().read(video, positions, **kwargs)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -242,12 +242,13 @@ class VideoClips(torch.utils.data.Dataset):
             "Lower num_frames or frame_stride, or repair the files"
         )
 
-    def read(self, video: int, positions: list[float]) -> np.ndarray:
+    def read(self, video: int, positions: list[float], **kwargs) -> np.ndarray:
         """Decode clips of one video.
 
         Args:
             video: its row.
             positions: where the clips lie, each from 0 (the beginning) to 1 (the end).
+            kwargs: for `read_video`.
 
         Returns:
             (clips, N, H, W, 3) uint8.
@@ -260,7 +261,7 @@ class VideoClips(torch.utils.data.Dataset):
             return np.concatenate([self.processor.sample_frames(metadata, position=p) for p in positions])
 
         source = self.videos[video]["video"]
-        frames, _ = read_video(source["bytes"] if source["bytes"] is not None else source["path"], choose)
+        frames, _ = read_video(source["bytes"] if source["bytes"] is not None else source["path"], choose, **kwargs)
         return frames.reshape(len(positions), -1, *frames.shape[1:])
 
     def prepare(self, frames: np.ndarray) -> torch.Tensor:

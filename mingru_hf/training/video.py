@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
@@ -188,7 +189,7 @@ def evaluate_videos(
             continue
         probabilities = []
         for piece in frames.split(max(1, batch_size // per_clip)):  # (clips, N, C, H, W)
-            seen = [crop(clip) for clip in piece.to(accelerator.device)]
+            seen = [crop(clip) for clip in piece.to(accelerator.device)]  # resizing again changes nothing
             seen = [view for clip in seen for view in (clip if isinstance(clip, list) else [clip])]
             inputs = clips.processor(
                 seen, do_sample_frames=False, do_resize=False, do_center_crop=False, return_tensors="pt"
@@ -223,7 +224,7 @@ def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 
 
 class _WholeVideos(Dataset):
-    """(row, (clips, N, C, H, W) uint8) of each video; no clips if it cannot be read."""
+    """(row, (clips, N, C, H, W) uint8) of each video, resized but not cropped; no clips if it cannot be read."""
 
     def __init__(self, clips: VideoClips, share: range):
         self.clips, self.share = clips, share
@@ -234,7 +235,7 @@ class _WholeVideos(Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
         video, clips = self.share[index], self.clips
         try:
-            frames = torch.from_numpy(clips.read(video, clip_positions(clips.clips_per_video)))
+            frames = torch.from_numpy(clips.read(video, clip_positions(clips.clips_per_video), fit=self.fit))
         except VideoReadError as error:
             clips.report(video, error)
             return video, torch.empty(0, dtype=torch.uint8)
@@ -244,3 +245,15 @@ class _WholeVideos(Dataset):
                 [clip[torch.randperm(len(clip), generator=generator, device="cpu")] for clip in frames]
             )
         return video, frames.permute(0, 1, 4, 2, 3)
+
+    def fit(self, frame: np.ndarray) -> np.ndarray:
+        """Resize a frame, (H, W, 3) uint8, as the processor does, before many clips share it."""
+        inputs = self.clips.processor(
+            torch.from_numpy(frame).permute(2, 0, 1)[None],
+            do_sample_frames=False,
+            do_center_crop=False,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="pt",
+        )
+        return inputs["pixel_values_videos"][0, 0].permute(1, 2, 0).numpy()
