@@ -188,6 +188,11 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         av = import_av()
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
+        if getattr(model.config, "bidirectional", True):  # other classifiers have no such field, and no cache
+            raise ValueError(
+                f"{args.model_name_or_path} classifies whole clips only, as it is bidirectional or no MinConvGRU: "
+                "give a MinConvGRU with bidirectional=false, or give the file to pipeline('video-classification')"
+            )
         processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         output_file = args.output_file and Path(args.output_file)
         if output_file and output_file.exists() and not args.overwrite_output_file:

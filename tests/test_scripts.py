@@ -20,6 +20,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForVideoClassification,
     AutoTokenizer,
@@ -974,6 +975,10 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
         sound.writeframes(bytes(1600))
     assert "sound.wav has no video stream" in error_of(capsys, *stream, "--video", tmp_path / "sound.wav")
     assert "must end in .mp4 or .png" in error_of(capsys, *stream, "--video", "a.mp4", "--output_file", "a.gif")
+    config = AutoConfig.from_pretrained(video_model, bidirectional=True)
+    AutoModelForVideoClassification.from_config(config).save_pretrained(tmp_path / "both")
+    error = error_of(capsys, "stream_video", "--model_name_or_path", tmp_path / "both", "--video", "a.mp4")
+    assert "classifies whole clips only, as it is bidirectional" in error
     assert not (tmp_path / "run").exists()
 
 
