@@ -100,10 +100,16 @@ def resolve_clips(model_args: ModelArguments, clip_args: ClipArguments) -> ClipA
     """Fill in the frames and sizes of the clips: those of the checkpoint's processor, or else as given or by default.
 
     Raises:
-        ValueError: if others are given than the checkpoint's processor has, or a crop is larger than the frame.
+        ValueError: if others are given than the checkpoint's processor has, that is of another kind, or a crop is
+            larger than the frame.
     """
     if model_args.model_name_or_path is not None:
         processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
+        if not hasattr(processor, "frame_stride"):
+            raise ValueError(
+                f"{model_args.model_name_or_path} has a {type(processor).__name__}, expected the processor of a "
+                "MinConvGRU: train other video models with transformers' own scripts"
+            )
         height, width = processor.crop_size["height"], processor.crop_size["width"]
         own = {
             "num_frames": processor.num_frames,
