@@ -660,9 +660,16 @@ def test_new_files_replace_none_unless_the_user_allows_it(tmp_path):
         check_new_files(tmp_path / "a.onnx", ["b.onnx"])
 
 
-def checkpoint(directory, step=2, best=None, limit=None, **tensors):
+class Part:
+    """Stands for a model: saves one file."""
+
+    def save_pretrained(self, directory):
+        (directory / "model.safetensors").write_bytes(b"best")
+
+
+def checkpoint(directory, step=2, best=None, limit=None, part=None, **tensors):
     """Write a small one; `best` is the step of the best weights so far."""
-    return write_checkpoint(directory, step, (None,), tensors, {"best": best and {"step": best}}, limit)
+    return write_checkpoint(directory, step, (part,), tensors, {"best": best and {"step": best}}, limit)
 
 
 def test_going_on_elsewhere_replaces_nothing_there(tmp_path):
@@ -738,10 +745,37 @@ def test_a_file_system_without_links_takes_copies(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_may_have_any_name(tmp_path):
-    path = checkpoint(tmp_path, 2, best=2).rename(tmp_path / "best")
-    (path / "model.safetensors").write_bytes(b"best")  # its own weights are the best
+    path = checkpoint(tmp_path, 2, best=2, part=Part()).rename(tmp_path / "best")  # its own weights are the best
     restore_best(path, tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == b"best"
+
+
+def test_only_the_files_that_a_checkpoint_lists_come_back(tmp_path):
+    """Others that lie there are the user's, or a stranger's."""
+    path = checkpoint(tmp_path / "run", 2, best=2, part=Part())
+    (path / "notes.txt").write_text("old")
+    (path / "passwords.txt").symlink_to("/etc/passwd")
+    (tmp_path / "run" / "notes.txt").write_text("new")
+    restore_best(path, tmp_path / "run")
+    names = sorted(file.name for file in (tmp_path / "run").iterdir())
+    assert names == ["checkpoint-2", "model.safetensors", "notes.txt"]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "name", ["{absolute}", "../secret.json", "best/../../secret.json", "link.json", "folder/secret.json"]
+)
+def test_a_checkpoint_that_lists_files_elsewhere_is_refused(name, tmp_path):
+    path = checkpoint(tmp_path, 2, best=1)
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    (path / "link.json").symlink_to(secret)
+    (path / "folder").symlink_to(tmp_path)
+    state = json.loads((path / STATE_FILE).read_text())
+    state["files"][name.format(absolute=secret)] = checkpoints._fingerprint(secret)
+    (path / STATE_FILE).write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"checkpoint-2 is not a complete checkpoint: .*json does not lie in it"):
+        find_checkpoint(path, tmp_path)
 
 
 def test_the_checkpoint_that_was_just_written_stays(tmp_path):

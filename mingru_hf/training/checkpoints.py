@@ -239,16 +239,20 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict, dict]:
 
 
 def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
-    """Put a checkpoint's best weights so far, and its tokenizer, back into `output_dir`."""
+    """Put a checkpoint's best weights so far, and its tokenizer, back into `output_dir`.
+
+    Of other files that lie in the checkpoint, which `damage` has not looked at, none is copied.
+    """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
-    own = (path for path in _files(checkpoint) if path.name not in (STATE_FILE, TENSORS_FILE))
-    best = {path.relative_to(checkpoint): path for path in own if path.parent != checkpoint / BEST_DIRECTORY}
-    best |= {Path(path.name): path for path in _files(checkpoint / BEST_DIRECTORY)}  # none where there is no folder
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    listed = [Path(name) for name in state["files"] if name != TENSORS_FILE]
+    best = {name: name for name in listed if name.parts[0] != BEST_DIRECTORY}
+    best |= {name.relative_to(BEST_DIRECTORY): name for name in listed if name.parts[0] == BEST_DIRECTORY}
     output_dir.mkdir(parents=True, exist_ok=True)
     _sweep(output_dir)
-    for name, path in best.items():
+    for name, source in best.items():
         (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output_dir / name, functools.partial(_link, path))
+        write_whole(output_dir / name, functools.partial(_link, checkpoint / source))
 
 
 def find_checkpoint(choice: str | Path | None, output_dir: str | Path, warn: bool = True) -> Path | None:
@@ -310,6 +314,8 @@ def damage(checkpoint: str | Path) -> str | None:
     for name, fingerprint in state["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
+        if not _lies_in(checkpoint, name):  # a stranger's checkpoint must copy nothing else into output_dir
+            return f"{name} does not lie in it: put the file itself there, not a link or a path that leads elsewhere"
         if _fingerprint(checkpoint / name) != fingerprint:
             return f"{name} is not what was written"
     return None
@@ -391,6 +397,11 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
         return False
     ignored = {"resume_from_checkpoint": None, "overwrite_output_dir": None, "hub_model_id": None}
     return "final" not in metrics and metrics["arguments"] | ignored == arguments | ignored
+
+
+def _lies_in(directory: Path, name: str) -> bool:
+    """Return whether a name means a place in the directory or below it: no absolute path, no `..`, and no link."""
+    return (directory / name).resolve().parts == (*directory.resolve().parts, *Path(name).parts)
 
 
 def _fingerprint(path: Path) -> list[int]:
