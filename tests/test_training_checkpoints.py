@@ -796,20 +796,48 @@ def test_restored_weights_leave_nothing_half_written_and_no_checkpoint_changed(r
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     (tmp_path / ".incomplete-checkpoint-2" / "best").mkdir(parents=True)
-    (tmp_path / ".incomplete-metrics.json").touch()
+    (tmp_path / ".incomplete-checkpoint-1-old").mkdir()
+    for name in ("metrics.json", "model-00001-of-00002.safetensors", "tokenizer.json", "README.md"):
+        (tmp_path / f".incomplete-{name}").touch()
     (tmp_path / ".mine").touch()
+    (tmp_path / ".incomplete-downloads").mkdir()
     checkpoint(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", "checkpoint-2"]
-
-    class Part:
-        def save_pretrained(self, directory):
-            (directory / "config.json").write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".incomplete-downloads", ".mine", "checkpoint-2"]
 
     (tmp_path / ".incomplete").mkdir()
     (tmp_path / ".incomplete" / "old.safetensors").touch()
     save_pretrained(tmp_path, Part())
     assert not (tmp_path / "old.safetensors").exists()
     assert not (tmp_path / ".incomplete").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_checkpoint_that_was_moved_to_another_disk_stays_there(there, tmp_path):
+    """The link that was left in its place goes as the checkpoint would have gone."""
+    (tmp_path / "disk").mkdir()
+    moved = checkpoint(tmp_path / "run", 1).rename(tmp_path / "disk" / "checkpoint-1")
+    for name in ("checkpoint-1", ".incomplete-checkpoint-0-old", ".incomplete"):
+        (tmp_path / "run" / name).symlink_to(moved)
+    checkpoint(tmp_path / "run", 2, limit=1)
+    save_pretrained(tmp_path / "run", None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    assert damage(moved) is None
+    target = moved if there else tmp_path / "gone"
+    (tmp_path / "run" / "checkpoint-3").symlink_to(target)
+    assert not checkpoint(tmp_path / "run", 3).is_symlink()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o007, 0o660)])
+def test_every_file_may_be_read_as_the_umask_says(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        config = MinGRUConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+        parts = (MinGRUForCausalLM(config), build_tokenizer("char", [LETTERS]))
+        save_pretrained(tmp_path / "run", *parts)
+        write_checkpoint(tmp_path / "run", 1, parts, {}, {"best": None})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in contents(tmp_path / "run")} == {mode}
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left"), RuntimeError("file write failed")])

@@ -171,7 +171,7 @@ def save_pretrained(output_dir: str | Path, *parts: object) -> None:
     """
     output_dir = Path(output_dir)
     staging = output_dir / STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed; no user's file has this name
+    _delete(staging)  # left by a run that was killed; no user's file has this name
     staging.mkdir(parents=True)
     with writing(output_dir, staging):
         _save_parts(staging, parts)
@@ -220,7 +220,7 @@ def write_checkpoint(
         (staging / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             _sync(path)
-        if target.exists():  # a damaged one, or the run would have resumed from it
+        if os.path.lexists(target):  # a damaged one, or the run would have resumed from it
             _remove(target)
         staging.rename(target)
         _sync(output_dir)
@@ -356,11 +356,14 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _save_parts(directory: Path, parts: Sequence[object]) -> None:
-    """Save every part but None into the directory."""
+    """Save every part but None into the directory, a new one."""
     with no_progress_bars():
         for part in parts:
             if part is not None:
                 part.save_pretrained(directory)
+    mode = directory.stat().st_mode & 0o666
+    for path in _files(directory):
+        path.chmod(mode)  # as the umask gives it: safetensors writes files that nobody else can read
 
 
 def _files(directory: Path) -> list[Path]:
@@ -425,18 +428,24 @@ def _link(source: Path, target: Path) -> None:
 
 def _sweep(output_dir: Path) -> None:
     """Remove what a killed run left half written; no user's file has such a name."""
-    for path in output_dir.glob(f"{STAGING}*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for pattern in ("", "-checkpoint-[0-9]*", *(f"-{name}" for name in (*RUN_FILES, *OTHER_FILES, *WEIGHTS))):
+        for path in output_dir.glob(f"{STAGING}{pattern}"):
+            _delete(path)
 
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint, its name first: a half removed one must not look complete."""
     doomed = checkpoint.with_name(f"{STAGING}-{checkpoint.name}-old")
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a directory, a file, or a link but not what it leads to; nothing may be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
