@@ -4,6 +4,7 @@ The runs are processes of their own, forked from a server that has imported ever
 SIGKILL ends them as a power cut would.
 """
 
+import atexit
 import errno
 import itertools
 import json
@@ -665,6 +666,74 @@ class Part:
 
     def save_pretrained(self, directory):
         (directory / "model.safetensors").write_bytes(b"best")
+
+
+def arguments(output_dir, **changes):
+    return TrainArguments(output_dir=str(output_dir), mixed_precision="no", use_cpu=True, **changes)
+
+
+def start_and_wait(channel, output_dir):
+    """Begin a run, and end it without a file when told to."""
+    start(arguments(output_dir))
+    channel.send(True)
+    channel.recv()
+    atexit._run_exitfuncs()  # as at a script's end, which multiprocessing leaves out
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_directory_that_another_run_writes_to_is_refused(killed, tmp_path):
+    ours, theirs = SERVER.Pipe()
+    child = process(start_and_wait, theirs, tmp_path / "a" / "run")
+    assert ours.recv()
+    for changes in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
+        with pytest.raises(ValueError, match=r"another run is writing to output_dir .*run: wait for its end"):
+            start(arguments(tmp_path / "a" / "run", **changes))
+    if killed:
+        child.kill()
+    else:
+        ours.send(True)
+    child.join()
+    assert killed or not list(tmp_path.iterdir())
+    start(arguments(tmp_path / "a" / "run"))
+    checkpoints.unlock_output_dir(tmp_path / "a" / "run")
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_runs_of_one_process_follow_each_other_in_one_directory(tmp_path, monkeypatch):
+    for _ in range(2):  # the first one goes no further
+        start(arguments(tmp_path))
+    with pytest.raises(SetupError, match="the training set has no examples"):
+        train(None, [], [], arguments(tmp_path), None)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(loop, "lock_output_dir", lambda path: write_json(path + "/metrics.json", {}))
+    with pytest.raises(ValueError, match="holds another run"):  # which ended just before
+        start(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_takes_a_run(number, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    checkpoints.lock_output_dir(tmp_path)
+    checkpoints.unlock_output_dir(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """By a run that ended between the opening and the locking of the file."""
+    lock, path = checkpoints.fcntl.lockf, tmp_path / checkpoints.LOCK_FILE
+
+    def remove_once(*args):
+        monkeypatch.setattr(checkpoints.fcntl, "lockf", lock)
+        path.unlink()
+        lock(*args)
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", remove_once)
+    checkpoints.lock_output_dir(tmp_path)
+    assert path.exists()
+    checkpoints.unlock_output_dir(tmp_path)
 
 
 def checkpoint(directory, step=2, best=None, limit=None, part=None, **tensors):

@@ -1,5 +1,6 @@
 """What a run writes to the disk, in such a way that a crash at any moment damages no existing file."""
 
+import atexit
 import errno
 import functools
 import json
@@ -10,15 +11,21 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+try:
+    import fcntl
+except ImportError:  # Windows: no locks
+    fcntl = None
+
 METRICS_FILE = "metrics.json"
 STAGING = ".incomplete"
+LOCK_FILE = ".mingru-hf.lock"  # there while a run writes, or after it was killed
 
 # Files that mark a run or a model.
 RUN_FILES = (METRICS_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -136,8 +143,68 @@ def check_writable(output_dir: str | Path) -> None:
         raise ValueError(f"output_dir {path} cannot be written ({error}): choose another one") from None
     finally:
         for place in missing:
-            with suppress(OSError):  # it could not be made, or another process writes there
-                place.rmdir()
+            _remove_empty(place)  # it could not be made, or another process writes there
+
+
+_LOCKS: dict[Path, ExitStack] = {}  # what gives up the directories that this process has locked
+
+
+def lock_output_dir(output_dir: str | Path) -> None:
+    """Keep other processes from writing a run into a directory, until `unlock_output_dir` or this process's end.
+
+    A killed process leaves the file, but no lock. Workers inherit none: it is the process's, not the open file's.
+    On Windows, and on a file system without locks, nothing is locked.
+
+    Args:
+        output_dir: made if missing. If this process has locked it, for a run that failed, it locks it anew.
+
+    Raises:
+        ValueError: if a run of another process is writing there.
+    """
+    if fcntl is None:
+        return
+    unlock_output_dir(output_dir)
+    place = Path(output_dir).resolve()
+    path, missing = place / LOCK_FILE, [folder for folder in (place, *place.parents) if not folder.exists()]
+    with ExitStack() as stack:
+        for folder in reversed(missing):
+            stack.callback(_remove_empty, folder)
+        place.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    os.close(descriptor)
+                    raise ValueError(
+                        f"another run is writing to output_dir {output_dir}: wait for its end, or choose another one"
+                    ) from None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break
+            os.close(descriptor)  # its file was removed by a run that ended meanwhile
+        stack.callback(os.close, descriptor)
+        stack.callback(path.unlink, missing_ok=True)  # before it is unlocked: nobody else's file has this name yet
+        _LOCKS[place] = stack.pop_all()
+
+
+def unlock_output_dir(output_dir: str | Path) -> None:
+    """Give up a directory if this process has locked it; one that was made for that, and is still empty, goes."""
+    _LOCKS.pop(Path(output_dir).resolve(), ExitStack()).close()
+
+
+@atexit.register
+def _unlock_all() -> None:
+    """Leave no lock file behind when a script ends between its start and its training."""
+    for place in list(_LOCKS):
+        unlock_output_dir(place)
+
+
+def _remove_empty(directory: Path) -> None:
+    """Remove a directory if nothing is in it."""
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def write_json(path: str | Path, content: object) -> None:

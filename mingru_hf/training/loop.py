@@ -37,9 +37,11 @@ from .checkpoints import (
     check_output_dir,
     check_writable,
     find_checkpoint,
+    lock_output_dir,
     read_checkpoint,
     restore_best,
     save_pretrained,
+    unlock_output_dir,
     write_checkpoint,
     write_json,
 )
@@ -123,19 +125,20 @@ class _Plan:
 def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
     """Set up device, processes, precision, trackers and seed; call this before making data and model.
 
+    From here to the end of `train`, or of the process, no other run can write into `output_dir`.
+
     Args:
         args: how to train; with `push_to_hub`, `hub_model_id` becomes the repository's full name.
         settings: as for `train`.
 
     Raises:
-        ValueError: if `output_dir` holds another run or cannot be written, `resume_from_checkpoint` is not a complete
-            checkpoint, device and precision do not fit, the tracker is not installed, or the launcher's way to
-            distribute the model is not supported.
+        ValueError: if `output_dir` holds another run, or one is writing there, or nothing can be written,
+            `resume_from_checkpoint` is not a complete checkpoint, device and precision do not fit, the tracker is not
+            installed, or the launcher's way to distribute the model is not supported.
         OSError: with `push_to_hub`, if nobody is logged in, or the Hub refuses or cannot be reached.
     """
-    check_output_dir(
-        args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
-    )
+    choices = (args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings))
+    check_output_dir(args.output_dir, *choices)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=resolve_mixed_precision(args.mixed_precision, args.use_cpu),
@@ -166,6 +169,13 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
     if args.push_to_hub and accelerator.is_main_process:
         # now, not after hours of training: a missing login is an error here
         args.hub_model_id = make_repository(args.hub_name)
+    if accelerator.is_main_process:
+        lock_output_dir(args.output_dir)
+        try:
+            check_output_dir(args.output_dir, *choices)  # again: another run may have ended there meanwhile
+        except ValueError:
+            unlock_output_dir(args.output_dir)
+            raise
     set_seed(args.seed)
     return accelerator
 
@@ -228,35 +238,38 @@ def train(
         FloatingPointError: if the loss is no longer finite.
         OSError: if the disk is full, or the Hub cannot be reached.
     """
-    _check_data(args, train_dataset, eval_dataset)
-    run = _Run(
-        model,
-        train_dataset,
-        eval_dataset,
-        args,
-        accelerator,
-        processing_class=processing_class,
-        collate_fn=collate_fn,
-        metrics=metrics,
-        settings=settings,
-        checksums=checksums,
-        characters_per_token=characters_per_token,
-        unit=unit,
-    )
     try:
-        run.begin()
-        while not run.is_over:
-            run.update_weights()
-            evaluation_due, checkpoint_due = run.update_progress()
-            run.log_training_loss()
-            with run.pause():
-                if evaluation_due:
-                    run.evaluate_and_keep_the_best()
-                if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
-                    run.save_checkpoint()
-        return run.finish(dataset_name, task, auto_class)
+        _check_data(args, train_dataset, eval_dataset)
+        run = _Run(
+            model,
+            train_dataset,
+            eval_dataset,
+            args,
+            accelerator,
+            processing_class=processing_class,
+            collate_fn=collate_fn,
+            metrics=metrics,
+            settings=settings,
+            checksums=checksums,
+            characters_per_token=characters_per_token,
+            unit=unit,
+        )
+        try:
+            run.begin()
+            while not run.is_over:
+                run.update_weights()
+                evaluation_due, checkpoint_due = run.update_progress()
+                run.log_training_loss()
+                with run.pause():
+                    if evaluation_due:
+                        run.evaluate_and_keep_the_best()
+                    if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
+                        run.save_checkpoint()
+            return run.finish(dataset_name, task, auto_class)
+        finally:
+            run.restore_model()
     finally:
-        run.restore_model()
+        unlock_output_dir(args.output_dir)
 
 
 class _Run:
