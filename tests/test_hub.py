@@ -292,6 +292,14 @@ def test_what_is_no_whole_model_is_refused(directory, tmp_path):
         files_to_upload(directory)
 
 
+def test_whole_weights_count_before_an_index_that_was_there_first(directory):
+    """As for `from_pretrained`."""
+    (directory / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    )
+    assert "model.safetensors" in files_to_upload(directory)
+
+
 def test_files_below_the_directory_are_uploaded_but_hidden_ones_and_caches(directory):
     whole = files_to_upload(directory)
     assert "runs/events" in whole

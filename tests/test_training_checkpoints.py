@@ -668,6 +668,28 @@ class Part:
         (directory / "model.safetensors").write_bytes(b"best")
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json"])
+def test_files_of_another_kind_of_model_are_refused_where_others_are_replaced(name, tmp_path):
+    """transformers would put the adapter into the new model."""
+    for file in (name, "config.json"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=rf"another model \({name}\), which would be read with the new one: .*move"):
+        check_output_dir(tmp_path, overwrite=True)
+
+
+def test_files_of_another_tokenizer_are_refused_before_the_training(tmp_path):
+    tokenizer = build_tokenizer("char", [LETTERS])
+    changes = {"resume_from_checkpoint": None, "overwrite_output_dir": True, "max_train_steps": 1}
+    (tmp_path / "chat_template.jinja").write_text("{{ 1 }}")
+    (tmp_path / "added_tokens.json").write_text('{"<theirs>": 77}')
+    with pytest.raises(SetupError, match=r"another model \(added_tokens.json, chat_template.jinja\)"):
+        train_counting(tmp_path, tokenizer=tokenizer, checkpointing_steps=None, **changes)
+    (tmp_path / "added_tokens.json").unlink()
+    tokenizer.chat_template = "{{ 2 }}"  # which replaces the other one
+    train_counting(tmp_path, tokenizer=tokenizer, checkpointing_steps=None, **changes)
+    assert type(tokenizer).from_pretrained(tmp_path).chat_template == "{{ 2 }}"
+
+
 def arguments(output_dir, **changes):
     return TrainArguments(output_dir=str(output_dir), mixed_precision="no", use_cpu=True, **changes)
 

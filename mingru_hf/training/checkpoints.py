@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from .arguments import SetupError
+
 try:
     import fcntl
 except ImportError:  # Windows: no locks
@@ -35,6 +37,13 @@ OTHER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
     *("additional_chat_templates", "*processor_config.json"),
     *sorted(path.name for path in Path(__file__).parents[1].glob("[!_]*.py")),
+)
+
+# Files that are read with a run's model if another one left them: no run writes these, or only with some tokenizers.
+OF_OTHER_MODELS = ("adapter_config.json", "model.safetensors.index.json")
+OF_OTHER_TOKENIZERS = (
+    *("added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "additional_chat_templates"),
 )
 
 # A checkpoint is a directory `checkpoint-STEP`: a model as `from_pretrained` loads it, and next to it
@@ -63,7 +72,8 @@ def check_output_dir(
 
     Raises:
         ValueError: if it holds another run or model, or files with names that a run writes, and `overwrite` is False;
-            or checkpoints of another program, or ones that would be mistaken for the new run's; or is a file.
+            or files of another model that would be read with the new one; or checkpoints of another program, or
+            ones that would be mistaken for the new run's; or is a file.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
@@ -92,6 +102,7 @@ def check_output_dir(
         )
     elif resume is not None and _is_unfinished(path, arguments or {}):
         return
+    _refuse_leftovers(path, OF_OTHER_MODELS)
     run_files, other_files = (
         [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
         for patterns in (RUN_FILES, OTHER_FILES)
@@ -105,6 +116,32 @@ def check_output_dir(
         raise ValueError(
             f"output_dir {path} holds files with names that a run writes ({', '.join(other_files)}): choose another "
             "directory, or add --overwrite_output_dir to replace them"
+        )
+
+
+def check_tokenizer_files(output_dir: str | Path, part: object) -> None:
+    """Refuse a directory with files of another tokenizer that would be read with the new one, which replaces them not.
+
+    Args:
+        output_dir: need not exist.
+        part: the tokenizer or processor that will be saved there; None for none.
+
+    Raises:
+        SetupError: if there is one.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        _save_parts(Path(directory), [part])
+        written = os.listdir(directory)
+    _refuse_leftovers(Path(output_dir), [name for name in OF_OTHER_TOKENIZERS if name not in written])
+
+
+def _refuse_leftovers(output_dir: Path, names: Sequence[str]) -> None:
+    """Raise a SetupError that says which of the files are there, if there are any."""
+    existing = [name for name in names if (output_dir / name).exists()]
+    if existing:
+        raise SetupError(
+            f"output_dir {output_dir} holds files of another model ({', '.join(existing)}), which would be read with "
+            "the new one: choose another directory, or move them away"
         )
 
 

@@ -35,7 +35,7 @@ def files_to_upload(directory: str | Path) -> list[str]:
     if not directory.is_dir():
         raise FileNotFoundError(f"no such model directory: {directory}")
     weights, index = ["model.safetensors"], directory / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (directory / weights[0]).is_file():  # as transformers reads them
         weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in ("config.json", *weights) if not (directory / name).is_file()]
     if missing:

@@ -35,6 +35,7 @@ from .arguments import SetupError, TrainArguments, as_settings, fixed_settings
 from .checkpoints import (
     METRICS_FILE,
     check_output_dir,
+    check_tokenizer_files,
     check_writable,
     find_checkpoint,
     lock_output_dir,
@@ -232,14 +233,17 @@ def train(
         (record) and `final` (`eval_*` of the saved weights over all of `eval_dataset`). Losses are in nats per target.
 
     Raises:
-        SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, or the
-            checkpoint belongs to another run, or has another vocabulary, other labels or another model.
+        SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, files of
+            another tokenizer in `output_dir` would be read with the new one, or the checkpoint belongs to another
+            run, or has another vocabulary, other labels or another model.
         ValueError: if no parameter is trainable, or the validation set has no target.
         FloatingPointError: if the loss is no longer finite.
         OSError: if the disk is full, or the Hub cannot be reached.
     """
     try:
         _check_data(args, train_dataset, eval_dataset)
+        if args.resume_from_checkpoint is None:
+            check_tokenizer_files(args.output_dir, processing_class)
         run = _Run(
             model,
             train_dataset,
