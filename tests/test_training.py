@@ -43,6 +43,7 @@ from mingru_hf.training.arguments import (
     fixed_settings,
     from_namespace,
     option,
+    parse_dataclasses,
 )
 from mingru_hf.training.checkpoints import check_output_dir, save_pretrained, write_json
 from mingru_hf.training.loop import BatchStream, evaluate, resolve_mixed_precision, sample_text, start, summary, train
@@ -1380,6 +1381,28 @@ def test_words_that_are_no_options_are_refused(words, message, capsys):
         parse(*words)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["output_dir", "resume_from_checkpoint", "report_to", "lr_scheduler_kwargs"])
+def test_an_empty_text_is_no_value(args, name):
+    """But a variable of a shell that is not set; for paths it would be the directory where one is."""
+    with pytest.raises(ValueError, match=f"^{name} must not be empty: give it a value, or leave it out$"):
+        args(**{name: ""})
+
+
+def test_options_of_any_class_are_held_against_what_they_may_be(capsys):
+    @dataclass(kw_only=True)
+    class Data:
+        train_file: str | None = option(None, "the text")
+        block_size: int = option(256, "tokens", positive=True)
+
+    for words, message in (
+        (["--train_file", ""], "train_file must not be empty"),
+        (["--block_size", "0"], "block_size must be positive"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_dataclasses("", words, Data)
+        assert message in capsys.readouterr().err
 
 
 def test_what_is_required_is_said(capsys):

@@ -57,12 +57,14 @@ def check_values(arguments: object) -> None:
     """Hold the fields of a dataclass made with `option` against what they may be; None is always allowed.
 
     Raises:
-        ValueError: if one is not among its choices, or outside its range.
+        ValueError: if one is an empty text, not among its choices, or outside its range.
     """
     for f in dataclasses.fields(arguments):
         value, choices, least = getattr(arguments, f.name), f.metadata["choices"], f.metadata["least"]
         if value is None:
             continue
+        if value == "":  # an unset variable of a shell
+            raise ValueError(f"{f.name} must not be empty: give it a value, or leave it out")
         if choices and value not in choices:
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
         if f.metadata["positive"] and not 0 < value < math.inf:
@@ -348,4 +350,7 @@ def parse_dataclasses(description: str, argv: list[str] | None, *classes: type, 
         add_arguments(parser, cls, **defaults)
     namespace = parser.parse_args(argv)
     with parser.user_errors():
-        return parser, *(from_namespace(cls, namespace) for cls in classes)
+        objects = [from_namespace(cls, namespace) for cls in classes]
+        for arguments in objects:
+            check_values(arguments)
+        return parser, *objects
