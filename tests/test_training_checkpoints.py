@@ -1122,6 +1122,27 @@ def test_metrics_of_another_program_are_no_run_to_go_on_with(metrics, tmp_path):
         check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
 
 
+def test_a_checkpoint_that_lists_no_file_is_not_complete(run):
+    path = run / "checkpoint-20" / STATE_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}}))
+    assert damage(path.parent) == "trainer_state.json does not list training_state.pt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"progress": {"step": 20, "mood": 1, "luck": 2}}, "holds luck, mood in its progress, which this version"),
+        ({"run": None, "arguments": []}, "holds no run, arguments: resume from another"),
+        ({"progress": {}}, "holds no progress.step: "),
+    ],
+)
+def test_a_state_of_another_version_is_an_error_that_names_the_file(change, message, run):
+    path = run / "checkpoint-20" / STATE_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SetupError, match=rf"checkpoint-20/trainer_state.json {message}"):
+        train_counting(run)
+
+
 @pytest.mark.parametrize("state", ["[]", "3", '{"files": []}', '{"files": null}'])
 def test_a_state_of_any_other_form_is_another_programs(state, tmp_path):
     (tmp_path / "trainer_state.json").write_text(state)

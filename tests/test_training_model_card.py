@@ -26,9 +26,9 @@ def write(tmp_path):
     """Write a card of a tiny model, and return it as the Hub parses it."""
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=7, hidden_size=8, num_hidden_layers=2, use_mlp=False))
 
-    def card(results=RESULTS, args=None, **kwargs):
+    def card(results=RESULTS, args=None, dataset_name="Märchen", **kwargs):
         args = TrainArguments(output_dir=str(tmp_path / "fox")) if args is None else args
-        write_model_card(tmp_path / "README.md", model, args, results, "Märchen", **kwargs)
+        write_model_card(tmp_path / "README.md", model, args, results, dataset_name, **kwargs)
         return ModelCard.load(tmp_path / "README.md")
 
     return card
@@ -60,6 +60,12 @@ def test_the_text_tells_how_large_and_how_trained(write):
     ):
         assert part in text
     assert "(a stream)" in write(RESULTS | {"epoch": None}).text
+
+
+def test_the_name_of_a_file_is_text_whatever_it_holds(write):
+    card = write(dataset_name="a\n# <b>[b](c)*_d.txt")
+    assert "trained on a # \\<b\\>\\[b\\](c)\\*\\_d.txt with mingru-hf.\n" in card.text
+    assert {result.dataset_name for result in card.data.eval_results} == {"a\n# <b>[b](c)*_d.txt"}
 
 
 def test_clips_have_no_perplexity(write):

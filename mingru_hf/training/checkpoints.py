@@ -415,6 +415,8 @@ def damage(checkpoint: str | Path) -> str | None:
         return f"{STATE_FILE} is not what was written: it is not JSON"
     if not _lists_files(state):
         return f"{STATE_FILE} lists no files with their checksums: another program wrote it"
+    if TENSORS_FILE not in state["files"]:
+        return f"{STATE_FILE} does not list {TENSORS_FILE}"
     for name, fingerprint in state["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"

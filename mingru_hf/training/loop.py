@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from .arguments import SetupError, TrainArguments, as_settings, fixed_settings
 from .checkpoints import (
     METRICS_FILE,
+    STATE_FILE,
     check_output_dir,
     check_tokenizer_files,
     check_writable,
@@ -362,9 +363,11 @@ class _Run:
             The saved tensors, for `restore_training_state`.
 
         Raises:
-            SetupError: if it belongs to another run, or has another vocabulary, other labels or another model.
+            SetupError: if it belongs to another run, or has another vocabulary, other labels or another model, or was
+                written by another version.
         """
         state, saved = read_checkpoint(checkpoint)
+        _check_state(state, checkpoint / STATE_FILE)
         changed = {
             name: f"{name} {state['arguments'][name]} -> {value}"
             for name, value in self.arguments.items()
@@ -884,6 +887,26 @@ def _batches_of_stream(
 def _differ(one: object, other: object) -> bool:
     """Return whether two values are known and not equal."""
     return None not in (one, other) and one != other
+
+
+def _check_state(state: dict, path: Path) -> None:
+    """Refuse a trainer_state.json that this version cannot read.
+
+    Raises:
+        SetupError: if a part is missing, or `progress` holds a field that is not known here.
+    """
+    parts = {name: state.get(name) for name in ("run", "arguments", "progress")}
+    missing = [name for name, part in parts.items() if not isinstance(part, dict)]
+    if not missing and "step" not in parts["progress"]:
+        missing = ["progress.step"]
+    if missing:
+        raise SetupError(f"{path} holds no {', '.join(missing)}: resume from another checkpoint")
+    unknown = sorted(parts["progress"].keys() - {f.name for f in dataclasses.fields(Progress)})
+    if unknown:
+        raise SetupError(
+            f"{path} holds {', '.join(unknown)} in its progress, which this version of mingru-hf does not know: "
+            "resume with the version that wrote it"
+        )
 
 
 def _check_identity(saved: dict, present: dict, checkpoint: Path, changes: str) -> None:

@@ -1,6 +1,7 @@
 """The README.md next to the weights: what the model is, its results, how to load it."""
 
 import json
+import re
 from pathlib import Path
 
 import accelerate
@@ -120,7 +121,7 @@ def write_model_card(
         f"# {name}",
         "",
         f"`{type(model).__name__}` with {parameters:,} parameters "
-        f"({', '.join(f'{key} {value}' for key, value in sizes)}), trained on {dataset_name} "
+        f"({', '.join(f'{key} {value}' for key, value in sizes)}), trained on {_as_text(dataset_name)} "
         "with mingru-hf.",
         "",
         "## Results",
@@ -157,3 +158,8 @@ def write_model_card(
         "",
     ]
     write_whole(path, lambda temporary: temporary.write_text("\n".join(lines), encoding="utf-8"))
+
+
+def _as_text(name: str) -> str:
+    """Write a name so that Markdown shows it as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>&~|$])", r"\\\1", " ".join(name.split()))
