@@ -362,6 +362,19 @@ def test_a_finished_run_goes_on_for_longer_and_elsewhere(run, whole, tmp_path):
     assert AutoTokenizer.from_pretrained(elsewhere).decode([2, 3]) == "ab"
 
 
+def test_a_card_that_was_edited_stays_when_the_run_goes_on(run, capsys):
+    card = run / "README.md"
+    card.write_text(card.read_text().replace("## Results", "## My results"))
+    edited = card.read_text()
+    train_counting(run)
+    assert card.read_text() == edited
+    assert "README.md was edited and stays as it is: add --overwrite_output_dir" in capsys.readouterr().out
+    train_counting(run, overwrite_output_dir=True)
+    assert "## My results" not in card.read_text()
+    train_counting(run, max_train_steps=21)
+    assert "21 optimizer steps" in card.read_text()
+
+
 def test_a_run_that_becomes_longer_is_evaluated_as_often(tmp_path):
     train_counting(tmp_path / "run", max_train_steps=10, eval_steps=None)
     result = train_counting(tmp_path / "run", max_train_steps=40, eval_steps=None)

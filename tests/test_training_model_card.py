@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.training.arguments import TrainArguments
 from mingru_hf.training.hub import name_model_card
-from mingru_hf.training.model_card import write_model_card
+from mingru_hf.training.model_card import may_be_rewritten, write_model_card
 
 RESULTS = {
     "final": {"eval_loss": 1.23456789, "eval_perplexity": 3.4369, "eval_accuracy": 0.5, "eval_other": 7.0},
@@ -102,3 +102,23 @@ def test_a_card_follows_its_model_to_the_hub(write, tmp_path):
     path.unlink()
     name_model_card(path, "me/fox")
     assert not path.exists()
+
+
+def test_only_a_card_that_nobody_edited_may_be_rewritten(write, tmp_path):
+    path = tmp_path / "README.md"
+    assert may_be_rewritten(path)
+    write(task="text-generation")
+    assert may_be_rewritten(path)
+    name_model_card(path, "me/größe")  # as an upload does
+    assert may_be_rewritten(path)
+    generated = path.read_bytes()
+    for content in (
+        generated + b"Mine.\n",
+        generated.replace(b"## Results", b"## My results"),
+        generated[: generated.rindex(b"<!--")],
+        b"# Mine\n",
+        b"\xff",
+        b"",
+    ):
+        path.write_bytes(content)
+        assert not may_be_rewritten(path)

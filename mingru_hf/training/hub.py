@@ -13,6 +13,8 @@ from .checkpoints import BEST_DIRECTORY, STATE_FILE, TENSORS_FILE, write_whole
 
 # The tag of a model card that was written by training.
 GENERATED = "generated-by-mingru-hf"
+# From where its example loads the model.
+SOURCE = re.compile(r'(from_pretrained\(|model=)"[^"]*"')
 
 # Hidden files, and what is needed to resume a run but not to use the model, in its directory or in a checkpoint's.
 IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*", STATE_FILE, TENSORS_FILE, f"{BEST_DIRECTORY}/*")
@@ -78,7 +80,7 @@ def name_model_card(path: str | Path, name: str) -> None:
     path = Path(path)
     if not path.is_file() or GENERATED.encode() not in path.read_bytes():
         return
-    text = re.sub(r'(from_pretrained\(|model=)"[^"]*"', rf'\1"{name}"', path.read_text(encoding="utf-8"))
+    text = SOURCE.sub(rf'\1"{name}"', path.read_text(encoding="utf-8"))
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

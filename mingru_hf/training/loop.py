@@ -49,7 +49,7 @@ from .checkpoints import (
 )
 from .hub import make_repository, push_directory
 from .memory import keep_freed_memory
-from .model_card import write_model_card
+from .model_card import may_be_rewritten, write_model_card
 from .models import load_pretrained, pad_token_id, prompt_ids, read_config_file
 from .optim import make_optimizer, make_schedule, make_warmup
 from .plots import plot_loss
@@ -202,9 +202,10 @@ def train(
 ) -> dict:
     """Train a model, keep its best weights in `args.output_dir`, and evaluate what was saved.
 
-    Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only). The model is
-    left with its best weights, which every process reads from `output_dir`: machines must share a disk. 16-bit weights
-    become float32 first, since most updates would be lost in rounding; `mixed_precision` is for the matrix products.
+    Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only); a README.md that was
+    edited stays when a run goes on, unless `args.overwrite_output_dir`. The model is left with its best weights, which
+    every process reads from `output_dir`: machines must share a disk. 16-bit weights become float32 first, since most
+    updates would be lost in rounding; `mixed_precision` is for the matrix products.
 
     Args:
         model: returns `.loss`, a mean over targets, and `.logits`.
@@ -589,16 +590,15 @@ class _Run:
         result["final"] = self.evaluate(self.eval_dataset)
         if self.is_main:
             write_json(self.output_dir / METRICS_FILE, result)
-            write_model_card(
-                self.output_dir / "README.md",
-                model,
-                args,
-                result,
-                dataset_name=dataset_name,
-                task=task,
-                auto_class=auto_class,
-                unit=self.unit,
-            )
+            card = self.output_dir / "README.md"
+            if args.overwrite_output_dir or may_be_rewritten(card):
+                about = {"dataset_name": dataset_name, "task": task, "auto_class": auto_class, "unit": self.unit}
+                write_model_card(card, model, args, result, **about)
+            else:
+                accelerator.print(
+                    f"{card} was edited and stays as it is: add --overwrite_output_dir to write it anew with these "
+                    f"results, which are in {METRICS_FILE}"
+                )
         if args.with_tracking:
             final = {f"final/{name[5:]}": value for name, value in result["final"].items()}
             accelerator.log(final, step=self.now.step)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from pathlib import Path
 
 import accelerate
@@ -13,7 +14,7 @@ from torch import nn
 
 from .arguments import TrainArguments
 from .checkpoints import write_whole
-from .hub import GENERATED
+from .hub import GENERATED, SOURCE
 
 METRIC_NAMES = {
     "eval_loss": ("loss", "Validation loss (nats per token)"),
@@ -157,7 +158,25 @@ def write_model_card(
         f"Datasets {datasets.__version__}, Accelerate {accelerate.__version__}.",
         "",
     ]
-    write_whole(path, lambda temporary: temporary.write_text("\n".join(lines), encoding="utf-8"))
+    text = "\n".join(lines)
+    write_whole(path, lambda temporary: temporary.write_text(f"{text}\n{_seal(text)}", encoding="utf-8"))
+
+
+def may_be_rewritten(path: str | Path) -> bool:
+    """Return whether a card is not there, or is as training wrote it, but for the name that `name_model_card` changes.
+
+    Args:
+        path: the README.md.
+    """
+    if not Path(path).exists():
+        return True
+    text, _, seal = Path(path).read_text(encoding="utf-8", errors="replace").rpartition("\n<!--")
+    return f"<!--{seal}" == _seal(text)
+
+
+def _seal(text: str) -> str:
+    """Return a card's last line, which the reader of the card does not see and which tells whether it was edited."""
+    return f"<!-- written by training, CRC-32 {zlib.crc32(SOURCE.sub('', text).encode()):08x} -->\n"
 
 
 def _as_text(name: str) -> str:
