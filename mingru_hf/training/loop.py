@@ -139,8 +139,6 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
             installed, or the launcher's way to distribute the model is not supported.
         OSError: with `push_to_hub`, if nobody is logged in, or the Hub refuses or cannot be reached.
     """
-    choices = (args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings))
-    check_output_dir(args.output_dir, *choices)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         mixed_precision=resolve_mixed_precision(args.mixed_precision, args.use_cpu),
@@ -165,19 +163,21 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     if accelerator.is_main_process:
         check_writable(args.output_dir)  # now, not after the data have been prepared
-    if args.push_to_hub and accelerator.is_main_process:
-        # now, not after hours of training: a missing login is an error here
-        args.hub_model_id = make_repository(args.hub_name)
-    if accelerator.is_main_process:
         lock_output_dir(args.output_dir)
-        try:
-            check_output_dir(args.output_dir, *choices)  # again: another run may have ended there meanwhile
-        except ValueError:
-            unlock_output_dir(args.output_dir)
-            raise
+    accelerator.wait_for_everyone()  # what the processes find in output_dir stays so
+    try:
+        check_output_dir(
+            args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
+        )
+        if args.push_to_hub and accelerator.is_main_process:
+            # now, not after hours of training: a missing login is an error here
+            args.hub_model_id = make_repository(args.hub_name)
+    except (ValueError, OSError):
+        unlock_output_dir(args.output_dir)
+        raise
+    accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
     set_seed(args.seed)
     return accelerator
 
