@@ -39,6 +39,7 @@ from mingru_hf.data.moving_shapes import CLASSES
 from mingru_hf.data.text import build_tokenizer
 from mingru_hf.linear import FEW_ROWS_ARE_FASTER
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
+from mingru_hf.training.checkpoints import unlock_all
 
 VIDEO = all(map(importlib.util.find_spec, ("av", "torchvision")))
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -80,6 +81,7 @@ def error_of(capsys, name, *argv):
     """Run a script that must end with exit code 2 and one line, and give that line."""
     with pytest.raises(SystemExit) as error:
         call(name, *argv)
+    unlock_all()  # as at the end of the script's process
     assert error.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith(f"{Path(sys.argv[0]).name}: error: ")

@@ -232,7 +232,7 @@ def unlock_output_dir(output_dir: str | Path) -> None:
 
 
 @atexit.register
-def _unlock_all() -> None:
+def unlock_all() -> None:
     """Leave no lock file behind when a script ends between its start and its training."""
     for place in list(_LOCKS):
         unlock_output_dir(place)
