@@ -42,9 +42,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return _read_torchscript(archive, path)
+        state = _read_torchscript(path)
+        if state is not None:
+            return state
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -57,10 +57,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         ) from None
     except Exception as error:  # bytes that are no pickle fail in any way: KeyError, IndexError, EOFError, ...
         raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {type(error).__name__}: {error}") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        kinds = sorted(state) if isinstance(state, dict) else type(state).__name__
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        kinds = _some(map(repr, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
             f"{path} holds no state dict (names and tensors) but {kinds}: save `model.state_dict()` alone."
+        )
+    partial = [name for name, tensor in state.items() if not _is_whole(tensor)]
+    if partial:
+        raise ValueError(
+            f"{path} holds tensors without all their numbers (sparse, meta or expanded ones), expected dense ones: "
+            f"{_some(partial)}."
         )
     for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile's inside or outside of the other
         if all(name.startswith(wrapper) for name in state):
@@ -111,16 +119,31 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
-    return storage.as_strided(size, stride, offset).clone()
+    tensor = storage.as_strided(size, stride, offset)
+    if not _is_whole(tensor):
+        raise pickle.UnpicklingError(f"a tensor of size {size} has {storage.numel()} numbers")
+    return tensor.clone()
 
 
-def _read_torchscript(archive: zipfile.ZipFile, path: Path) -> dict[str, Tensor]:
-    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).removesuffix("/constants.pkl")
+def _is_whole(tensor: Tensor) -> bool:
+    """Return whether every element has a place of its own in memory: else a small file may ask for any amount."""
+    is_strided = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    return is_strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a TorchScript archive; None if it is an archive of another kind."""
+    end = "/constants.pkl"
     try:
-        module = _Unpickler(archive, root).load()
-    except (pickle.UnpicklingError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is a damaged TorchScript archive, or holds more than a model: {error}") from None
-    state = dict(_named_tensors(module, ""))
+        with zipfile.ZipFile(path) as archive:
+            root = next((name.removesuffix(end) for name in archive.namelist() if name.endswith(end)), None)
+            if root is None:
+                return None
+            state = dict(_named_tensors(_Unpickler(archive, root).load(), ""))
+    except Exception as error:  # damage shows in any way, as in a state dict
+        raise ValueError(
+            f"{path} is a damaged TorchScript archive, or holds more than a model: {type(error).__name__}: {error}"
+        ) from None
     if not state:
         raise ValueError(
             f"{path} is a TorchScript archive without parameters: torch.jit.freeze makes constants of them. Save the "
@@ -166,7 +189,7 @@ def convert_text(state: dict[str, Tensor], residual: bool = True) -> MinGRUForCa
     names = _rename(state, _TEXT_NAMES)
     layers = sorted({int(match[1]) for name in state if (match := re.match(r"rnn\.layers\.(\d+)\.", name))})
     needed = ["emb.weight", "fc.weight", *(f"rnn.layers.{i}.gate_hidden.weight" for i in layers or [0])]
-    _refuse({"are missing": [name for name in needed if name not in state]})
+    _refuse_without(needed, state)
 
     vocab_size, hidden_size = state["emb.weight"].shape
     hidden_sizes = [state[f"rnn.layers.{i}.gate_hidden.weight"].shape[0] // 2 for i in layers]
@@ -228,7 +251,7 @@ def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
     stages = list(range(last + 1))
     first = [f"heads.{stage}.rnn.layers.0.gate_hidden.weight" for stage in stages]
     needed = [*first, *(f"heads.{stage}.fc.weight" for stage in stages)]
-    _refuse({"are missing": [name for name in needed if name not in state]})
+    _refuse_without(needed, state)
 
     hidden_sizes = [state[name].shape[0] // 2 for name in first]
     num_labels, features = state["heads.0.fc.weight"].shape
@@ -266,14 +289,31 @@ def convert(state: dict[str, Tensor], residual: bool = True) -> PreTrainedModel:
     )
 
 
+def _refuse_without(needed: list[str], state: dict[str, Tensor]) -> None:
+    """ValueError unless these tensors, whose shapes give the model's sizes, are there and have two axes or more."""
+    _refuse(
+        {
+            "are missing": [name for name in needed if name not in state],
+            "are no matrices": [n for n in needed if n in state and (state[n].ndim < 2 or state[n].numel() == 0)],
+        }
+    )
+
+
 def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """{their name: ours}; ValueError for a name that none of the patterns knows."""
+    """{their name: ours}; ValueError for a name that none of the patterns knows, or a tensor not of real numbers."""
     renamed = {}
     for name in state:
         for pattern, ours in names:
             if match := re.fullmatch(pattern, name):
                 renamed[name] = match.expand(ours)
-    _refuse({"have no place in this kind of model": [name for name in state if name not in renamed]})
+    _refuse(
+        {
+            "have no place in this kind of model": [name for name in state if name not in renamed],
+            "are not of floating-point numbers": [
+                f"{name} ({tensor.dtype})" for name, tensor in state.items() if not tensor.is_floating_point()
+            ],
+        }
+    )
     return renamed
 
 

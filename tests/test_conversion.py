@@ -400,24 +400,59 @@ def test_an_archive_may_hold_tensors_of_any_type_and_views(tmp_path):
 
 
 @scripted
-@pytest.mark.parametrize("damage", ["missing", "short", "odd", "flipped"])
+@pytest.mark.parametrize("damage", ["missing", "short", "odd", "flipped", "pickle", "directory"])
 def test_a_damaged_archive_is_refused(damage, tmp_path):
     torch.jit.script(nn.Linear(20, 30)).save(tmp_path / "model.pt")
     with zipfile.ZipFile(tmp_path / "model.pt") as whole:
         contents = {name: whole.read(name) for name in whole.namelist()}
     data = max(contents, key=lambda name: len(contents[name]) if "/data/" in name else 0)
+    if damage == "pickle":
+        data = next(name for name in contents if name.endswith("/data.pkl"))
     with zipfile.ZipFile(tmp_path / "bad.pt", "w") as archive:
         for name, content in contents.items():
             if name != data:
                 archive.writestr(name, content)
             elif damage != "missing":
-                archive.writestr(name, {"short": content[:40], "odd": content[:41]}.get(damage, content))
+                archive.writestr(
+                    name, {"short": content[:40], "odd": content[:41], "pickle": b""}.get(damage, content)
+                )
     if damage == "flipped":
         content = bytearray((tmp_path / "bad.pt").read_bytes())
         content[content.index(contents[data][:40])] ^= 1
         (tmp_path / "bad.pt").write_bytes(content)
+    if damage == "directory":
+        content = (tmp_path / "bad.pt").read_bytes()
+        (tmp_path / "bad.pt").write_bytes(content.replace(b"PK\x01\x02", b"PK\x09\x09"))
     with pytest.raises(ValueError, match=r"bad\.pt is a damaged TorchScript archive"):
         read_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(1).expand(10**9, 6), "without all their numbers"),  # a small file for any amount of memory
+        (torch.eye(6).to_sparse(), "without all their numbers"),
+        (torch.ones(6, 6, device="meta"), "without all their numbers"),
+        (torch.ones(6, 6).long(), r"not of floating-point numbers: emb\.weight \(torch\.int64\)"),
+        (torch.ones(6, 6) * 1j, "not of floating-point numbers"),
+        (torch.tensor(1.0), r"are no matrices: emb\.weight"),
+        (torch.ones(0, 6), r"are no matrices: emb\.weight"),
+    ],
+    ids=["expanded", "sparse", "meta", "integer", "complex", "number", "empty"],
+)
+def test_a_tensor_that_is_no_weight_is_named(tensor, message, tmp_path):
+    torch.save(TextExample().state_dict() | {"emb.weight": tensor}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=message):
+        convert(read_checkpoint(tmp_path / "model.pt"))
+
+
+@scripted
+def test_an_archive_asks_for_no_more_memory_than_it_has(tmp_path):
+    model = nn.Linear(2, 3)
+    model.weight = nn.Parameter(torch.zeros(1).expand(10**9, 2))
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"size \(1000000000, 2\) has 1 numbers"):
+        read_checkpoint(tmp_path / "model.pt")
 
 
 def test_a_directory_or_a_list_is_no_checkpoint(tmp_path):
@@ -426,6 +461,9 @@ def test_a_directory_or_a_list_is_no_checkpoint(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list\.pt holds no state dict .* but list"):
         read_checkpoint(tmp_path / "list.pt")
+    torch.save({0: torch.ones(2)}, tmp_path / "numbers.pt")
+    with pytest.raises(ValueError, match=r"numbers\.pt holds no state dict .* but 0"):
+        read_checkpoint(tmp_path / "numbers.pt")
 
 
 def test_a_wrapper_is_taken_off_only_where_it_holds_all_names(tmp_path):
