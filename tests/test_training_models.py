@@ -1,5 +1,7 @@
 """Options that name a model or a tokenizer: what they give, and what is said where they give nothing."""
 
+import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -152,6 +154,45 @@ def test_damaged_weights_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(OSError, match=f"the weights of {tmp_path} are damaged"):
         load_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+def change_config(directory, **values):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+DAMAGES = {
+    "type": (lambda d: change_config(d, hidden_size="x"), "'hidden_size' expected int, got str"),
+    "value": (lambda d: change_config(d, hidden_size=-3), "hidden_size must be above 0"),
+    "shapes": (lambda d: change_config(d, hidden_size=16), "do not have the shapes that its config.json asks for"),
+    "dtype": (lambda d: change_config(d, dtype="foo"), "no attribute 'foo'"),
+    "form": (lambda d: change_config(d, id2label=5), "holds a damaged file"),
+    "number": (lambda d: (d / "config.json").write_text("5"), "holds a damaged file"),
+    "index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "holds a damaged file: .*weight_map"),
+    "pickle": (lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(print, 2)), "hold more than tensors"),
+    "empty": (lambda d: (d / "pytorch_model.bin").touch(), "holds a damaged file: EOFError"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_told_in_one_line(damage, tmp_path):
+    MinGRUForCausalLM(MinGRUConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)).save_pretrained(tmp_path)
+    change, message = DAMAGES[damage]
+    if damage in ("index", "pickle", "empty"):
+        (tmp_path / "model.safetensors").unlink()
+    change(tmp_path)
+    with pytest.raises((ValueError, OSError), match=f"(?s){tmp_path}.*{message}"):
+        load_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+def test_overrides_that_no_config_takes_are_told_in_one_line():
+    for override, message in {
+        "model_type=llama": "name it in the file of config_name",
+        "dtype=foo": "no attribute 'foo'",
+        "id2label=5": "config: 'int' object",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make_config(None, override)
 
 
 def test_choices_of_a_run_are_fields_too():

@@ -2,15 +2,17 @@
 
 import difflib
 import json
+import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .checkpoints import no_progress_bars
+from .checkpoints import METRICS_FILE, STATE_FILE, no_progress_bars
 
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model")
 
@@ -55,6 +57,10 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
     fields = {} if config_name is None else read_config_file(config_name)
     model_type = fields.pop("model_type", "mingru")
     changes = parse_overrides(overrides)
+    if "model_type" in changes:
+        raise ValueError(
+            "config_overrides: the fields are those of one model_type: name it in the file of config_name"
+        )
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *fields, *getattr(default, "run_choices", ())}
     for name in changes:
@@ -64,7 +70,7 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
             raise ValueError(f"config_overrides: {model_type} has no field {name!r}{hint}")
     try:
         return AutoConfig.for_model(model_type, **{**fields, **values, **changes})
-    except StrictDataclassError as error:
+    except (StrictDataclassError, TypeError, AttributeError) as error:  # the others where transformers checks nothing
         raise ValueError(f"config: {error}") from None
 
 
@@ -120,7 +126,8 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
     Raises:
         OSError: if it is neither, or a directory without what is asked for or with damaged weights; a name that can
             only be a path is not looked up on the Hub.
-        ValueError: if it is another kind of model than `cls` loads.
+        ValueError: if it is another kind of model than `cls` loads, or a file of it is damaged otherwise: a config
+            with values that it refuses, or that do not fit the weights.
     """
     path = Path(name)
     if path.is_dir():
@@ -152,6 +159,39 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
             raise
         kind = AutoConfig.from_pretrained(name).model_type
         raise ValueError(f"{name} is a {kind} model, which {cls.__name__} does not load") from None
+    except pickle.UnpicklingError:  # its text advises to run the code in the file
+        raise OSError(
+            f"the weights of {name} are damaged, or hold more than tensors, so that loading them could run code"
+        ) from None
+    except (StrictDataclassError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
+        # Whatever transformers meets where it takes a file's form for granted.
+        if "ignore_mismatched_sizes" in str(error):
+            raise ValueError(
+                f"the weights of {name} do not have the shapes that its config.json asks for: the report tells which"
+            ) from None
+        raise ValueError(f"{name} holds a damaged file: {type(error).__name__}: {error}") from None
+
+
+def training_arguments(name: str | Path) -> dict:
+    """Read the arguments that a model's directory, or a checkpoint, was trained with; none if no file tells them."""
+    for file in (METRICS_FILE, STATE_FILE):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads((Path(name) / file).read_text(encoding="utf-8"))["arguments"])
+    return {}
+
+
+def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
+    """Refuse token ids (any shape) that the model has no embedding for.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if (largest := int(ids.max())) >= known:
+        raise ValueError(
+            f"the tokenizer gives the token id {largest}, but the model knows those below {known}: it is not the "
+            "tokenizer that the model was trained with"
+        )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:

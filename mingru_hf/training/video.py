@@ -1,9 +1,7 @@
 """What the video scripts share: the options and datasets, and the test protocol for whole videos."""
 
 import dataclasses
-import json
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from transformers import PreTrainedModel
 from ..data.video import FRAME_ORDERS, FitAndCrop, VideoClips, clip_positions, load_video_datasets
 from ..video_processing_minconvgru import VideoReadError
 from .arguments import option
-from .checkpoints import METRICS_FILE, STATE_FILE
+from .models import training_arguments
 
 
 @dataclass(kw_only=True)
@@ -83,7 +81,7 @@ def split_as_in_training(
     Raises:
         ValueError: if the fold differs from that of training on the same dataset; other values that do are warned of.
     """
-    trained = _training_arguments(directory)
+    trained = training_arguments(directory)
     same_data = Path(trained.get("dataset_name") or "").name == Path(data_args.dataset_name).name
     matters = [] if split == "test" else ["seed", "validation_split_percentage"]
     if data_args.dataset_name == "ucf101":
@@ -127,21 +125,13 @@ def views_as_in_training(views: str | None, directory: str | Path) -> str:
     Raises:
         ValueError: if ten_crops is asked of a model that was trained with `no_flip`.
     """
-    no_flip = _training_arguments(directory).get("no_flip")
+    no_flip = training_arguments(directory).get("no_flip")
     if no_flip and views == "ten_crops":
         raise ValueError(
             f"{directory} was trained with no_flip, but half of ten_crops are mirror images: use --views center or "
             "five_crops"
         )
     return views or ("center" if no_flip else "ten_crops")
-
-
-def _training_arguments(directory: str | Path) -> dict:
-    """Read the arguments that the model in a directory was trained with; none if no file there tells them."""
-    for name in (METRICS_FILE, STATE_FILE):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            return dict(json.loads((Path(directory) / name).read_text(encoding="utf-8"))["arguments"])
-    return {}
 
 
 @torch.no_grad()
