@@ -30,7 +30,7 @@ from mingru_hf.data.text import (
 from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, loss_scores, resolve_mixed_precision, summary
-from mingru_hf.training.models import load_pretrained
+from mingru_hf.training.models import check_token_ids, load_pretrained
 
 
 @dataclass(kw_only=True)
@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.output_file is not None and Path(args.output_file).exists() and not args.overwrite_output_file:
             raise ValueError(f"{args.output_file} exists: choose another output_file, or add --overwrite_output_file")
         if args.output_file is not None:
+            if Path(args.output_file).is_dir():
+                raise ValueError(f"output_file {args.output_file} is a directory: give the name of a file")
             check_writable(Path(args.output_file).parent)
         precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
@@ -111,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.packing == "reset" and tokenizer.eos_token_id is None:
             raise ValueError("packing reset needs a tokenizer with an eos token")
         blocks = evaluation_blocks(text, tokenizer, args.block_size, add_eos=add_eos)
+        check_token_ids(blocks.with_format("torch")["input_ids"][:], model)
 
     share = unknown_share(blocks, tokenizer)
     if share > 0.001:

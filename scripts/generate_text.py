@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.training.arguments import ArgumentParser
-from mingru_hf.training.models import load_pretrained, pad_token_id, prompt_ids, unknown_parts
+from mingru_hf.training.models import check_token_ids, load_pretrained, pad_token_id, prompt_ids, unknown_parts
 
 
 def parse_args(argv: list[str] | None):
@@ -52,9 +52,10 @@ def parse_args(argv: list[str] | None):
             ("top_k", 0, None),
             ("top_p", 0, 1),
             ("num_return_sequences", 1, None),
+            ("seed", 0, 2**32 - 1),
         ):
             value = getattr(args, name)
-            if not value >= low or (high is not None and value > high):
+            if value is not None and not (low <= value and (high is None or value <= high)):
                 raise ValueError(f"{name} must be {low} {f'to {high}' if high else 'or more'}, not {value}")
         if args.temperature == 0 and args.num_return_sequences > 1:
             raise ValueError("temperature 0 always gives the same text: ask for one sequence, or a temperature")
@@ -82,6 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).eval()
         tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         prompt = prompt_ids(tokenizer, args.prompt)
+        check_token_ids(prompt, model)
+        if any(weight.isnan().any() for weight in model.parameters() if weight.is_floating_point()):
+            raise ValueError(f"{args.model_name_or_path} cannot write a text, for some of its weights are NaN")
     unknown = unknown_parts(tokenizer, args.prompt)
     if unknown:
         named = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
@@ -99,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=args.max_new_tokens,
         do_sample=not greedy,
+        num_beams=1,  # whatever the model's generation_config says
         num_return_sequences=args.num_return_sequences,
         pad_token_id=pad_token_id(tokenizer),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if one else None,

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import runpy
@@ -482,6 +483,42 @@ def test_mistakes_in_generation_end_with_one_line(trained, tmp_path, capsys):
     assert "top_p must be" in error_of(capsys, *generate, "--top_p", 1.5)
     assert "no such model" in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path / "missing")
     assert "no config.json" in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path)
+    for seed in (-1, 2**32):
+        assert f"seed must be 0 to 4294967295, not {seed}" in error_of(capsys, *generate, "--seed", seed)
+
+
+def test_a_model_and_a_tokenizer_that_do_not_fit_end_with_one_line(trained, text_file, tmp_path, capsys):
+    other = shutil.copytree(trained, tmp_path / "other")
+    build_tokenizer("char", [TEXT + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]).save_pretrained(other)
+    message = "it is not the tokenizer that the model was trained with"
+    model = ("--model_name_or_path", other, "--use_cpu")
+    assert message in error_of(capsys, "generate_text", *model, "--prompt", "uuu")
+    assert message in error_of(capsys, "evaluate_causal_lm", *model, "--test_file", text_file)
+
+
+def test_generation_tells_weights_that_are_no_numbers_and_searches_no_beams(trained, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    model.generation_config.num_beams = 2
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path)
+    generate = ("generate_text", "--model_name_or_path", tmp_path, "--max_new_tokens", 5, "--use_cpu")
+    call(*generate)
+    model.lm_head.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="hold NaN"):
+        assert f"{tmp_path} cannot write a text" in error_of(capsys, *generate)
+
+
+def test_ctrl_c_before_the_first_step_ends_with_one_line(trained, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    module = load("generate_text")
+    monkeypatch.setattr(module, "load_pretrained", interrupt)
+    with pytest.raises(SystemExit) as end:
+        module.main(["--model_name_or_path", str(trained)])
+    assert end.value.code == 130
+    assert capsys.readouterr().err.strip().endswith(": interrupted")
 
 
 # ---- train_selective_copying ----

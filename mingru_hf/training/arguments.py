@@ -254,12 +254,16 @@ class ArgumentParser(argparse.ArgumentParser):
     def user_errors(self) -> Iterator[None]:
         """End the script with one line if the block raises an error that a wrong argument or file causes.
 
+        Ctrl-C ends it with one line, too, and exit code 130.
+
         Wrap the set-up in it, not the training: a bug there must keep its traceback.
         """
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
             self.error(str(error) or type(error).__name__)
+        except KeyboardInterrupt:
+            self.exit(130, f"\n{self.prog}: interrupted\n")
 
     @contextmanager
     def setup_errors(self) -> Iterator[None]:
