@@ -1,6 +1,7 @@
 """Text data as a user sees it: loading and splitting, the packaged plays, tokenizers, blocks."""
 
 import bz2
+import collections
 import gc
 import gzip
 import importlib.metadata
@@ -14,9 +15,11 @@ from itertools import chain
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from mingru_hf.data import text as text_module
 from mingru_hf.data.splits import name_splits, reading, split_files
@@ -29,6 +32,7 @@ from mingru_hf.data.text import (
     count_targets,
     evaluation_blocks,
     group_texts,
+    has_validation_split,
     load_shakespeare,
     load_text_datasets,
     load_text_split,
@@ -784,6 +788,45 @@ def test_mistakes_with_streams_are_named(documents, tmp_path):
     stream, _ = load_text_stream(train_file=file, validation_documents=10)
     with pytest.raises(ValueError, match="holds no token"):
         next(iter(StreamedBlocks(stream.filter(lambda row: False), build_tokenizer("char", ["a"]), 4)))
+
+
+def test_rows_that_cannot_be_read_are_told_with_their_file(tmp_path):
+    """Wherever they lie: those that a stream meets while a model trains, too."""
+    options = {"cache_dir": tmp_path / "cache"}
+    latin, pages = tmp_path / "latin.jsonl", tmp_path / "pages.parquet"
+    latin.write_bytes(b'{"text": "caf\xe9"}\n' * 5)
+    with pytest.raises(ValueError, match=r"latin\.jsonl cannot be read: .*UTF8"):
+        load_text_datasets(train_file=latin, **options)
+    with pytest.raises(ValueError, match=r"latin\.jsonl cannot be read: .*UTF8"):
+        load_text_split("test", latin, **options)
+
+    pyarrow.parquet.write_table(
+        pa.table({"text": [f"{i} words" * 99 for i in range(2000)]}), pages, row_group_size=500
+    )
+    content = bytearray(pages.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 500] = bytes(500)
+    pages.write_bytes(content)
+    with pytest.raises(ValueError, match=r"pages\.parquet cannot be read: .*Repair it"):
+        load_text_stream(train_file=pages, **options)
+
+    def rows():
+        yield from ({"text": "a word"} for _ in range(300))
+        raise OSError("Corrupt data")
+
+    blocks = StreamedBlocks(
+        IterableDataset.from_generator(rows), build_tokenizer("char", ["a word"]), 8, source="x.csv"
+    )
+    with pytest.raises(ValueError, match=r"x\.csv cannot be read: Corrupt data"):
+        collections.deque(blocks, maxlen=0)
+
+
+def test_a_dataset_brings_a_validation_split_or_not(tmp_path):
+    (tmp_path / "train.txt").write_text("a line\n")
+    assert not has_validation_split(str(tmp_path))
+    (tmp_path / "dev.txt").write_text("a line\n")
+    assert has_validation_split(str(tmp_path))
+    assert not has_validation_split("shakespeare")
 
 
 # ---- more about loading ----

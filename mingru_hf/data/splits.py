@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -212,12 +212,24 @@ def reading(source: str) -> Iterator[None]:
     """Raise a ValueError that names the source if `datasets` cannot read it."""
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except (DatasetsError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError) as error:
+        # Of its own pyarrow has plain ones, without a number: others are of a missing file, the disk or the network.
+        if isinstance(error, OSError) and not (type(error) is OSError and error.errno is None):
+            raise
         # This one says nothing but that there was an error; its kinds do say more.
         cause = error.__cause__ if type(error) is DatasetGenerationError else error
         raise ValueError(f"{source} cannot be read: {cause}. Repair it, or leave it out.") from error
+
+
+def read_each(rows: Iterable, source: str) -> Iterator:
+    """Yield what a stream holds; raise a ValueError that names its source if `datasets` cannot read on."""
+    rows = iter(rows)
+    while True:
+        with reading(source):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
 
 
 def load_files(builder: str, splits: Mapping[str, list[str]], **options) -> DatasetDict | IterableDatasetDict:

@@ -42,6 +42,7 @@ from .splits import (
     files_of_one_kind,
     load_files,
     name_splits,
+    read_each,
     reading,
     split_files,
 )
@@ -282,6 +283,20 @@ def load_text_split(
     return splits[split] if prepared else _text_column(splits[split], text_column_name, str(name))
 
 
+def has_validation_split(
+    dataset_name: str, dataset_config_name: str | None = None, cache_dir: str | Path | None = None
+) -> bool:
+    """Return whether a dataset brings a validation split, so that none is cut off its training split.
+
+    Args:
+        dataset_name, dataset_config_name, cache_dir: as for `load_text_datasets`.
+    """
+    if dataset_name == SHAKESPEARE:
+        return False
+    splits = _load_named(dataset_name, dataset_config_name, cache_dir, streaming=True)
+    return "validation" in name_splits(splits, dataset_name)
+
+
 def load_text_stream(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
@@ -337,7 +352,7 @@ def load_text_stream(
         return train, _text_column(held_out, text_column_name, str(validation_file))
     if held_out is None:
         held_out, train = train.take(validation_documents), train.skip(validation_documents)
-        if next(iter(train), None) is None:
+        if next(read_each(train, source), None) is None:
             raise ValueError(
                 f"validation_documents is {validation_documents}, which takes all {len(list(held_out))} documents of "
                 f"{source}, expected some left to train on. Lower it, or give separate validation data."
@@ -500,6 +515,8 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     dataset = dataset.select_columns([name])
     if name != "text":
         dataset = dataset.rename_column(name, "text")
+    with reading(source):
+        dataset.data.column("text").validate(full=True)  # of json files `datasets` takes any bytes
     missing = dataset.data.column("text").null_count
     if missing:
         logger.warning("%s: %d of %d rows hold no text (null) and are left out", source, missing, len(dataset))
@@ -743,6 +760,10 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         block_size: tokens per block.
         seed: of the orders.
         shuffle_buffer: documents from which the next one is drawn.
+        source: of the stream, for messages.
+
+    Raises:
+        ValueError: while it is read, if that fails or it holds no token.
 
     Attributes:
         checksum: CRC-32 of the first 16 documents, to tell whether a run resumes on the same stream.
@@ -755,9 +776,10 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         block_size: int,
         seed: int = 0,
         shuffle_buffer: int = 10_000,
+        source: str = "The stream",
     ):
         self.stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        self.tokenizer, self.block_size = tokenizer, block_size
+        self.tokenizer, self.block_size, self.source = tokenizer, block_size, source
         texts = "".join(row["text"] for row in stream.take(16))
         self.checksum = zlib.crc32(texts.encode("utf-8", "surrogatepass"))
 
@@ -767,7 +789,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         for epoch in itertools.count():
             self.stream.set_epoch(epoch)
             tokens = 0
-            for batch in self.stream.iter(batch_size=256):
+            for batch in read_each(self.stream.iter(batch_size=256), self.source):
                 for ids in _encode(batch["text"], self.tokenizer):
                     waiting += ids + end
                     tokens += len(ids)
@@ -776,7 +798,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
                     yield {"input_ids": block}
                 waiting = waiting[whole:]
             if tokens == 0:
-                raise ValueError("The stream holds no token, expected text. Give another source.")
+                raise ValueError(f"{self.source} holds no token, expected text. Give another source.")
 
 
 class ShiftedBlocks(torch.utils.data.Dataset):
