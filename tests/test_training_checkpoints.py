@@ -1095,6 +1095,7 @@ def test_a_file_that_could_not_be_written_to_its_end_is_as_it_was(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         checkpoints.write_whole(tmp_path / "metrics.json", write_half)
     assert (tmp_path / "metrics.json").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_a_checkpoint_whose_list_of_files_was_cut_short_does_not_stop_the_run(run):
@@ -1113,6 +1114,8 @@ def test_only_an_interrupted_run_of_the_same_arguments_begins_again(metrics, tmp
     with pytest.raises(ValueError, match=r"holds another run \(metrics.json\)"):
         check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
     (tmp_path / "metrics.json").write_text('{"arguments": {"seed": 0}}')
+    check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
+    (tmp_path / "metrics.json").write_text('{"arguments": {"seed": 0, "add_eos": true}}')  # found in the text
     check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
 
 

@@ -257,7 +257,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         OSError: if it cannot be written; an existing file is not changed.
     """
     temporary = Path(path).with_name(f"{STAGING}-{Path(path).name}")
-    with writing(path):
+    with writing(path, temporary):
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
@@ -431,8 +431,8 @@ def damage(checkpoint: str | Path) -> str | None:
 def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
     """Turn any error in writing `target` into an OSError that says what to do.
 
-    safetensors and torch report a full disk by exceptions of their own. `staging` is removed: it takes up the missing
-    space.
+    safetensors and torch report a full disk by exceptions of their own. `staging`, a folder or a file, is removed: it
+    takes up the missing space.
 
     Raises:
         OSError: from the original error.
@@ -443,6 +443,8 @@ def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
         free = shutil.disk_usage(Path(target).parent).free
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):
+                staging.unlink()  # a file
         raise OSError(
             f"{target} could not be written, {free:,} bytes were free there: {error}. No existing file was damaged. "
             "Free some space, then resume with --resume_from_checkpoint latest if there is a checkpoint, or run again"
@@ -504,7 +506,8 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
         return False
     if not isinstance(metrics, dict) or not isinstance(metrics.get("arguments"), dict):  # another program's
         return False
-    ignored = {"resume_from_checkpoint": None, "overwrite_output_dir": None, "hub_model_id": None}
+    # What may differ, and add_eos, which is known once the text has been read.
+    ignored = dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "hub_model_id", "add_eos"))
     return "final" not in metrics and metrics["arguments"] | ignored == arguments | ignored
 
 
