@@ -24,13 +24,14 @@ from mingru_hf.data.text import (
     DocumentPositions,
     characters_per_token,
     evaluation_blocks,
+    has_validation_split,
     load_text_split,
     unknown_share,
 )
 from mingru_hf.training.arguments import check_values, option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, loss_scores, resolve_mixed_precision, summary
-from mingru_hf.training.models import check_token_ids, load_pretrained
+from mingru_hf.training.models import check_token_ids, load_pretrained, training_arguments
 
 
 @dataclass(kw_only=True)
@@ -75,6 +76,41 @@ def parse_args(argv: list[str] | None) -> tuple:
     return parse_dataclasses(__doc__, argv, EvaluateArguments)
 
 
+def check_held_out(args: EvaluateArguments, trained: dict) -> None:
+    """Refuse to cut a validation split off a text of which training held out another part: it was trained on.
+
+    Args:
+        args: where the text comes from.
+        trained: the arguments of training; those of another script say nothing.
+
+    Raises:
+        ValueError: if the text's end is not what training held out.
+    """
+    if "train_file" not in trained:
+        return
+    names = ("dataset_name", "dataset_config_name", "train_file", "validation_split_percentage")
+    pairs = {name: (trained.get(name), getattr(args, name)) for name in names}
+    differing = [name for name, pair in pairs.items() if len({Path(str(value)).name for value in pair}) > 1]
+    if trained.get("validation_file") is not None:
+        was, advice = f"validated on {trained['validation_file']}", "give that as --test_file"
+    elif trained.get("streaming"):
+        first = f"the first {trained['validation_documents']} documents"
+        was, advice = f"validated on {first} of a stream", "give them, or a new text, as --test_file"
+    elif differing:
+        values = {name: pairs[name][0] for name in differing}
+        told = (f"no {name}" if value is None else f"{name} {value}" for name, value in values.items())
+        was = f"trained with {', '.join(told)}"
+        advice = "give these options as in training, or a new text as --test_file"
+    else:
+        return
+    if args.train_file is None and has_validation_split(args.dataset_name, args.dataset_config_name, args.cache_dir):
+        return
+    raise ValueError(
+        f"{args.model_name_or_path} was {was}, so that the end of {args.train_file or args.dataset_name} is not what "
+        f"training held out: {advice}"
+    )
+
+
 @torch.no_grad()
 def loss_of_stream(model, blocks, accelerator: Accelerator) -> float:
     """Nats per token of the text that `evaluation_blocks` has cut, read once from beginning to end."""
@@ -106,14 +142,28 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("carry_state reads one text from beginning to end: start one process")
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).to(accelerator.device).eval()
         tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
+        if args.carry_state and model.config.model_type != "mingru":
+            raise ValueError(
+                f"carry_state needs a MinGRU, but {args.model_name_or_path} is a {model.config.model_type} model"
+            )
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and args.block_size > longest:
+            raise ValueError(f"block_size {args.block_size} is more than the model's {longest} positions: lower it")
+        trained = training_arguments(args.model_name_or_path)
+        if args.split == "validation" and args.test_file is None:
+            check_held_out(args, trained)
         names = ("dataset_name", "dataset_config_name", "train_file", "validation_split_percentage")
         source = {name: getattr(args, name) for name in names}
         text = load_text_split(args.split, args.test_file, args.text_column_name, args.cache_dir, **source)
-        add_eos = len(text) > 1 and tokenizer.eos_token_id is not None
+        add_eos = trained.get("add_eos", len(text) > 1) and tokenizer.eos_token_id is not None
         if args.packing == "reset" and tokenizer.eos_token_id is None:
             raise ValueError("packing reset needs a tokenizer with an eos token")
+        if args.packing == "reset" and len(text) > 1 and not add_eos:
+            raise ValueError(
+                f"packing reset needs a model trained on several documents: {args.model_name_or_path} saw one text"
+            )
         blocks = evaluation_blocks(text, tokenizer, args.block_size, add_eos=add_eos)
-        check_token_ids(blocks.with_format("torch")["input_ids"][:], model)
+        check_token_ids(torch.from_numpy(blocks.with_format("numpy")["input_ids"][:]), model)
 
     share = unknown_share(blocks, tokenizer)
     if share > 0.001:

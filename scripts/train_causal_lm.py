@@ -12,13 +12,14 @@ from them with scripts/generate_text.py.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
+from mingru_hf.data.splits import read_each
 from mingru_hf.data.text import (
     DocumentPositions,
     ShiftedBlocks,
@@ -104,6 +105,13 @@ class DataArguments:
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
 
 
+@dataclass(kw_only=True)
+class FoundInText:
+    """What the text has decided, recorded for scripts/evaluate_causal_lm.py."""
+
+    add_eos: bool = option(MISSING, "whether the eos token follows every document")
+
+
 def parse_args(argv: list[str] | None) -> tuple:
     """Read the command line."""
     return parse_dataclasses(__doc__, argv, ModelArguments, DataArguments, TrainArguments, sample_tokens=100)
@@ -113,8 +121,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     """Load the text, load or make the tokenizer, and cut the tokens into blocks.
 
     Returns:
-        The training blocks (column `input_ids`), the validation blocks (`labels` too), the tokenizer, and the
-        characters per token of the validation text.
+        The training blocks (column `input_ids`), the validation blocks (`labels` too), the tokenizer, the characters
+        per token of the validation text, and what else has been found.
     """
     text = load_text_datasets(
         dataset_name=data_args.dataset_name,
@@ -136,9 +144,13 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
         )
     options = (tokenizer, data_args.block_size, data_args.preprocessing_num_workers)
     add_eos = several and tokenizer.eos_token_id is not None
+    is_built = model_args.model_name_or_path is None and model_args.tokenizer_name in (None, "char", "bpe")
+    if is_built and not add_eos:
+        tokenizer.bos_token = None  # the model never reads it: a text begins with a newline, see `prompt_ids`
     training = group_texts(text["train"], *options, add_eos)
     validation = evaluation_blocks(text["validation"], *options, add_eos)
-    return training, validation, tokenizer, characters_per_token(text["validation"], validation)
+    characters = characters_per_token(text["validation"], validation)
+    return training, validation, tokenizer, characters, FoundInText(add_eos=add_eos)
 
 
 def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int):
@@ -159,13 +171,14 @@ def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int)
         text_column_name=data_args.text_column_name,
         cache_dir=data_args.cache_dir,
     )
-    tokenizer = load_tokenizer(model_args, (row["text"] for row in stream.take(10_000)))
+    source = data_args.train_file or data_args.dataset_name
+    tokenizer = load_tokenizer(model_args, (row["text"] for row in read_each(stream.take(10_000), source)))
     add_eos = tokenizer.eos_token_id is not None
     if data_args.packing == "reset" and not add_eos:
         raise ValueError("packing reset needs a tokenizer with an eos token")
-    training = StreamedBlocks(stream, tokenizer, data_args.block_size, seed)
+    training = StreamedBlocks(stream, tokenizer, data_args.block_size, seed, source=source)
     validation = evaluation_blocks(texts, tokenizer, data_args.block_size, add_eos=add_eos)
-    return training, validation, tokenizer, characters_per_token(texts, validation)
+    return training, validation, tokenizer, characters_per_token(texts, validation), FoundInText(add_eos=add_eos)
 
 
 def load_tokenizer(model_args: ModelArguments, texts: Iterable[str]):
@@ -182,11 +195,13 @@ def load_model(model_args: ModelArguments, tokenizer):
         if len(tokenizer) > model.config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
         return model
+    newline = tokenizer("\n", add_special_tokens=False).input_ids
     config = make_config(
         model_args.config_name,
         model_args.config_overrides,
         vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
+        # What generate() begins with where it is given nothing: as an empty prompt does in `prompt_ids`.
+        bos_token_id=next(iter(newline), None) if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -207,15 +222,14 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("shift_blocks needs a text of fixed length: leave it out with streaming")
         if data_args.streaming and (args.max_train_steps or args.max_train_seconds) is None:
             raise ValueError("a stream has no epochs: give max_train_steps or max_train_seconds")
-        settings = (model_args, data_args)
-        accelerator = start(args, settings)
+        accelerator = start(args, (model_args, data_args))
         with accelerator.main_process_first():  # the others read what the first one has cached
             if data_args.streaming:
-                training, validation, tokenizer, characters = load_stream(model_args, data_args, args.seed)
+                training, validation, tokenizer, characters, found = load_stream(model_args, data_args, args.seed)
                 checksums = training.checksum, checksum(validation)
                 counted = {"validation": validation}
             else:
-                training, validation, tokenizer, characters = load_data(model_args, data_args)
+                training, validation, tokenizer, characters, found = load_data(model_args, data_args)
                 checksums = checksum(training), checksum(validation)
                 counted = {"training": training, "validation": validation}
                 if data_args.shift_blocks:
@@ -246,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             accelerator,
             collate_fn=DocumentPositions(tokenizer.eos_token_id) if data_args.packing == "reset" else None,
             processing_class=tokenizer,
-            settings=settings,
+            settings=(model_args, data_args, found),
             checksums=checksums,
             characters_per_token=characters,
             dataset_name=dataset_name,

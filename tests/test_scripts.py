@@ -31,16 +31,18 @@ from transformers import (
     GPT2LMHeadModel,
     ResNetConfig,
     ResNetModel,
+    pipeline,
 )
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN
 
 from mingru_hf import MinGRUForCausalLM
 from mingru_hf.data.av import write_video
 from mingru_hf.data.moving_shapes import CLASSES
-from mingru_hf.data.text import build_tokenizer
+from mingru_hf.data.text import build_tokenizer, load_text_datasets
 from mingru_hf.linear import FEW_ROWS_ARE_FASTER
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
 from mingru_hf.training.checkpoints import unlock_all
+from mingru_hf.training.models import prompt_ids
 
 VIDEO = all(map(importlib.util.find_spec, ("av", "torchvision")))
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -168,6 +170,93 @@ def test_evaluation_separates_documents_as_training_did(tmp_path, capsys):
     call(*options)
     assert json.loads(file.read_text())["eval_loss"] == pytest.approx(trained, rel=1e-5)
     assert "leave one of them out" in error_of(capsys, *options, "--carry_state")
+
+
+def test_evaluation_holds_out_what_training_held_out_or_says_what_to_do(trained, text_file, tmp_path, capsys):
+    model = shutil.copytree(trained, tmp_path / "lm")
+    metrics = json.loads((model / "metrics.json").read_text())
+    evaluate = ("evaluate_causal_lm", "--model_name_or_path", model, "--split", "validation", "--use_cpu")
+    same = (*evaluate, "--train_file", text_file, "--cache_dir", tmp_path / "cache")
+    shutil.copy(text_file, tmp_path / "other.txt")
+    for more, message in {
+        ("--validation_split_percentage", 20): "trained with validation_split_percentage 10, so that the end of",
+        ("--train_file", tmp_path / "other.txt"): f"trained with train_file {text_file}, so that the end of",
+    }.items():
+        assert f"{model} was {message}" in error_of(capsys, *same, *more)
+    for changes, message in {
+        ("streaming", True): "validated on the first 500 documents of a stream",
+        ("validation_file", "v.txt"): "validated on v.txt, so that the end of",
+    }.items():
+        arguments = metrics["arguments"] | dict([changes])
+        (model / "metrics.json").write_text(json.dumps(metrics | {"arguments": arguments}))
+        error = error_of(capsys, *same)
+        assert f"{model} was {message}" in error
+        assert "as --test_file" in error
+        call(*evaluate, "--test_file", text_file)
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        shutil.copy(text_file, tmp_path / "data" / f"{split}.txt")
+    call(*evaluate, "--dataset_name", tmp_path / "data")  # its own validation split was not trained on
+    (model / "metrics.json").unlink()
+    call(*same)  # nobody knows
+
+
+def test_evaluation_ends_documents_where_training_did(tmp_path, capsys):
+    """Also where the text to evaluate on is one document, and the training text several; and the other way round."""
+    documents, directory, file = tmp_path / "documents.jsonl", tmp_path / "lm", tmp_path / "scores.json"
+    texts = [TEXT[:500], TEXT[500:1000], TEXT[1000:4000]]
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = ("--train_file", documents, "--cache_dir", tmp_path / "cache")
+    train = ("train_causal_lm", "--max_train_steps", 2, "--per_device_train_batch_size", 4, *TINY, *FAST)
+    call(*train, *data, "--output_dir", directory)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["arguments"]["add_eos"]
+    options = ("evaluate_causal_lm", "--model_name_or_path", directory, "--block_size", 32, "--use_cpu")
+    options += ("--mixed_precision", "no", "--output_file", file, "--overwrite_output_file")
+    held_out = load_text_datasets(train_file=documents, cache_dir=tmp_path / "cache")["validation"]["text"]
+    assert len(held_out) == 1
+    (tmp_path / "held_out.txt").write_text(held_out[0])
+    for source in ((*data, "--split", "validation"), ("--test_file", tmp_path / "held_out.txt")):
+        call(*options, *source)
+        assert json.loads(file.read_text())["eval_loss"] == pytest.approx(metrics["final"]["eval_loss"], rel=1e-5)
+    (tmp_path / "one.txt").write_text(TEXT)
+    call(*train, "--train_file", tmp_path / "one.txt", "--output_dir", directory, "--overwrite_output_dir")
+    assert not json.loads((directory / "metrics.json").read_text())["arguments"]["add_eos"]
+    several = (*options, "--test_file", documents, "--cache_dir", tmp_path / "cache")
+    call(*several)
+    scores = json.loads(file.read_text())
+    assert scores["eval_loss"] == scores["eval_loss_per_character"]  # no tokens but the characters'
+    assert "saw one text" in error_of(capsys, *several, "--packing", "reset")
+
+
+def test_mistakes_in_evaluation_end_with_one_line(trained, text_file, tmp_path, capsys):
+    evaluate = ("evaluate_causal_lm", "--test_file", text_file, "--use_cpu", "--model_name_or_path")
+    directory = ("--output_file", tmp_path, "--overwrite_output_file")
+    assert f"{tmp_path} is a directory: give the name of a file" in error_of(capsys, *evaluate, trained, *directory)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, n_positions=64)).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(trained).save_pretrained(tmp_path / "gpt2")
+    short = (*evaluate, tmp_path / "gpt2", "--block_size")
+    assert "block_size 65 is more than the model's 64 positions" in error_of(capsys, *short, 65)
+    assert "carry_state needs a MinGRU" in error_of(capsys, *short, 64, "--carry_state")
+    call(*short, 64)
+
+
+def test_an_empty_prompt_is_a_token_that_the_model_was_trained_on(trained, tmp_path, capsys):
+    """A single text has no token for the beginning of texts."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
+    assert tokenizer.bos_token is None
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == model.config.eos_token_id == 0
+    assert tokenizer.decode(prompt_ids(tokenizer, "")[0]) == "\n"
+    assert tokenizer.decode(model.generate(max_new_tokens=1)[0, 0]) == "\n"
+    write = pipeline("text-generation", str(trained), max_new_tokens=5)
+    for prompt in ("\n", "the", ""):
+        assert write(prompt)[0]["generated_text"].startswith(prompt or "\n")
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.split("\n\n")))
+    data = ("--train_file", documents, "--cache_dir", tmp_path / "cache", "--sample_tokens", 3)
+    call("train_causal_lm", *data, "--output_dir", tmp_path / "lm", "--max_train_steps", 1, *TINY, *FAST)
+    assert AutoTokenizer.from_pretrained(tmp_path / "lm").bos_token_id == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "lm").config.bos_token_id == 0
 
 
 def test_ctrl_c_says_how_to_go_on(text_file, tmp_path, capsys, monkeypatch):
