@@ -100,7 +100,7 @@ def check_held_out(args: EvaluateArguments, trained: dict) -> None:
         values = {name: pairs[name][0] for name in differing}
         told = (f"no {name}" if value is None else f"{name} {value}" for name, value in values.items())
         was = f"trained with {', '.join(told)}"
-        advice = "give these options as in training, or a new text as --test_file"
+        advice = "give these options as in training, the same text under the same name, or a new one as --test_file"
     else:
         return
     if args.train_file is None and has_validation_split(args.dataset_name, args.dataset_config_name, args.cache_dir):
@@ -163,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"packing reset needs a model trained on several documents: {args.model_name_or_path} saw one text"
             )
         blocks = evaluation_blocks(text, tokenizer, args.block_size, add_eos=add_eos)
-        check_token_ids(torch.from_numpy(blocks.with_format("numpy")["input_ids"][:]), model)
+        for rows in blocks.with_format("torch").iter(1000):
+            check_token_ids(rows["input_ids"], model)
 
     share = unknown_share(blocks, tokenizer)
     if share > 0.001:

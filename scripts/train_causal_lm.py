@@ -36,7 +36,7 @@ from mingru_hf.data.text import (
 )
 from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
-from mingru_hf.training.models import check_one_source, load_pretrained, make_config
+from mingru_hf.training.models import check_one_source, first_token_id, load_pretrained, make_config
 
 
 @dataclass(kw_only=True)
@@ -146,7 +146,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     add_eos = several and tokenizer.eos_token_id is not None
     is_built = model_args.model_name_or_path is None and model_args.tokenizer_name in (None, "char", "bpe")
     if is_built and not add_eos:
-        tokenizer.bos_token = None  # the model never reads it: a text begins with a newline, see `prompt_ids`
+        tokenizer.bos_token = None  # the model never reads it: see `first_token_id`
     training = group_texts(text["train"], *options, add_eos)
     validation = evaluation_blocks(text["validation"], *options, add_eos)
     characters = characters_per_token(text["validation"], validation)
@@ -195,13 +195,11 @@ def load_model(model_args: ModelArguments, tokenizer):
         if len(tokenizer) > model.config.vocab_size:
             model.resize_token_embeddings(len(tokenizer))
         return model
-    newline = tokenizer("\n", add_special_tokens=False).input_ids
     config = make_config(
         model_args.config_name,
         model_args.config_overrides,
         vocab_size=len(tokenizer),
-        # What generate() begins with where it is given nothing: as an empty prompt does in `prompt_ids`.
-        bos_token_id=next(iter(newline), None) if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        bos_token_id=first_token_id(tokenizer),  # what generate() begins with where it is given nothing
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )

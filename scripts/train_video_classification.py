@@ -110,12 +110,12 @@ def resolve_clips(model_args: ModelArguments, clip_args: ClipArguments) -> ClipA
                 f"{model_args.model_name_or_path} has a {type(processor).__name__}, expected the processor of a "
                 "MinConvGRU: train other video models with transformers' own scripts"
             )
-        height, width = processor.crop_size["height"], processor.crop_size["width"]
+        crop, size = processor.crop_size, processor.size
         own = {
             "num_frames": processor.num_frames,
             "frame_stride": processor.frame_stride if processor.fps is None else None,
-            "resize_size": processor.size["shortest_edge"],
-            "crop_size": height if height == width else None,
+            "resize_size": size["shortest_edge"] if size is not None else None,
+            "crop_size": crop["height"] if crop is not None and crop["height"] == crop["width"] else None,
         }
         differing = [name for name, value in own.items() if getattr(clip_args, name) not in (None, value)]
         if differing:

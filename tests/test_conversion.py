@@ -440,6 +440,7 @@ def test_a_damaged_archive_is_refused(damage, tmp_path):
     ],
     ids=["expanded", "sparse", "meta", "integer", "complex", "number", "empty"],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # by torch 2.15
 def test_a_tensor_that_is_no_weight_is_named(tensor, message, tmp_path):
     torch.save(TextExample().state_dict() | {"emb.weight": tensor}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=message):

@@ -820,6 +820,14 @@ def test_a_checkpoints_own_processor_makes_the_clips(video_model, shapes, tmp_pa
     clips = {"num_frames": 4, "frame_stride": 1, "resize_size": 37, "crop_size": 32}
     for directory in (video_model, tmp_path / "more"):
         assert clips.items() <= json.loads((directory / "metrics.json").read_text())["arguments"].items()
+    processor = AutoVideoProcessor.from_pretrained(tmp_path / "more")
+    processor.crop_size, processor.do_center_crop = None, False
+    processor.save_pretrained(tmp_path / "more")
+    module = load("train_video_classification")
+    resolved = module.resolve_clips(
+        module.ModelArguments(model_name_or_path=str(tmp_path / "more")), module.ClipArguments()
+    )
+    assert (resolved.resize_size, resolved.crop_size) == (37, None)
 
 
 @pytest.mark.parametrize("names", [("left", "right"), tuple("abcdefgh")], ids=["fewer", "as many"])
@@ -843,15 +851,21 @@ def test_a_trained_model_learns_other_classes(video_model, shapes, tmp_path, cap
         assert old.weight.shape != new.weight.shape or not torch.allclose(old.weight, new.weight, atol=1e-3)
 
 
-def test_a_run_does_not_go_on_with_other_classes(shapes, tmp_path, capsys):
+def test_a_run_does_not_go_on_with_other_classes_or_pixels(shapes, tmp_path, capsys):
     shutil.copytree(shapes, tmp_path / "shapes")
     train = ("train_video_classification", "--dataset_name", tmp_path / "shapes", "--cache_dir", tmp_path / "cache")
     train += ("--output_dir", tmp_path / "run", "--checkpointing_steps", 1, *TINY_VIDEO)
     call(*train, "--max_train_steps", 1)
+    resume = (*train, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    error = error_of(capsys, *resume, "--crop_size", 24)
+    assert (
+        "checkpoint-1 belongs to a run with another processor (crop_size: {'height': 32, 'width': 32} there" in error
+    )
+    call(*resume)
     for split in ("train", "validation", "test"):
         (tmp_path / "shapes" / split / "left").rename(tmp_path / "shapes" / split / "west")
-    error = error_of(capsys, *train, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
-    assert "checkpoint-1 belongs to a run with other labels" in error
+    error = error_of(capsys, *resume)
+    assert "checkpoint-2 belongs to a run with other labels" in error
     assert "'left' there" in error
 
 

@@ -188,6 +188,25 @@ def test_gradient_accumulation_equals_a_bigger_batch(args, tmp_path, make_rows):
     torch.testing.assert_close(whole.state_dict(), pieces.state_dict(), **ORDER_OF_SUMS)
 
 
+def test_clips_are_not_held_until_the_step_is_complete(args, tmp_path, monkeypatch):
+    """They are large, and the workers load the next ones meanwhile."""
+    model, train_clips, _ = clips()
+    drawn, seen = [], []
+
+    class Clips(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(train_clips)
+
+        def __getitem__(self, index):
+            drawn.append(index)
+            return train_clips[index]
+
+    model.register_forward_pre_hook(lambda *_: seen.append(len(drawn)))
+    arguments = args(per_device_train_batch_size=1, gradient_accumulation_steps=4, max_train_steps=1)
+    train(model, Clips(), train_clips[:2], arguments, start(arguments), unit="clip")
+    assert seen[:4] == [1, 2, 3, 4]
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(args, tmp_path):
     def weights(name, seed):
         AcceleratorState._reset_state()

@@ -734,6 +734,23 @@ def test_a_directory_that_another_run_writes_to_is_refused(killed, tmp_path):
     assert not list(tmp_path.rglob("*.lock"))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_does_not_give_up_its_parents_directory(tmp_path):
+    start(arguments(tmp_path))
+    child = os.fork()
+    if child == 0:
+        try:
+            checkpoints.lock_output_dir(tmp_path)
+        except ValueError:
+            checkpoints.unlock_all()
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert (tmp_path / checkpoints.LOCK_FILE).exists()
+    checkpoints.unlock_output_dir(tmp_path)
+
+
 def test_runs_of_one_process_follow_each_other_in_one_directory(tmp_path, monkeypatch):
     for _ in range(2):  # the first one goes no further
         start(arguments(tmp_path))

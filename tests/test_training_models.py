@@ -166,11 +166,14 @@ DAMAGES = {
     "value": (lambda d: change_config(d, hidden_size=-3), "hidden_size must be above 0"),
     "shapes": (lambda d: change_config(d, hidden_size=16), "do not have the shapes that its config.json asks for"),
     "dtype": (lambda d: change_config(d, dtype="foo"), "no attribute 'foo'"),
-    "form": (lambda d: change_config(d, id2label=5), "holds a damaged file"),
-    "number": (lambda d: (d / "config.json").write_text("5"), "holds a damaged file"),
-    "index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "holds a damaged file: .*weight_map"),
+    "form": (lambda d: change_config(d, id2label=5), "a file in it may be damaged"),
+    "number": (lambda d: (d / "config.json").write_text("5"), "a file in it may be damaged"),
+    "index": (
+        lambda d: (d / "model.safetensors.index.json").write_text("{}"),
+        "a file in it may be damaged: .*weight_map",
+    ),
     "pickle": (lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(print, 2)), "hold more than tensors"),
-    "empty": (lambda d: (d / "pytorch_model.bin").touch(), "holds a damaged file: EOFError"),
+    "empty": (lambda d: (d / "pytorch_model.bin").touch(), "a file in it may be damaged: EOFError"),
 }
 
 
@@ -183,6 +186,25 @@ def test_damaged_files_are_told_in_one_line(damage, tmp_path):
     change(tmp_path)
     with pytest.raises((ValueError, OSError), match=f"(?s){tmp_path}.*{message}"):
         load_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+def test_what_is_no_fault_of_the_files_keeps_its_class(monkeypatch, tmp_path):
+    (tmp_path / "config.json").touch()
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_pretrained(AutoModelForCausalLM, tmp_path)
+
+
+@pytest.mark.parametrize(("text", "first"), [("a b\n", "\n"), ("a b", " "), ("ab", "<|endoftext|>")])
+def test_an_empty_prompt_is_a_token_that_occurs_in_the_text(text, first):
+    tokenizer = build_tokenizer("char", [text])
+    assert tokenizer.decode(prompt_ids(tokenizer, "")[0]) == "<|endoftext|>"
+    tokenizer.bos_token = None
+    assert tokenizer.decode(prompt_ids(tokenizer, "")[0]) == first
 
 
 def test_overrides_that_no_config_takes_are_told_in_one_line():

@@ -184,6 +184,8 @@ def check_writable(output_dir: str | Path) -> None:
 
 
 _LOCKS: dict[Path, ExitStack] = {}  # what gives up the directories that this process has locked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LOCKS.clear)  # they stay the parent's
 
 
 def lock_output_dir(output_dir: str | Path) -> None:
@@ -224,6 +226,8 @@ def lock_output_dir(output_dir: str | Path) -> None:
         stack.callback(os.close, descriptor)
         stack.callback(path.unlink, missing_ok=True)  # before it is unlocked: nobody else's file has this name yet
         _LOCKS[place] = stack.pop_all()
+    atexit.unregister(unlock_all)
+    atexit.register(unlock_all)  # now: a process of multiprocessing forgets those of the one it was forked from
 
 
 def unlock_output_dir(output_dir: str | Path) -> None:
@@ -231,7 +235,6 @@ def unlock_output_dir(output_dir: str | Path) -> None:
     _LOCKS.pop(Path(output_dir).resolve(), ExitStack()).close()
 
 
-@atexit.register
 def unlock_all() -> None:
     """Leave no lock file behind when a script ends between its start and its training."""
     for place in list(_LOCKS):

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 import os
 import random
@@ -212,7 +213,8 @@ def train(
         train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or an
             endless torch `IterableDataset` of such items, the same ones every time: every process reads all of it and
             takes its share. A step follows the mean over all targets of its batches, accumulated ones and those of
-            all processes: a target (a label that is not -100) counts the same, however many there are beside it.
+            all processes: a target (a label of a token that is not -100) counts the same, however many there are
+            beside it.
         eval_dataset: map-style, for validation.
         args: how to train.
         accelerator: from `start(args)`.
@@ -451,8 +453,7 @@ class _Run:
         for group in optimizer.param_groups:
             group["lr"] = self.rate(now.step, self.passed)
         now.warmup_steps += self.warmup(now.step, self.passed) < 1
-        batches = list(itertools.islice(self.batches, args.gradient_accumulation_steps))
-        for batch, (targets, weight) in zip(batches, self.count_targets(batches), strict=True):
+        for batch, targets, weight in self.batches_of_step():
             batch = _prepare(batch, accelerator.device)
             with accelerator.accumulate(self.net):  # divides the loss, and syncs processes in the last pass only
                 loss = self.net(**batch, **_loss_alone(self.model)).loss * weight
@@ -466,14 +467,26 @@ class _Run:
             now.tokens += _num_tokens(batch) * accelerator.num_processes
         now.step += 1
 
-    def count_targets(self, batches: list[dict]) -> list[tuple[int, float | torch.Tensor]]:
-        """Count the targets of a step's batches, and weight each with its share: the mean of the weights is 1."""
-        accelerator = self.accelerator
+    def batches_of_step(self) -> Iterator[tuple[dict, int, float | torch.Tensor]]:
+        """Yield a step's batches, the number of their targets, and their weights, whose mean is 1.
+
+        Batches of token labels are held until all are counted, and weigh as much as they have targets. Others have one
+        target a row, or one a token; they may be large, as clips are, and come one after another.
+        """
+        accelerator, num_batches = self.accelerator, self.args.gradient_accumulation_steps
+        batches = itertools.islice(self.batches, num_batches)
+        first = next(batches)
+        if "labels" not in first or first["labels"].ndim != 2:
+            for batch in itertools.chain([first], batches):
+                yield batch, _num_targets(self.model, batch), 1.0
+            return
+        batches = [first, *batches]
         counts = [_num_targets(self.model, batch) for batch in batches]
-        num_batches, total = len(counts) * accelerator.num_processes, sum(counts) * accelerator.num_processes
-        if accelerator.num_processes > 1 and "labels" in batches[0]:  # inputs have equal shapes, labels may differ
-            total = accelerator.reduce(torch.tensor(float(sum(counts)), device=accelerator.device), "sum")
-        return [(count, count * num_batches / total if count > 0 else 0.0) for count in counts]
+        total = sum(counts)
+        if accelerator.num_processes > 1:
+            total = accelerator.reduce(torch.tensor(float(total), device=accelerator.device), "sum")
+        for batch, count in zip(batches, counts, strict=True):
+            yield batch, count, count * num_batches * accelerator.num_processes / total if count > 0 else 0.0
 
     def update_progress(self) -> tuple[bool, bool]:
         """Bring `now` up to date, and decide whether an evaluation and a checkpoint are due."""
@@ -928,7 +941,7 @@ def _load_weights(model: PreTrainedModel, processing_class: object | None, check
     """Load a checkpoint's weights into a model, after checking that they mean the same in both.
 
     Raises:
-        SetupError: if a label, a token of the vocabulary or the shape of a weight differs.
+        SetupError: if a label, a token of the vocabulary, a value of the processor or the shape of a weight differs.
     """
     config = "resume with its config_name and config_overrides"
     types = ({"model_type": t} for t in (read_config_file(checkpoint).get("model_type"), model.config.model_type))
@@ -940,6 +953,12 @@ def _load_weights(model: PreTrainedModel, processing_class: object | None, check
         tokenizers = (load_pretrained(type(processing_class), checkpoint), processing_class)
         tokens = ({number: token for token, number in t.get_vocab().items()} for t in tokenizers)
         _check_same(checkpoint, "other tokens", *tokens, _SAME_DATA)
+    elif processing_class is not None:
+        processors = (load_pretrained(type(processing_class), checkpoint), processing_class)
+        values = [json.loads(processor.to_json_string()) | {"auto_map": None} for processor in processors]
+        _check_same(
+            checkpoint, "another processor", *values, "resume with the options and the version that it began with"
+        )
     weights = saved.state_dict()
     shapes = ({name: list(w.shape) for name, w in part.items()} for part in (weights, model.state_dict()))
     _check_same(checkpoint, "another model", *shapes, config)

@@ -16,6 +16,8 @@ from .arguments import TrainArguments
 from .checkpoints import write_whole
 from .hub import GENERATED, SOURCE
 
+_SEAL = "<!-- written by training, CRC-32"
+
 METRIC_NAMES = {
     "eval_loss": ("loss", "Validation loss (nats per token)"),
     "eval_perplexity": ("perplexity", "Perplexity"),
@@ -170,13 +172,16 @@ def may_be_rewritten(path: str | Path) -> bool:
     """
     if not Path(path).exists():
         return True
-    text, _, seal = Path(path).read_text(encoding="utf-8", errors="replace").rpartition("\n<!--")
-    return f"<!--{seal}" == _seal(text)
+    content = Path(path).read_text(encoding="utf-8", errors="replace")
+    if _SEAL not in content:  # an earlier version wrote it, or a user
+        return GENERATED in content
+    text, _, seal = content.rpartition(f"\n{_SEAL}")
+    return _SEAL + seal == _seal(text)
 
 
 def _seal(text: str) -> str:
     """Return a card's last line, which the reader of the card does not see and which tells whether it was edited."""
-    return f"<!-- written by training, CRC-32 {zlib.crc32(SOURCE.sub('', text).encode()):08x} -->\n"
+    return f"{_SEAL} {zlib.crc32(SOURCE.sub('', text).encode()):08x} -->\n"
 
 
 def _as_text(name: str) -> str:

@@ -163,13 +163,17 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
         raise OSError(
             f"the weights of {name} are damaged, or hold more than tensors, so that loading them could run code"
         ) from None
-    except (StrictDataclassError, RuntimeError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # of memory, for example
+            raise
+        raise ValueError(
+            f"the weights of {name} do not have the shapes that its config.json asks for: the report tells which"
+        ) from None
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, EOFError) as error:
         # Whatever transformers meets where it takes a file's form for granted.
-        if "ignore_mismatched_sizes" in str(error):
-            raise ValueError(
-                f"the weights of {name} do not have the shapes that its config.json asks for: the report tells which"
-            ) from None
-        raise ValueError(f"{name} holds a damaged file: {type(error).__name__}: {error}") from None
+        raise ValueError(
+            f"{name} could not be loaded, a file in it may be damaged: {type(error).__name__}: {error}"
+        ) from None
 
 
 def training_arguments(name: str | Path) -> dict:
@@ -194,19 +198,29 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
         )
 
 
+def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return what a text begins with: the beginning-of-text token, or else a newline, a space or the end of one."""
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    for text in ("\n", " "):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if ids and tokenizer.unk_token_id not in ids:
+            return ids[0]
+    return tokenizer.eos_token_id
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Turn a prompt into token ids (1, T); an empty one becomes the beginning-of-text token, or else a newline.
+    """Turn a prompt into token ids (1, T); an empty one becomes the `first_token_id`.
 
     Raises:
-        ValueError: if that gives no token.
+        ValueError: if there is none.
     """
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long() if prompt else torch.empty(1, 0)
-    if ids.shape[1] == 0 and tokenizer.bos_token_id is not None:
-        ids = torch.tensor([[tokenizer.bos_token_id]])
-    elif ids.shape[1] == 0:
-        ids = tokenizer("\n", return_tensors="pt").input_ids.long()
     if ids.shape[1] == 0:
-        raise ValueError("the prompt gives no token: give another --prompt")
+        first = first_token_id(tokenizer)
+        if first is None:
+            raise ValueError("the prompt gives no token: give another --prompt")
+        ids = torch.tensor([[first]])
     return ids
 
 
