@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import sys
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if mark := item.get_closest_marker("clients"):
             item.user_properties.append(("client", mark.args[0]))
+        if item.get_closest_marker("torchscript") and sys.version_info >= (3, 14):
+            item.add_marker(pytest.mark.skip(reason="torch has no TorchScript from Python 3.14 on"))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -3,7 +3,6 @@
 import importlib.util
 import pickle
 import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from mingru_hf.data.text import build_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
-scripted = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch has no TorchScript from Python 3.14 on")
 
 
 class TextExample(nn.Module):
@@ -86,7 +84,7 @@ def save(example, path, kind):
     return path
 
 
-@pytest.mark.parametrize("kind", ["state dict", pytest.param("TorchScript", marks=scripted)])
+@pytest.mark.parametrize("kind", ["state dict", pytest.param("TorchScript", marks=pytest.mark.torchscript)])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_text_and_copying_models_keep_their_logits(name, kind, tmp_path):
     example = TextExample(**EXAMPLES[name]).eval()
@@ -129,7 +127,7 @@ class Holder(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", ["state dict", pytest.param("TorchScript", marks=scripted)])
+@pytest.mark.parametrize("kind", ["state dict", pytest.param("TorchScript", marks=pytest.mark.torchscript)])
 def test_video_models_keep_their_logits(video_example, kind, tmp_path):
     frames = torch.randn(2, 3, 3, 64, 48)
     path = tmp_path / "model.pt"
@@ -251,7 +249,7 @@ def test_a_models_wrappers_are_taken_off(wrapper, tmp_path):
         torch.testing.assert_close(read_checkpoint(tmp_path / name), dict(state), rtol=0, atol=0)
 
 
-@scripted
+@pytest.mark.torchscript
 def test_an_archive_without_parameters_is_refused(tmp_path):
     torch.jit.freeze(torch.jit.script(nn.Linear(2, 3).eval())).save(tmp_path / "frozen.pt")
     with pytest.raises(
@@ -388,7 +386,7 @@ class Tensors(nn.Module):
         return x
 
 
-@scripted
+@pytest.mark.torchscript
 def test_an_archive_may_hold_tensors_of_any_type_and_views(tmp_path):
     model = Tensors()
     torch.jit.script(model).save(tmp_path / "model.pt")
@@ -399,7 +397,7 @@ def test_an_archive_may_hold_tensors_of_any_type_and_views(tmp_path):
     assert torch.equal(state["weight"], model.weight)  # no two share memory
 
 
-@scripted
+@pytest.mark.torchscript
 @pytest.mark.parametrize("damage", ["missing", "short", "odd", "flipped", "pickle", "directory"])
 def test_a_damaged_archive_is_refused(damage, tmp_path):
     torch.jit.script(nn.Linear(20, 30)).save(tmp_path / "model.pt")
@@ -447,7 +445,7 @@ def test_a_tensor_that_is_no_weight_is_named(tensor, message, tmp_path):
         convert(read_checkpoint(tmp_path / "model.pt"))
 
 
-@scripted
+@pytest.mark.torchscript
 def test_an_archive_asks_for_no_more_memory_than_it_has(tmp_path):
     model = nn.Linear(2, 3)
     model.weight = nn.Parameter(torch.zeros(1).expand(10**9, 2))

@@ -12,10 +12,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import mingru_hf as mingru
 
-script = pytest.mark.skipif(
-    sys.version_info >= (3, 14), reason="torch.jit.script does not work on Python 3.14 and later"
-)
-
 # Two float32 evaluations that sum in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -124,7 +120,7 @@ LAYERS = list(make_layers())
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@script
+@pytest.mark.torchscript
 def test_scripted_layers_give_the_same_outputs_and_gradients(name):
     layer = make_layers()[name].eval()
     scripted = torch.jit.script(layer)
@@ -143,7 +139,7 @@ def test_scripted_layers_give_the_same_outputs_and_gradients(name):
     )
 
 
-@script
+@pytest.mark.torchscript
 def test_scripted_layers_load_in_a_process_without_the_package(tmp_path):
     x = torch.randn(2, 9, 3)
     expected = {}
@@ -162,7 +158,7 @@ for name, expected in data["expected"].items():
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-@script
+@pytest.mark.torchscript
 def test_bfloat16_layer_scripts():
     layer = mingru.MinGRU(3, [4, 6]).bfloat16()
     x = torch.randn(2, 9, 3).bfloat16()
@@ -172,7 +168,7 @@ def test_bfloat16_layer_scripts():
 
 
 @pytest.mark.parametrize("make", [mingru.MinGRU, mingru.MinGRUCell])
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=script)])
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.torchscript)])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_pieces_in_16_bits_keep_a_slow_state(make, scripted, autocast, training):

@@ -9,10 +9,6 @@ import torch.nn.functional as F
 
 import mingru_hf as mingru
 
-script = pytest.mark.skipif(
-    sys.version_info >= (3, 14), reason="torch.jit.script does not work on Python 3.14 and later"
-)
-
 # Two float32 evaluations that sum in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -179,7 +175,7 @@ LAYERS = list(make_layers())
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@script
+@pytest.mark.torchscript
 def test_scripted_layers_give_the_same_outputs_and_gradients(name):
     layer = make_layers()[name].eval()
     scripted = torch.jit.script(layer)
@@ -197,7 +193,7 @@ def test_scripted_layers_give_the_same_outputs_and_gradients(name):
     )
 
 
-@script
+@pytest.mark.torchscript
 def test_scripted_layers_load_in_a_process_without_the_package(tmp_path):
     x = torch.randn(2, 4, 3, 9, 8)
     expected = {}

@@ -1,15 +1,9 @@
 """Rows of unequal length and rows of several sequences, through all layers: `mask` and `reset`."""
 
-import sys
-
 import pytest
 import torch
 
 import mingru_hf as mingru
-
-script = pytest.mark.skipif(
-    sys.version_info >= (3, 14), reason="torch.jit.script does not work on Python 3.14 and later"
-)
 
 # Two float32 evaluations that sum in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -45,7 +39,7 @@ def flags(rows=ROWS):
     return mask, reset
 
 
-@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=script)])
+@pytest.mark.parametrize("scripted", [False, pytest.param(True, marks=pytest.mark.torchscript)])
 @pytest.mark.parametrize("name", make_layers())
 def test_sequences_in_a_row_equal_those_by_themselves(name, scripted):
     layer = make_layers()[name]
@@ -108,7 +102,7 @@ def test_flags_of_another_shape_are_refused(name, which):
 
 @pytest.mark.parametrize("name", make_layers())
 @pytest.mark.parametrize("which", ["mask", "reset"])
-@script
+@pytest.mark.torchscript
 def test_scripted_layers_refuse_them_too(name, which):
     layer, x = torch.jit.script(make_layers()[name]), make_input(name, 2)
     with pytest.raises(torch.jit.Error, match=r"must have shape \[2, 9\] \(B, T\), got \[9, 2\]"):

@@ -734,7 +734,6 @@ def test_a_directory_that_another_run_writes_to_is_refused(killed, tmp_path):
     assert not list(tmp_path.rglob("*.lock"))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_child_does_not_give_up_its_parents_directory(tmp_path):
     start(arguments(tmp_path))

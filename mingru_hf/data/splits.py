@@ -213,7 +213,7 @@ def reading(source: str) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, OSError, ValueError) as error:
-        # Of its own pyarrow has plain ones, without a number: others are of a missing file, the disk or the network.
+        # An OSError of pyarrow is a plain one without a number; others are of a missing file, the disk or the network.
         if isinstance(error, OSError) and not (type(error) is OSError and error.errno is None):
             raise
         # This one says nothing but that there was an error; its kinds do say more.

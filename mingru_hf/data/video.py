@@ -296,7 +296,7 @@ def clip_positions(clips_per_video: int) -> list[float]:
     return [0.5] if clips_per_video == 1 else np.linspace(0, 1, clips_per_video).tolist()
 
 
-def compose(name):
+def compose(name: object) -> object:
     """Spell a class's name, if it is a word, with composed characters: macOS takes an ü apart, which prints alike."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 

@@ -445,9 +445,8 @@ def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(Path(target).parent).free
         if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
             with suppress(OSError):
-                staging.unlink()  # a file
+                _delete(staging)
         raise OSError(
             f"{target} could not be written, {free:,} bytes were free there: {error}. No existing file was damaged. "
             "Free some space, then resume with --resume_from_checkpoint latest if there is a checkpoint, or run again"
@@ -509,9 +508,12 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
         return False
     if not isinstance(metrics, dict) or not isinstance(metrics.get("arguments"), dict):  # another program's
         return False
-    # What may differ, and add_eos, which is known once the text has been read.
-    ignored = dict.fromkeys(("resume_from_checkpoint", "overwrite_output_dir", "hub_model_id", "add_eos"))
-    return "final" not in metrics and metrics["arguments"] | ignored == arguments | ignored
+    may_differ = {"resume_from_checkpoint", "overwrite_output_dir", "hub_model_id"}
+    # Of the recorded ones only those: a script records more once it has read its data.
+    compared = arguments.keys() - may_differ
+    if "final" in metrics or not compared:
+        return False
+    return all(metrics["arguments"].get(name) == arguments[name] for name in compared)
 
 
 def _lies_in(directory: Path, name: str) -> bool:

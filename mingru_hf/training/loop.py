@@ -239,12 +239,13 @@ def train(
     Raises:
         SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, files of
             another tokenizer in `output_dir` would be read with the new one, or the checkpoint belongs to another
-            run, or has another vocabulary, other labels or another model.
+            run, or has another vocabulary, other labels, another processor or another model.
         ValueError: if no parameter is trainable, or the validation set has no target.
         FloatingPointError: if the loss is no longer finite.
         OSError: if the disk is full, or the Hub cannot be reached.
     """
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(unlock_output_dir, args.output_dir)
         _check_data(args, train_dataset, eval_dataset)
         if args.resume_from_checkpoint is None:
             check_tokenizer_files(args.output_dir, processing_class)
@@ -262,22 +263,18 @@ def train(
             characters_per_token=characters_per_token,
             unit=unit,
         )
-        try:
-            run.begin()
-            while not run.is_over:
-                run.update_weights()
-                evaluation_due, checkpoint_due = run.update_progress()
-                run.log_training_loss()
-                with run.pause():
-                    if evaluation_due:
-                        run.evaluate_and_keep_the_best()
-                    if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
-                        run.save_checkpoint()
-            return run.finish(dataset_name, task, auto_class)
-        finally:
-            run.restore_model()
-    finally:
-        unlock_output_dir(args.output_dir)
+        at_the_end.callback(run.restore_model)
+        run.begin()
+        while not run.is_over:
+            run.update_weights()
+            evaluation_due, checkpoint_due = run.update_progress()
+            run.log_training_loss()
+            with run.pause():
+                if evaluation_due:
+                    run.evaluate_and_keep_the_best()
+                if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
+                    run.save_checkpoint()
+        return run.finish(dataset_name, task, auto_class)
 
 
 class _Run:
@@ -366,8 +363,8 @@ class _Run:
             The saved tensors, for `restore_training_state`.
 
         Raises:
-            SetupError: if it belongs to another run, or has another vocabulary, other labels or another model, or was
-                written by another version.
+            SetupError: if it belongs to another run, or has another vocabulary, other labels, another processor or
+                another model, or was written by another version.
         """
         state, saved = read_checkpoint(checkpoint)
         _check_state(state, checkpoint / STATE_FILE)

@@ -199,7 +199,7 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
 
 
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return what a text begins with: the beginning-of-text token, or else a newline, a space or the end of one."""
+    """Return what a text begins with: the beginning-of-text token, or else a newline, a space or end of text."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
     for text in ("\n", " "):
