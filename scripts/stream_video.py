@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -115,14 +116,14 @@ def trained_stride(processor, rate: float | None) -> float:
     return max(1.0, float(rate) / processor.fps)
 
 
-def watch(watcher: Watcher, container, args: StreamArguments, stride: float) -> Iterator[tuple]:
+def watch(watcher: Watcher, frames: Iterator[np.ndarray], args: StreamArguments, stride: float) -> Iterator[tuple]:
     """Show the model every `stride`-th frame, print a line, and yield (number, frame, probabilities, line) of all.
 
     Frames in between carry the last prediction. A fractional stride is rounded down frame by frame, as in a clip.
     """
     names = watcher.model.config.id2label
-    began, number, shown = time.perf_counter(), -1, 0
-    for number, frame in enumerate(read_frames(container, args.max_frames)):
+    began, shown = time.perf_counter(), 0
+    for number, frame in enumerate(frames):
         if number == int(shown * stride + 1e-6):
             shown += 1
             probabilities = watcher.see(frame)
@@ -131,8 +132,6 @@ def watch(watcher: Watcher, container, args: StreamArguments, stride: float) -> 
             line = ", ".join(f"{names[label]} {100 * value:.0f} %" for label, value in pairs)
             print(f"frame {number}: {line}", flush=True)
         yield number, frame, probabilities, line
-    if number < 0:
-        raise ValueError("the video has no frame that can be decoded")
     print(f"{(number + 1) / (time.perf_counter() - began):.1f} frames/s", file=sys.stderr)
 
 
@@ -205,10 +204,14 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.video} has no video stream: expected a video, not sound alone")
         rate = container.streams.video[0].average_rate
         stride = args.frame_stride or trained_stride(processor, rate)
+        frames = read_frames(container, args.max_frames)
+        first = next(frames, None)
+        if first is None:
+            raise ValueError(f"{args.video} has no frame that can be decoded")
     use_accelerator = torch.accelerator.is_available() and not args.use_cpu
     watcher = Watcher(model, processor, torch.accelerator.current_accelerator() if use_accelerator else "cpu")
     with container:
-        seen = watch(watcher, container, args, stride)
+        seen = watch(watcher, chain([first], frames), args, stride)
         if output_file is None:
             for _ in seen:
                 pass
