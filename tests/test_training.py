@@ -457,10 +457,11 @@ def test_the_model_comes_back_as_it_was(args, tmp_path):
     assert model.is_activation_checkpointing
 
 
-def test_the_model_comes_back_as_it_was_from_a_run_that_fails(args, monkeypatch):
-    """As when a run in a notebook is interrupted."""
+@pytest.mark.parametrize("place", ["_make_batches", "_Run.update_progress"])
+def test_the_model_comes_back_as_it_was_from_a_run_that_fails(args, monkeypatch, place):
+    """As when a run in a notebook is interrupted, be it while it is set up or later."""
     model = make_model()
-    monkeypatch.setattr(loop._Run, "update_progress", lambda run: 1 / 0)
+    monkeypatch.setattr(f"mingru_hf.training.loop.{place}", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(args(mixed_precision="bf16", gradient_checkpointing=True), model)
     assert not model.is_activation_checkpointing

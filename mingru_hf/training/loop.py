@@ -249,6 +249,7 @@ def train(
         _check_data(args, train_dataset, eval_dataset)
         if args.resume_from_checkpoint is None:
             check_tokenizer_files(args.output_dir, processing_class)
+        at_the_end.enter_context(_left_as_it_came(model))
         run = _Run(
             model,
             train_dataset,
@@ -263,7 +264,6 @@ def train(
             characters_per_token=characters_per_token,
             unit=unit,
         )
-        at_the_end.callback(run.restore_model)
         run.begin()
         while not run.is_over:
             run.update_weights()
@@ -275,6 +275,21 @@ def train(
                 if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
                     run.save_checkpoint()
         return run.finish(dataset_name, task, auto_class)
+
+
+@contextlib.contextmanager
+def _left_as_it_came(model: PreTrainedModel) -> Iterator[None]:
+    """Take off what a run puts around a model's forward (accelerator.unwrap_model() takes off its decorators, too)."""
+    own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
+    had_checkpointing = model.is_activation_checkpointing
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(model).pop(name, None)
+        vars(model).update(own_forward)
+        if model.is_activation_checkpointing and not had_checkpointing:
+            model.activation_checkpointing_disable()
 
 
 class _Run:
@@ -326,12 +341,10 @@ class _Run:
         accelerator.print(f"training for {self.plan}")
 
         self.rate, self.warmup = make_schedule(args, self.plan.max_steps), make_warmup(args, self.plan.max_steps)
-        self.came_with_checkpointing = model.is_activation_checkpointing
         if args.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.to(accelerator.device)
         optimizer = make_optimizer(model, args)
-        self.own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
         # net: the model, perhaps in a DDP wrapper, with autocast around its forward pass
         self.net, self.optimizer = accelerator.prepare(model, optimizer)
         set_process_seed(args.seed, device_specific=True)  # dropout differs between processes
@@ -619,14 +632,6 @@ class _Run:
         if args.push_to_hub and self.is_main:
             push_directory(args.output_dir, args.hub_name)
         return result
-
-    def restore_model(self) -> None:
-        """Leave the model's forward as it came. (accelerator.unwrap_model() would take off its decorators, too.)"""
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            vars(self.model).pop(name, None)
-        vars(self.model).update(self.own_forward)
-        if self.args.gradient_checkpointing and not self.came_with_checkpointing:
-            self.model.activation_checkpointing_disable()
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         return evaluate(
