@@ -28,7 +28,7 @@ from mingru_hf.data.text import (
     load_text_split,
     unknown_share,
 )
-from mingru_hf.training.arguments import check_values, option, parse_dataclasses
+from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, loss_scores, resolve_mixed_precision, summary
 from mingru_hf.training.models import check_token_ids, load_pretrained, training_arguments
@@ -66,7 +66,6 @@ class EvaluateArguments:
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
 
     def __post_init__(self):
-        check_values(self)
         if self.carry_state and self.packing == "reset":
             raise ValueError("carry_state keeps the state that packing reset starts anew: leave one of them out")
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor
 
 import mingru_hf  # noqa: F401  registers MinConvGRU with the Auto classes
 from mingru_hf.data.video import VIEWS, VideoClips, compose
-from mingru_hf.training.arguments import check_values, option, parse_dataclasses
+from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_new_files, write_json
 from mingru_hf.training.loop import resolve_mixed_precision
 from mingru_hf.training.models import load_pretrained
@@ -61,9 +61,6 @@ class EvaluateArguments:
     seed: int | None = option(
         None, "seed of the validation split, as in training, and of shuffled frames; default: that of training, else 0"
     )
-
-    def __post_init__(self):
-        check_values(self)
 
 
 def parse_args(argv: list[str] | None) -> tuple:

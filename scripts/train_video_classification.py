@@ -18,7 +18,7 @@ from transformers import AutoModelForVideoClassification, AutoVideoProcessor, Im
 
 from mingru_hf import MinConvGRUForVideoClassification, MinConvGRUVideoProcessor
 from mingru_hf.data.video import VideoClips, compose, make_augmentation
-from mingru_hf.training.arguments import TrainArguments, check_values, option, parse_dataclasses
+from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
 from mingru_hf.training.models import check_one_source, load_pretrained, make_config
 from mingru_hf.training.video import VideoDataArguments
@@ -74,9 +74,6 @@ class ClipArguments:
     )
     no_flip: bool = option(False, "do not mirror clips: for classes that differ in left and right")
     color_jitter: float = option(0.0, "largest relative change of brightness, contrast and saturation")
-
-    def __post_init__(self):
-        check_values(self)
 
 
 def parse_args(argv: list[str] | None) -> tuple:
