@@ -334,7 +334,7 @@ def load_text_stream(
                 f"{', '.join(TABLES)}. Leave streaming out, or convert the file."
             )
         _refuse_empty(train_file, "train_file")
-        options = {"streaming": True, "cache_dir": _as_string(cache_dir), **_builder_options(loader)}
+        options = {"streaming": True, "cache_dir": cache_dir, **_builder_options(loader)}
         raw = dict(load_files(loader, {"train": [str(train_file)]}, **options))
         if validation_file is not None:
             raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
@@ -406,10 +406,6 @@ def _is_text(feature: object) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _as_string(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
 def _load_named(
     name: str, config_name: str | None, cache_dir: str | Path | None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
@@ -418,14 +414,14 @@ def _load_named(
     `datasets` would guess the splits of a directory from words in the files' names, and make a document of each line,
     without its newline. (Where it does read .txt files, in streams and from the Hub, every newline becomes "\\n".)
     """
-    options, directory = {"streaming": streaming, "cache_dir": _as_string(cache_dir)}, Path(name)
+    options, directory = {"streaming": streaming, "cache_dir": cache_dir}, Path(name)
     is_declared = config_name is not None or declares_configurations(directory)
     if is_own := directory.is_dir() and not is_declared:
         expected = f"no text: expected files of one of the kinds {', '.join(['.txt', *TABLES])} in it"
         builder, files = files_of_one_kind(directory, {".txt": "text", **TABLES}, expected)
         splits = split_files(directory, files)
     else:
-        known = load_dataset_builder(name, config_name, cache_dir=options["cache_dir"])
+        known = load_dataset_builder(name, config_name, cache_dir=cache_dir)
         builder, splits = known.name, known.config.data_files
     if builder == "text" and not streaming:
         files = [file for part in splits.values() for file in part]
@@ -472,7 +468,7 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
     _refuse_empty(file, argument)
     if suffix == ".txt":
         return Dataset.from_dict({"text": [_read_text(path, argument)]})
-    options = {"cache_dir": _as_string(cache_dir), **_builder_options(TABLES[suffix])}
+    options = {"cache_dir": cache_dir, **_builder_options(TABLES[suffix])}
     return load_files(TABLES[suffix], {"train": [str(path)]}, **options)["train"]
 
 
