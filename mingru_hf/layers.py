@@ -300,12 +300,16 @@ def _per_layer(name: str, value: int | list, num_layers: int) -> list:
     return values
 
 
-def _check_convolution(kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> None:
+def _geometry(
+    kernel_size: int | tuple[int, int], stride: int | tuple[int, int], padding: int | tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    kernel_size, stride, padding = _pair(kernel_size), _pair(stride), _pair(padding)
     if min(kernel_size) < 1 or min(stride) < 1 or min(padding) < 0:
         raise ValueError(
             "Kernel sizes and strides must be at least 1 and paddings at least 0 pixels, got kernel_size="
             f"{kernel_size}, stride={stride}, padding={padding}."
         )
+    return kernel_size, stride, padding
 
 
 def _state_shape(
@@ -362,20 +366,10 @@ class MinConv2dGRUCell(nn.Module):
     ) -> None:
         super().__init__()
         self.layer_sizes = _layer_sizes(input_size, [hidden_size])
-        self.kernel_size, self.stride, self.padding = _pair(kernel_size), _pair(stride), _pair(padding)
-        _check_convolution(self.kernel_size, self.stride, self.padding)
+        self.kernel_size, self.stride, self.padding = geometry = _geometry(kernel_size, stride, padding)
         self.num_layers = 1
         input_size, hidden_size = self.layer_sizes
-        self.to_gate_hidden = nn.Conv2d(
-            input_size,
-            2 * hidden_size,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
+        self.to_gate_hidden = nn.Conv2d(input_size, 2 * hidden_size, *geometry, bias=bias, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
@@ -430,9 +424,7 @@ class MinConv2dGRULayer(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.kernel_size, self.stride, self.padding = _pair(kernel_size), _pair(stride), _pair(padding)
-        _check_convolution(self.kernel_size, self.stride, self.padding)
-        geometry = (self.kernel_size, self.stride, self.padding)
+        self.kernel_size, self.stride, self.padding = geometry = _geometry(kernel_size, stride, padding)
         self.gate_hidden = nn.Conv2d(input_size, 2 * hidden_size, *geometry, bias=bias, **factory)
         same_size = self.stride == (1, 1) and all(
             2 * p == k - 1 for p, k in zip(self.padding, self.kernel_size, strict=True)
