@@ -1,5 +1,6 @@
 import importlib.metadata
 import os
+import subprocess
 import sys
 
 import pytest
@@ -40,6 +41,29 @@ def model(request):
 def input_ids():
     """(3, 12) token ids, none of them padding."""
     return torch.randint(1, 40, (3, 12))
+
+
+@pytest.fixture
+def scripted_layers_stand_alone(tmp_path):
+    """Check that layers, once scripted and saved, give the same outputs in a process without the package."""
+
+    def check(layers, x):
+        expected = {}
+        for name, layer in layers.items():
+            torch.jit.script(layer.eval()).save(tmp_path / f"{name}.pt")
+            expected[name] = layer(x)[0].detach()
+        torch.save({"x": x, "expected": expected}, tmp_path / "expected.pt")
+        code = """
+import sys, torch
+sys.modules["mingru_hf"] = None  # importing it would raise
+data = torch.load("expected.pt")
+for name, expected in data["expected"].items():
+    out, h = torch.jit.load(f"{name}.pt")(data["x"])
+    torch.testing.assert_close(out.detach(), expected, rtol=1e-5, atol=1e-5)
+"""
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+    return check
 
 
 def pytest_collection_modifyitems(items):

@@ -1,8 +1,5 @@
 """The convolutional layers: torch-mingru's interface, its equations written by hand, and TorchScript."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,22 +191,8 @@ def test_scripted_layers_give_the_same_outputs_and_gradients(name):
 
 
 @pytest.mark.torchscript
-def test_scripted_layers_load_in_a_process_without_the_package(tmp_path):
-    x = torch.randn(2, 4, 3, 9, 8)
-    expected = {}
-    for name, layer in make_layers().items():
-        torch.jit.script(layer.eval()).save(tmp_path / f"{name}.pt")
-        expected[name] = layer(x)[0].detach()
-    torch.save({"x": x, "expected": expected}, tmp_path / "expected.pt")
-    code = """
-import sys, torch
-sys.modules["mingru_hf"] = None  # importing it would raise
-data = torch.load("expected.pt")
-for name, expected in data["expected"].items():
-    out, h = torch.jit.load(f"{name}.pt")(data["x"])
-    torch.testing.assert_close(out.detach(), expected, rtol=1e-5, atol=1e-5)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+def test_scripted_layers_load_in_a_process_without_the_package(scripted_layers_stand_alone):
+    scripted_layers_stand_alone(make_layers(), torch.randn(2, 4, 3, 9, 8))
 
 
 @pytest.mark.parametrize("norm", [False, True])
