@@ -325,17 +325,13 @@ def load_text_stream(
             be read, or the text column cannot be found.
     """
     if train_file is not None:
-        loader = TABLES.get(Path(train_file).suffix.lower())
-        if not Path(train_file).is_file():
-            raise FileNotFoundError(f"train_file={str(train_file)!r} does not exist or is no file. Give its path.")
+        loader = TABLES.get(_check_file(train_file, "train_file"))
         if loader is None:
             raise ValueError(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
                 f"{', '.join(TABLES)}. Leave streaming out, or convert the file."
             )
-        _refuse_empty(train_file, "train_file")
-        options = {"streaming": True, "cache_dir": cache_dir, **_builder_options(loader)}
-        raw = dict(load_files(loader, {"train": [str(train_file)]}, **options))
+        raw = dict(load_files(loader, {"train": [str(train_file)]}, streaming=True, cache_dir=cache_dir))
         if validation_file is not None:
             raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
         source = str(train_file)
@@ -427,7 +423,8 @@ def _load_named(
         files = [file for part in splits.values() for file in part]
         if all(Path(file).is_file() and file.lower().endswith(".txt") for file in files):
             return {str(split): _load_documents(part) for split, part in splits.items()}
-    options |= _builder_options(builder)
+    if builder == "text":
+        options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # which leave a text as it is
     if is_own:
         return load_files(builder, splits, **options)
     with reading(name):
@@ -440,18 +437,8 @@ def _load_documents(files: list[str]) -> Dataset:
     return Dataset.from_dict({"text": texts}, Features(text=Value("string")))
 
 
-def _builder_options(builder: str) -> dict:
-    """Return the options of a builder of `datasets` that leave a text as it is."""
-    return {"sample_by": "document", "encoding": "utf-8-sig"} if builder == "text" else {}
-
-
-def _refuse_empty(file: str | Path, argument: str) -> None:
-    if Path(file).stat().st_size == 0:
-        raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
-
-
-def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
-    """Read one file of text; `argument` is its name in messages."""
+def _check_file(file: str | Path, argument: str) -> str:
+    """Return the suffix of a file of text; `argument` is its name in messages."""
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(
@@ -465,11 +452,17 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
             f"{argument}={str(file)!r} has the suffix {suffix!r}, expected one of "
             f"{', '.join(['.txt', *TABLES])}. Rename or convert the file."
         )
-    _refuse_empty(file, argument)
+    if path.stat().st_size == 0:
+        raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
+    return suffix
+
+
+def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
+    """Read one file of text; `argument` is its name in messages."""
+    suffix = _check_file(file, argument)
     if suffix == ".txt":
-        return Dataset.from_dict({"text": [_read_text(path, argument)]})
-    options = {"cache_dir": cache_dir, **_builder_options(TABLES[suffix])}
-    return load_files(TABLES[suffix], {"train": [str(path)]}, **options)["train"]
+        return Dataset.from_dict({"text": [_read_text(Path(file), argument)]})
+    return load_files(TABLES[suffix], {"train": [str(file)]}, cache_dir=cache_dir)["train"]
 
 
 def _read_text(path: Path, argument: str) -> str:
@@ -508,9 +501,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
             f"{source} has {len(strings)} columns of strings and none named 'text', expected one. Its "
             f"columns are: {listing}. Give text_column_name."
         )
-    dataset = dataset.select_columns([name])
-    if name != "text":
-        dataset = dataset.rename_column(name, "text")
+    dataset = dataset.select_columns([name]).rename_columns({name: "text"})
     with reading(source):
         dataset.data.column("text").validate(full=True)  # of json files `datasets` takes any bytes
     missing = dataset.data.column("text").null_count
