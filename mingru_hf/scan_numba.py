@@ -1001,7 +1001,6 @@ _NEAR_INPUTS, _PREFETCH_INPUTS = 6144, 3072
 _TASK_OUTPUTS = 512
 # From so many weights on, more than one thread gains.
 _SERIAL_WEIGHTS = 1 << 18
-_linear_entries: dict[torch.dtype, _Entry] = {}
 
 
 def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -1035,9 +1034,7 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     weight_address, bias_address = weight.data_ptr(), _data_ptr(bias)
     if not (x.data_ptr() and weight_address and (bias_address or bias is None)):  # sharding may have taken the memory
         return None
-    entry = _linear_entries.get(dtype)
-    if entry is None:
-        entry = _linear_entries[dtype] = _compiled_entry(_LINEAR_VARIANTS[dtype])
+    entry = _compiled_entry(_LINEAR_VARIANTS[dtype])
     threads = torch.get_num_threads() if outputs * inputs >= _SERIAL_WEIGHTS else 1
     tasks = min(max(-(-outputs // _TASK_OUTPUTS), 4 * threads), outputs)
     at_once = -(-inputs // (pieces * _CHUNK)) * _CHUNK
