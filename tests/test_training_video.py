@@ -219,11 +219,12 @@ def test_a_loss_of_clips_is_called_so():
 
 def test_every_option_reaches_the_loader(monkeypatch):
     calls = []
-    monkeypatch.setattr(video_module, "load_video_datasets", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(video_module, "load_video_datasets", lambda **options: calls.append(options))
     options = {"video_column_name": "c", "label_column_name": "d", "validation_split_percentage": 20, "fold": 2}
-    options |= {"ucf101_path": "e", "ucf101_annpath": "f", "cache_dir": "g"}
-    VideoDataArguments(dataset_name="a", dataset_config_name="b", **options).load(seed=3)
-    assert calls == [(("a", "b"), options | {"seed": 3})]
+    options |= {"ucf101_path": "e", "ucf101_annpath": "f", "cache_dir": "g", "dataset_name": "a"}
+    options |= {"dataset_config_name": "b"}
+    VideoDataArguments(**options).load(seed=3)
+    assert calls == [options | {"seed": 3}]
 
 
 def test_a_run_goes_on_with_the_order_of_frames_it_began_with():

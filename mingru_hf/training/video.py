@@ -50,18 +50,9 @@ class VideoDataArguments:
 
     def load(self, seed: int) -> DatasetDict:
         """Load the datasets (`load_video_datasets`); `seed` is for the validation split."""
-        return load_video_datasets(
-            self.dataset_name,
-            self.dataset_config_name,
-            video_column_name=self.video_column_name,
-            label_column_name=self.label_column_name,
-            validation_split_percentage=self.validation_split_percentage,
-            fold=self.fold,
-            ucf101_path=self.ucf101_path,
-            ucf101_annpath=self.ucf101_annpath,
-            seed=seed,
-            cache_dir=self.cache_dir,
-        )
+        source = dataclasses.asdict(self)
+        del source["frame_order"]
+        return load_video_datasets(**source, seed=seed)
 
 
 def split_as_in_training(
