@@ -103,20 +103,15 @@ def check_output_dir(
     elif resume is not None and _is_unfinished(path, arguments or {}):
         return
     _refuse_leftovers(path, OF_OTHER_MODELS)
-    run_files, other_files = (
-        [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
-        for patterns in (RUN_FILES, OTHER_FILES)
-    )
-    if run_files and not overwrite:
-        raise ValueError(
-            f"output_dir {path} holds another run ({', '.join(run_files)}): choose another directory, or add "
-            "--overwrite_output_dir to replace its files"
-        )
-    if other_files and not overwrite:
-        raise ValueError(
-            f"output_dir {path} holds files with names that a run writes ({', '.join(other_files)}): choose another "
-            "directory, or add --overwrite_output_dir to replace them"
-        )
+    if overwrite:
+        return
+    for what, patterns in (("another run", RUN_FILES), ("files with names that a run writes", OTHER_FILES)):
+        names = [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
+        if names:
+            raise ValueError(
+                f"output_dir {path} holds {what} ({', '.join(names)}): choose another directory, or add "
+                "--overwrite_output_dir to replace these files"
+            )
 
 
 def check_tokenizer_files(output_dir: str | Path, part: object) -> None:
