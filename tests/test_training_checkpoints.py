@@ -1165,7 +1165,6 @@ def test_a_checkpoint_that_lists_no_file_is_not_complete(run):
     [
         ({"progress": {"step": 20, "mood": 1, "luck": 2}}, "holds luck, mood in its progress, which this version"),
         ({"run": None, "arguments": []}, "holds no run, arguments: resume from another"),
-        ({"progress": {}}, "holds no progress.step: "),
     ],
 )
 def test_a_state_of_another_version_is_an_error_that_names_the_file(change, message, run):

@@ -910,13 +910,10 @@ def _check_state(state: dict, path: Path) -> None:
     Raises:
         SetupError: if a part is missing, or `progress` holds a field that is not known here.
     """
-    parts = {name: state.get(name) for name in ("run", "arguments", "progress")}
-    missing = [name for name, part in parts.items() if not isinstance(part, dict)]
-    if not missing and "step" not in parts["progress"]:
-        missing = ["progress.step"]
+    missing = [name for name in ("run", "arguments", "progress") if not isinstance(state.get(name), dict)]
     if missing:
         raise SetupError(f"{path} holds no {', '.join(missing)}: resume from another checkpoint")
-    unknown = sorted(parts["progress"].keys() - {f.name for f in dataclasses.fields(Progress)})
+    unknown = sorted(state["progress"].keys() - {f.name for f in dataclasses.fields(Progress)})
     if unknown:
         raise SetupError(
             f"{path} holds {', '.join(unknown)} in its progress, which this version of mingru-hf does not know: "
