@@ -104,6 +104,18 @@ class DataArguments:
     preprocessing_num_workers: int | None = option(None, "processes that tokenize; default: one")
     cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
 
+    def source(self) -> dict:
+        """Return where the text comes from, as the functions that load it take it."""
+        names = (
+            "dataset_name",
+            "dataset_config_name",
+            "train_file",
+            "validation_file",
+            "text_column_name",
+            "cache_dir",
+        )
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(kw_only=True)
 class FoundInText:
@@ -124,15 +136,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
         The training blocks (column `input_ids`), the validation blocks (`labels` too), the tokenizer, the characters
         per token of the validation text, and what else has been found.
     """
-    text = load_text_datasets(
-        dataset_name=data_args.dataset_name,
-        dataset_config_name=data_args.dataset_config_name,
-        train_file=data_args.train_file,
-        validation_file=data_args.validation_file,
-        validation_split_percentage=data_args.validation_split_percentage,
-        text_column_name=data_args.text_column_name,
-        cache_dir=data_args.cache_dir,
-    )
+    text = load_text_datasets(validation_split_percentage=data_args.validation_split_percentage, **data_args.source())
     tokenizer = load_tokenizer(model_args, text["train"]["text"])
     several = any(len(split) > 1 for split in text.values())
     if data_args.packing == "reset" and not (several and tokenizer.eos_token_id is not None):
@@ -162,15 +166,7 @@ def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int)
         raise ValueError(
             "a stream's characters are not known beforehand: give --tokenizer_name bpe or a pretrained one"
         )
-    stream, texts = load_text_stream(
-        dataset_name=data_args.dataset_name,
-        dataset_config_name=data_args.dataset_config_name,
-        train_file=data_args.train_file,
-        validation_file=data_args.validation_file,
-        validation_documents=data_args.validation_documents,
-        text_column_name=data_args.text_column_name,
-        cache_dir=data_args.cache_dir,
-    )
+    stream, texts = load_text_stream(validation_documents=data_args.validation_documents, **data_args.source())
     source = data_args.train_file or data_args.dataset_name
     tokenizer = load_tokenizer(model_args, (row["text"] for row in read_each(stream.take(10_000), source)))
     add_eos = tokenizer.eos_token_id is not None
