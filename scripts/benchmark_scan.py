@@ -374,12 +374,10 @@ def print_rows(rows: list[dict]) -> None:
 
 def draw(rows: list[dict], device: str, path: Path) -> None:
     """Time of forward + backward against T, both axes logarithmic, one line for each backend or peer."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
     labels = {"add": "torch.add: the memory floor", "log": "log (torch-mingru's scan)"}
     for name in dict.fromkeys(row["backend"] for row in rows):
         column = "floor_ms" if name == "add" else "both_ms"
@@ -394,7 +392,6 @@ def draw(rows: list[dict], device: str, path: Path) -> None:
     axes.grid(visible=True, alpha=0.3)
     figure.legend(loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
