@@ -90,7 +90,44 @@ def _layer_sizes(input_size: int, hidden_sizes: int | list[int]) -> list[int]:
     return [int(size) for size in (input_size, *hidden_sizes)]
 
 
-class MinGRUCell(nn.Module):
+class _Cell(nn.Module):
+    """A layer by itself, of either kind."""
+
+    layer_sizes: list[int]
+    pixels: torch.jit.Final[str]  # the axes of x behind its channels
+
+    def __init__(self, input_size: int, hidden_size: int, pixels: str) -> None:
+        super().__init__()
+        self.layer_sizes = _layer_sizes(input_size, [hidden_size])
+        self.num_layers, self.pixels = 1, pixels
+
+    def forward(
+        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run over x (B, T, input_size, *) from h, a list of one (B, 1, hidden_size, *); 0.5 everywhere if None.
+
+        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
+
+        Returns:
+            States (B, T, hidden_size, *) and the last of them as a list of one (B, 1, hidden_size, *).
+
+        Raises:
+            ValueError: if x, h, mask or reset does not fit, or x holds no step.
+        """
+        _check_input(x, self.layer_sizes[0], self.pixels)
+        h = self.init_hidden_state(x) if h is None else h
+        _check_number(h, 1)
+        _check_state(h[0], self.state_shape(x), 0)
+        out, last_state = _scan(self.project(x), h[0], mask, reset)
+        return out, [last_state]
+
+    @torch.jit.export
+    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
+        """The default state g(0) = 0.5 for a batch like x, as a list of one (B, 1, hidden_size, *)."""
+        return [initial_state(x, self.state_shape(x))]
+
+
+class MinGRUCell(_Cell):
     """One MinGRU layer, h_t = (1 - z_t) h_{t-1} + z_t g(v_t) with (k, v) = Linear(x), z = sigmoid(k).
 
     Args:
@@ -108,8 +145,6 @@ class MinGRUCell(nn.Module):
         >>> out, h = cell(torch.randn(2, 1, 3), h)  # continues from there
     """
 
-    layer_sizes: list[int]
-
     def __init__(
         self,
         input_size: int,
@@ -119,40 +154,19 @@ class MinGRUCell(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.layer_sizes = _layer_sizes(input_size, [hidden_size])
-        self.num_layers = 1
+        super().__init__(input_size, hidden_size, pixels="")
         input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size) from h, a list of one (B, 1, hidden_size); 0.5 everywhere if None.
+    def state_shape(self, x: Tensor) -> list[int]:
+        """(B, 1, hidden_size) of the state for x (B, T, input_size)."""
+        return [x.shape[0], 1, self.layer_sizes[1]]
 
-        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
-
-        Returns:
-            States (B, T, hidden_size) and the last of them as a list of one (B, 1, hidden_size).
-
-        Raises:
-            ValueError: if x, h, mask or reset does not fit.
-        """
-        _check_input(x, self.layer_sizes[0], "")
-        h = self.init_hidden_state(x) if h is None else h
-        _check_number(h, 1)
-        _check_state(h[0], [x.shape[0], 1, self.layer_sizes[1]], 0)
+    def project(self, x: Tensor) -> Tensor:
+        """x (B, T, input_size) -> pre-activations (B, T, 2 hidden_size)."""
         if torch.jit.is_scripting():
-            gate_and_candidate = self.to_gate_hidden(x)
-        else:
-            gate_and_candidate = choose_call(x)(self.to_gate_hidden, x)
-        out, last_state = _scan(gate_and_candidate, h[0], mask, reset)
-        return out, [last_state]
-
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for a batch like x, as a list of one (B, 1, hidden_size)."""
-        return [initial_state(x, [x.shape[0], 1, self.layer_sizes[1]])]
+            return self.to_gate_hidden(x)
+        return choose_call(x)(self.to_gate_hidden, x)
 
     def extra_repr(self) -> str:
         return f"{self.layer_sizes[0]}, {self.layer_sizes[1]}"
@@ -331,7 +345,7 @@ def _num_groups(channels: int) -> int:
     return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
 
 
-class MinConv2dGRUCell(nn.Module):
+class MinConv2dGRUCell(_Cell):
     """One convolutional MinGRU layer: the recurrence of `MinGRUCell` at each pixel, (k, v) = Conv2d(x).
 
     Args:
@@ -350,8 +364,6 @@ class MinConv2dGRUCell(nn.Module):
         >>> out, h = cell(torch.randn(2, 1, 3, 32, 32), h)  # continues from there
     """
 
-    layer_sizes: list[int]
-
     def __init__(
         self,
         input_size: int,
@@ -364,40 +376,18 @@ class MinConv2dGRUCell(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.layer_sizes = _layer_sizes(input_size, [hidden_size])
+        super().__init__(input_size, hidden_size, pixels=", H, W")
         self.kernel_size, self.stride, self.padding = geometry = _geometry(kernel_size, stride, padding)
-        self.num_layers = 1
         input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Conv2d(input_size, 2 * hidden_size, *geometry, bias=bias, device=device, dtype=dtype)
 
-    def forward(
-        self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size, H, W) from h, a list of one state; 0.5 everywhere if None.
+    def state_shape(self, x: Tensor) -> list[int]:
+        """(B, 1, hidden_size, H_out, W_out) of the state for frames x (B, T, input_size, H, W)."""
+        return _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
 
-        `mask` (B, T) is False at padding, `reset` (B, T) True at frames that begin anew; both are booleans.
-
-        Returns:
-            States (B, T, hidden_size, H_out, W_out) and the last of them as a list of one
-            (B, 1, hidden_size, H_out, W_out).
-
-        Raises:
-            ValueError: if x, h, mask or reset does not fit, or x holds no frame.
-        """
-        _check_input(x, self.layer_sizes[0], ", H, W")
-        shape = _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
-        h = [initial_state(x, shape)] if h is None else h
-        _check_number(h, 1)
-        _check_state(h[0], shape, 0)
-        gate_and_candidate = self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
-        out, last_state = _scan(gate_and_candidate, h[0], mask, reset)
-        return out, [last_state]
-
-    @torch.jit.export
-    def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for frames like x, as a list of one (B, 1, hidden_size, H_out, W_out)."""
-        return [initial_state(x, _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding))]
+    def project(self, x: Tensor) -> Tensor:
+        """x (B, T, input_size, H, W) -> pre-activations (B, T, 2 hidden_size, H_out, W_out)."""
+        return self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
 
 
 class MinConv2dGRULayer(nn.Module):
