@@ -33,7 +33,7 @@ _FORWARD_MODE_BEGAN_LATER = (
 # What follows takes the arguments of the operators, whose types and order the schemas in `_register` give.
 # The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
 # installed package) finds the operator and uses it.
-_NAMESPACE = "mingru_hf_v3"
+_NAMESPACE = "mingru_hf_v4"
 _OPERATORS = getattr(torch.ops, _NAMESPACE)
 
 
@@ -48,7 +48,7 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
-def _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype):
+def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
     if differentiates_forward():
         raise ValueError(_FORWARD_MODE_BEGAN_LATER)
     if backend == "numba" and mask is None and reset is None:
@@ -69,16 +69,6 @@ def _as_own(states, sizes):
     return torch.ops.aten._unsafe_view(states, (*states.shape[:2], *sizes))
 
 
-def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
-    if differentiates_forward():
-        raise ValueError(_FORWARD_MODE_BEGAN_LATER)
-    if backend == "numba" and mask is None and reset is None:
-        states = numba_step(x, h0, bias, dtype)
-        if states is not None:
-            return states
-    return _scan_and_last_impl(x, bias, h0, mask, reset, backend, dtype)[0]
-
-
 def _backward_impl(grad, grad_last, x, bias, h0, states, mask, reset, backend):
     if differentiates_forward() and any(map(has_tangent, (grad, grad_last, x, bias, h0))):
         raise ValueError(_FORWARD_MODE_BEGAN_LATER)
@@ -89,11 +79,9 @@ def _backward_impl(grad, grad_last, x, bias, h0, states, mask, reset, backend):
 
 
 def _scan_fake(x, bias, h0, mask, reset, backend, dtype):
-    return x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2, *x.shape[3:]), dtype=dtype)
-
-
-def _scan_and_last_fake(x, *rest):
-    return _scan_fake(x, *rest), _scan_fake(x[:, :1], *rest[:-1], accumulation_dtype(x))
+    sizes = x.shape[2] // 2, *x.shape[3:]
+    states = x.new_empty((x.shape[0], x.shape[1], *sizes), dtype=dtype)
+    return states, x.new_empty((x.shape[0], 1, *sizes), dtype=accumulation_dtype(x))
 
 
 def _backward_fake(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, backend):
@@ -106,8 +94,7 @@ def _backward_fake(grad, grad_last, gate_and_candidate, bias, h0, states, mask, 
 
 def _setup_context(ctx, inputs, output):
     gate_and_candidate, bias, h0, mask, reset, backend, _ = inputs
-    states = output if isinstance(output, Tensor) else output[0]
-    ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, states)
+    ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, output[0])
     ctx.backend = backend
     ctx.set_materialize_grads(False)  # the last state's is seldom there
 
@@ -126,7 +113,7 @@ def _backward_through_loop(grad, grad_last, x, bias, h0, mask, reset):
     return grad_x.to(x.dtype), grad_h0.to(wide.dtype)
 
 
-def _autograd_backward(ctx, grad, grad_last=None, backward=None):
+def _autograd_backward(ctx, grad, grad_last, backward=None):
     gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
     backward = _OPERATORS.scan_backward if backward is None else backward
     grad = torch.zeros_like(states) if grad is None else grad
@@ -176,14 +163,14 @@ class _ScanBackward(torch.autograd.Function):
 
 
 class _Scan(torch.autograd.Function):
-    """The operator `scan_and_last` for torch.func's transforms."""
+    """The operator `scan` for torch.func's transforms."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
     def forward(*args):
-        return _OPERATORS.scan_and_last(*args)
+        return _OPERATORS.scan(*args)
 
     @staticmethod
     def backward(ctx, grad, grad_last):
@@ -214,8 +201,6 @@ def _vmap(name, bias_at):
 
     def rule(info, in_dims, *args):
         results = getattr(_OPERATORS, name.partition("::")[2])(*_fold(args, in_dims, info.batch_size, bias_at))
-        if isinstance(results, Tensor):
-            return results.unflatten(0, (info.batch_size, -1)), 0
         return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0, 0)
 
     return rule
@@ -249,10 +234,8 @@ def _register() -> torch.library.Library | None:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
         torch.library.register_vmap(name, _vmap(name, bias_at), lib=library)
 
-    first = _setup_context, _autograd_backward
-    define(f"scan({inputs}, {flags}, ScalarType dtype) -> Tensor", 1, _scan_impl, _scan_fake, *first)
-    schema = f"scan_and_last({inputs}, {flags}, ScalarType dtype) -> (Tensor, Tensor)"
-    define(schema, 1, _scan_and_last_impl, _scan_and_last_fake, *first)
+    schema = f"scan({inputs}, {flags}, ScalarType dtype) -> (Tensor, Tensor)"
+    define(schema, 1, _scan_impl, _scan_fake, _setup_context, _autograd_backward)
     schema = f"scan_backward({grads}, {inputs}, Tensor states, {flags}) -> (Tensor, Tensor)"
     define(schema, 3, _backward_impl, _backward_fake, _setup_second, _second_backward)
     return library
@@ -269,26 +252,22 @@ def run_kernel(
     reset: Tensor | None,
     backend: str,
     dtype: torch.dtype,
-    return_last_state: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Run one of KERNELS.
 
     Args:
-        gate_and_candidate, bias, h0, mask, reset, dtype, return_last_state: as in `mingru_scan`, checked; the bias for
-            "numba" alone.
+        gate_and_candidate, bias, h0, mask, reset, dtype: as in `mingru_scan`, checked; the bias for "numba" alone.
         backend: "torch", "numba" or "triton".
 
     Returns:
-        As `mingru_scan`.
+        The states and the last one, as `mingru_scan` with `return_last_state`.
     """
     inputs = gate_and_candidate, bias, h0, mask, reset, backend, dtype
     if not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
-        # The operator's dispatch would cost as much as a short scan.
-        return (_scan_and_last_impl if return_last_state else _scan_impl)(*inputs)
+        return _scan_impl(*inputs)  # the operator's dispatch would cost as much as a short scan
     if differentiates_in_transform():
-        states, last = _Scan.apply(*inputs)
-        return (states, last) if return_last_state else states
-    return (_OPERATORS.scan_and_last if return_last_state else _OPERATORS.scan)(*inputs)
+        return _Scan.apply(*inputs)
+    return _OPERATORS.scan(*inputs)
 
 
 def _holds_numbers(x: Tensor, h0: Tensor | None) -> bool:
