@@ -622,9 +622,7 @@ class _Run:
                     f"{card} was edited and stays as it is: add --overwrite_output_dir to write it anew with these "
                     f"results, which are in {METRICS_FILE}"
                 )
-        if args.with_tracking:
-            final = {f"final/{name[5:]}": value for name, value in result["final"].items()}
-            accelerator.log(final, step=self.now.step)
+        accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=self.now.step)
         accelerator.wait_for_everyone()
         # A DDP wrapper that outlives its process group hangs.
         self.net, self.optimizer = accelerator.free_memory(self.net, self.optimizer)
@@ -704,7 +702,7 @@ def evaluate(
     loader = DataLoader(
         Subset(_as_tensors(dataset), share),
         batch_size=batch_size,
-        collate_fn=collate_fn or default_collate,
+        collate_fn=collate_fn,
         num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),
@@ -871,10 +869,9 @@ def _make_batches(
     dataset: Dataset, args: TrainArguments, accelerator: Accelerator, collate_fn: Callable | None, first_batch: int
 ) -> Iterator[dict]:
     """Make this process's endless batches of the training set, from `first_batch` on, counted over all processes."""
-    collate_fn = collate_fn or default_collate
     numbers = (args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes, first_batch)
     if isinstance(dataset, IterableDataset):
-        return map(collate_fn, _batches_of_stream(dataset, *numbers))
+        return map(collate_fn or default_collate, _batches_of_stream(dataset, *numbers))
     loader = DataLoader(
         dataset,
         batch_sampler=BatchStream(len(dataset), args.seed, *numbers, getattr(dataset, "draws_anew", False)),
