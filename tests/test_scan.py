@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scan_errors import error_over_largest, relative_error
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -50,15 +51,6 @@ def scan_and_last(*args, **kwargs):
     """States plus twice the last one: a function of both results."""
     states, last = mingru_scan(*args, return_last_state=True, **kwargs)
     return states + 2 * last
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
-
-
-def error_over_largest(actual, expected):
-    largest = expected.abs().max().clamp(min=1e-30)  # all zero where every row has a reset that cuts h0 off
-    return ((actual.double() - expected).abs().max() / largest).item()
 
 
 @pytest.mark.parametrize("flags", ["", "mask", "reset", "mask reset"])

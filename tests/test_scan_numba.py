@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scan_errors import error_over_largest, relative_error
 
 from mingru_hf import scan_numba
 from mingru_hf.scan_reference import scan_reference
@@ -61,15 +62,6 @@ def run_reference(x, h0, mask, reset, weight):
     h0 = h0.detach().requires_grad_()
     states = scan_reference(x, h0, mask, reset)
     return states.detach(), *torch.autograd.grad((states * weight).sum(), (x, h0))
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
-
-
-def error_over_largest(actual, expected):
-    largest = expected.abs().max().clamp(min=1e-30)  # all zero where every row has a reset that cuts h0 off
-    return ((actual.double() - expected).abs().max() / largest).item()
 
 
 def assert_equals_reference(x, h0, mask, reset, dtype, weight=None):

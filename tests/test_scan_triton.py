@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scan_errors import error_over_largest, relative_error
 from torch._subclasses import FakeTensorMode
 from triton_interpreter import combine_rows_at_once
 
@@ -111,14 +112,6 @@ def run(x, h0, mask, reset, weight, dtype=None):
     states, last = triton_forward(x, h0, mask, reset, x.dtype if dtype is None else dtype)
     grads = weight.to(states.dtype), torch.ones_like(last[..., :1]).expand_as(last)
     return states, last, *triton_backward(*grads, x, h0, states, mask, reset)
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
-
-
-def error_over_largest(actual, expected):
-    return ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 # --- What runs under the interpreter.
