@@ -11,7 +11,14 @@ from torch import Tensor
 
 try:
     from torch._C import _len_torch_function_stack
-    from torch._C._functorch import TransformType, get_interpreter_stack, maybe_current_level
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import (
+        TransformType,
+        get_interpreter_stack,
+        is_functorch_wrapped_tensor,
+        is_legacy_batchedtensor,
+        maybe_current_level,
+    )
     from torch.autograd import forward_ad
     from torch.nn.modules.module import (
         _global_backward_hooks,
@@ -81,6 +88,19 @@ def is_observed() -> bool:
     )
 
 
+def is_profiled() -> bool:
+    """Whether torch's profiler is at work, which knows operators by their names."""
+    return not _KNOWN or _profiler_enabled()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor is a batch of vmap, or of `torch.autograd.grad(..., is_grads_batched=True)`.
+
+    For backward passes, which do not know of the transforms that they run in.
+    """
+    return not _KNOWN or is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
+
+
 def has_tangent(tensor: Tensor | None) -> bool:
     """Whether a tensor has a tangent, within forward mode; torch.func's do not show within an operator."""
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
@@ -108,8 +128,10 @@ __all__ = [
     "has_global_hooks",
     "has_tangent",
     "in_transform",
+    "is_batched",
     "is_exporting",
     "is_observed",
+    "is_profiled",
     "kernels_miss_derivative",
     "without_modes",
 ]

@@ -147,7 +147,7 @@ def mingru_scan(
         # A copy: a slice would keep all the states in memory, and writing to it would change them.
         states, last = wide.to(out_dtype), wide[:, -1:].clone() if return_last_state else None
     else:
-        states, last = run_kernel(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype)
+        states, last = run_kernel(gate_and_candidate, bias, h0, mask, reset, backend, out_dtype, return_last_state)
     return (states, last) if return_last_state else states
 
 

@@ -10,9 +10,16 @@ import functools
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .observers import differentiates_forward, differentiates_in_transform, has_tangent, is_observed
+from .observers import (
+    differentiates_forward,
+    differentiates_in_transform,
+    has_tangent,
+    is_batched,
+    is_observed,
+    is_profiled,
+)
 from .scan_numba import numba_backward, numba_forward, numba_step
 from .scan_reference import accumulation_dtype, add_bias, initial_state, reference_states
 from .scan_torch import torch_backward, torch_forward
@@ -48,12 +55,14 @@ def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
 
 
-def _scan_impl(x, bias, h0, mask, reset, backend, dtype):
+def _scan_impl(x, bias, h0, mask, reset, backend, dtype, with_last=True):
     if differentiates_forward():
         raise ValueError(_FORWARD_MODE_BEGAN_LATER)
     if backend == "numba" and mask is None and reset is None:
-        state = numba_step(x, h0, bias, accumulation_dtype(x))
+        state = numba_step(x, h0, bias, accumulation_dtype(x) if with_last else dtype)
         if state is not None:
+            if not with_last:
+                return state, None
             return state.clone() if state.dtype == dtype else state.to(dtype), state
     forward, _ = KERNELS[backend]
     more = _bias_argument(bias, x)
@@ -177,6 +186,23 @@ class _Scan(torch.autograd.Function):
         return _autograd_backward(ctx, grad, grad_last, _ScanBackward.apply)
 
 
+class _PlainScan(torch.autograd.Function):
+    """The kernels without the operator around them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _scan_impl(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, grad_last):
+        # Gradients are enabled where these are to be differentiated again.
+        seen = torch.is_grad_enabled() or is_observed() or is_profiled()
+        plain = not seen and all(g is None or (_holds_numbers(g) and not is_batched(g)) for g in (grad, grad_last))
+        return _autograd_backward(ctx, grad, grad_last, _backward_impl if plain else None)
+
+
 def _fold(args, in_dims, size, bias_at):
     """The arguments of the operator, or of its gradient, under vmap: the axis mapped over becomes rows of the batch.
 
@@ -252,27 +278,31 @@ def run_kernel(
     reset: Tensor | None,
     backend: str,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+    with_last: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Run one of KERNELS.
 
     Args:
         gate_and_candidate, bias, h0, mask, reset, dtype: as in `mingru_scan`, checked; the bias for "numba" alone.
         backend: "torch", "numba" or "triton".
+        with_last: whether the last state is wanted.
 
     Returns:
-        The states and the last one, as `mingru_scan` with `return_last_state`.
+        The states and the last one, as `mingru_scan` with `return_last_state`; None or any tensor if not wanted.
     """
     inputs = gate_and_candidate, bias, h0, mask, reset, backend, dtype
-    if not torch.is_grad_enabled() and not is_observed() and _holds_numbers(gate_and_candidate, h0):
-        return _scan_impl(*inputs)  # the operator's dispatch would cost as much as a short scan
+    seen = is_observed() or is_profiled()
+    if not seen and _holds_numbers(gate_and_candidate) and (h0 is None or _holds_numbers(h0)):
+        # The operator's dispatch would cost as much as a short scan.
+        return _PlainScan.apply(*inputs) if torch.is_grad_enabled() else _scan_impl(*inputs, with_last)
     if differentiates_in_transform():
         return _Scan.apply(*inputs)
     return _OPERATORS.scan(*inputs)
 
 
-def _holds_numbers(x: Tensor, h0: Tensor | None) -> bool:
-    """Whether these are plain tensors with data: no subclass, not meta, no lazy negation (`Tensor.is_neg`)."""
-    return type(x) is Tensor and not (x.is_meta or x.is_neg() or (h0 is not None and h0.is_neg()))
+def _holds_numbers(t: Tensor) -> bool:
+    """Whether this is a plain tensor with data: no subclass, not meta, no lazy negation (`Tensor.is_neg`)."""
+    return type(t) in (Tensor, nn.Parameter) and not (t.is_meta or t.is_neg())
 
 
 __all__ = ["KERNELS", "run_kernel"]

@@ -878,6 +878,23 @@ def test_compilers_are_told_what_comes_out(change, backend):
     torch.library.opcheck(operators.scan.default, inputs, test_utils="test_faketensor")
 
 
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
+def test_the_profiler_names_the_scan_and_the_numbers_stay(backend):
+    x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        states = mingru_scan(leaf, h0, mask, reset, backend=backend)
+        return states, torch.autograd.grad(states.sum(), leaf)[0]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        watched = run()
+    names = {event.key for event in recorded.key_averages()}
+    assert {"mingru_hf_v4::scan", "mingru_hf_v4::scan_backward"} <= names
+    for actual, expected in zip(run(), watched, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.fixture
 def compiler():
     """Torch's, without what it remembers of the functions that other tests compiled."""
