@@ -21,9 +21,10 @@ from .scan_reference import INITIAL_STATE, accumulation_dtype, first_state
 _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_BLOCK_ELEMENTS = 1 << 22
 # Rows (B x N) of at most _SMALL_ROW elements are cut into about sqrt(T) chunks of time that run side by side; for
-# longer rows the second look at every step costs more than it saves. Chunks x row stays within _CHUNKED_ROW.
-_SMALL_ROW = 512
-_CHUNKED_ROW = 1 << 14
+# longer rows the second look at every step costs more than it saves. Chunks x row stays within _CHUNKED_ROW. On a
+# device a launch takes as long as some 100,000 elements, and few launches are all that counts.
+_SMALL_ROW, _CHUNKED_ROW = 1 << 9, 1 << 14
+_DEVICE_SMALL_ROW, _DEVICE_CHUNKED_ROW = 1 << 17, 1 << 22
 _MIN_CHUNKS = 4
 # A channel has a long memory where its z is below that on average of some steps: 16 are looked at, up to 17 steps
 # apart (an odd number: inputs may have a period).
@@ -50,10 +51,12 @@ class _Layout:
         return None if flags is None else self.time_first(flags.unsqueeze(-1))
 
 
-def _layouts(batch: int, steps: int, channels: int) -> list[_Layout]:
-    """All of the time, or the longest part that divides into chunks, and the rest."""
+def _layouts(states: Tensor) -> list[_Layout]:
+    """All of the time of (B, T, N), or the longest part that divides into chunks, and the rest."""
+    batch, steps, channels = states.shape
+    small, chunked = (_SMALL_ROW, _CHUNKED_ROW) if states.is_cpu else (_DEVICE_SMALL_ROW, _DEVICE_CHUNKED_ROW)
     row = batch * channels
-    chunks = min(_CHUNKED_ROW // row, math.isqrt(steps)) if row <= _SMALL_ROW else 1
+    chunks = min(chunked // row, math.isqrt(steps)) if row <= small else 1
     if chunks < _MIN_CHUNKS:
         return [_Layout(0, steps, 1)]
     length = steps // chunks
@@ -246,11 +249,11 @@ def torch_forward(
     x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """x (B, T, 2N), h0 (B, 1, N) or None -> states (B, T, N) in `dtype`, the last one (B, 1, N) unrounded."""
-    batch, steps, channels = x.shape[0], x.shape[1], x.shape[2] // 2
+    channels = x.shape[2] // 2
     h = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
-    layouts = _layouts(batch, steps, channels)
+    layouts = _layouts(x[..., :channels])
     # Chunks come back to their states, which must not be rounded until then.
-    states = x.new_empty((batch, steps, channels), dtype=accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
+    states = x.new_empty((*x.shape[:2], channels), dtype=accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
     for layout in layouts:
         inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
         out = layout.time_first(states)
@@ -277,7 +280,7 @@ def torch_backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     first = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
     inflow = torch.zeros_like(first) if grad_last is None else grad_last.squeeze(1).to(first.dtype)
-    for layout in reversed(_layouts(*states.shape)):
+    for layout in reversed(_layouts(states)):
         inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
         grad_piece, states_piece = layout.time_first(grad), layout.time_first(states)
         before = first if layout.start == 0 else states[:, layout.start - 1].to(first.dtype)

@@ -12,6 +12,7 @@ import torch
 from scan_errors import error_over_largest, relative_error
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mingru_hf.scan
 from mingru_hf.scan import mingru_scan, mingru_step
@@ -574,6 +575,26 @@ def test_the_torch_scan_looks_at_no_number_off_the_cpu(shape):
     grad_x, grad_h0 = torch_backward(states, last, x, None, states, flags, flags)
     assert (states.shape, grad_x.shape) == ((*shape[:2], shape[2] // 2), shape)
     assert last.shape == grad_h0.shape == (shape[0], 1, shape[2] // 2)
+
+
+def test_the_torch_scan_launches_little_off_the_cpu():
+    """A launch takes as long as many numbers."""
+
+    class Count(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.total += 1
+            return function(*args, **(kwargs or {}))
+
+    for shape in ((1, 4096, 2 * 768), (8, 1024, 2 * 512)):
+        x = torch.empty(shape, device="meta")
+        with Count() as count:
+            states, _ = torch_forward(x, None, None, None, torch.float32)
+        assert count.total < shape[1] / 4
+        with Count() as count:
+            torch_backward(states, None, x, None, states, None, None)
+        assert count.total < shape[1] / 4
 
 
 @torch.no_grad()
