@@ -825,6 +825,19 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self):
         return None  # there are no heads: the layers make their tensors themselves
 
+    def get_compiled_call(self, compile_config):
+        """As in PreTrainedModel, but not for the call in which the layers of a static cache make their tensors.
+
+        Within a CUDA graph they would lie in its memory, which the next graph overwrites.
+        """
+        compiled = super().get_compiled_call(compile_config)
+
+        def call(*args, cache=None, **kwargs):
+            is_new = cache is not None and not all(layer.is_initialized for layer in cache.layers)
+            return (self if is_new else compiled)(*args, cache=cache, **kwargs)
+
+        return call
+
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @restores_cache

@@ -8,7 +8,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._guards import TracingContext
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 
 import mingru_hf.cache_mingru
@@ -158,6 +158,25 @@ def test_a_static_cache_stays_in_its_place(model, input_ids):
     written, static = static_inputs(model, cache, input_ids[:, :1])
     assert len(written) == len(places) + len(cache.layers)
     assert set(written) <= set(static)
+
+
+@pytest.mark.parametrize("chunk", [None, 3, 20])
+def test_generation_compiles_only_calls_that_find_a_static_caches_tensors(model, input_ids, chunk):
+    """What the first call makes within a CUDA graph is overwritten by the next graph."""
+    made_within = []
+
+    def look(graph, inputs):
+        made_within.append(not any("states" in node.name for node in graph.graph.find_nodes(op="placeholder")))
+        return graph
+
+    settings = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static", "prefill_chunk_size": chunk}
+    expected = model.generate(input_ids, disable_compile=True, **settings)
+    compiling = CompileConfig(backend=look, mode=None, dynamic=True)
+    compiling._compile_all_devices = True
+    assert torch.equal(model.generate(input_ids, compile_config=compiling, **settings), expected)
+    torch._dynamo.reset()
+    assert made_within
+    assert not any(made_within)
 
 
 @pytest.mark.parametrize("rows", [[False, True, False], [True, False, True], [True, True, True]])

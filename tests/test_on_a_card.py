@@ -16,7 +16,12 @@ from mingru_hf import (
 )
 
 DEVICE = "cuda"
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
+    # The compiler's advice for cards from the A100 on.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+]
 
 # Sums of some hundred numbers in float32, in another order.
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
