@@ -81,6 +81,22 @@ def _autocast_device(tensor: Tensor) -> str:
     return "cpu" if tensor.is_meta else tensor.device.type
 
 
+def _cross_entropies(logits: Tensor, index: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropies (n, 1) of the targets (n, 1), and their gradients (n, V), in float32; `logits` may change."""
+    if logits.is_cpu:
+        p = logits.float()
+        chosen = p.gather(1, index)
+        top = p.amax(1, keepdim=True)
+        total = p.sub_(top).exp_().sum(1, keepdim=True)
+        losses = total.log() + top - chosen
+        p = p.div_(total) if with_gradients else None
+    else:  # where passes over memory take the time, and exponentials none
+        p = logits.log_softmax(1, dtype=torch.float32)
+        losses = -p.gather(1, index)
+        p = p.exp_() if with_gradients else None
+    return losses, None if p is None else p.scatter_add_(1, index, p.new_full((), -1.0).expand(p.shape[0], 1))
+
+
 class _HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies, and its gradients with respect to rows, weight and bias."""
 
@@ -101,15 +117,11 @@ class _HeadLoss(torch.autograd.Function):
         with torch.autocast(_autocast_device(rows), enabled=False):
             for start in range(0, rows.shape[0], size):
                 piece = slice(start, start + size)
-                p = linear(x[piece], w, b).float()  # (n, V) logits, which become probabilities in place
-                chosen = p.gather(1, index[piece])
-                top = p.amax(1, keepdim=True)
-                p.sub_(top).exp_()
-                total = p.sum(1, keepdim=True)
-                loss += ((total.log() + top - chosen) * counts[piece]).sum()
-                if not (need_rows or need_weight or need_bias):
+                with_gradients = need_rows or need_weight or need_bias
+                losses, p = _cross_entropies(linear(x[piece], w, b), index[piece], with_gradients)
+                loss += (losses * counts[piece]).sum()
+                if p is None:
                     continue
-                p.div_(total).scatter_add_(1, index[piece], p.new_full((), -1.0).expand(p.shape[0], 1))
                 p.mul_(counts[piece])  # now the gradients of the logits
                 if need_bias:
                     bias_grad += p.sum(0)

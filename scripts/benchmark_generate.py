@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 import torch
 from benchmark_lm import LogScanLM
-from benchmarking import HelpFormatter, at_least_one, device_name, interleave, machine, process_megabytes
+from benchmarking import HelpFormatter, at_least_one, device_name, interleave, is_cuda, machine, process_megabytes
 from torch import Tensor, nn
 from transformers import (
     ContinuousBatchingConfig,
@@ -413,9 +413,13 @@ def print_speed(args: argparse.Namespace) -> None:
     gpt2 = GPT2LMHeadModel(gpt2_config).eval().to(device)
     mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval().to(device)
     products = Products(size, depth).to(device)
+    graphs = {"triton.cudagraphs": is_cuda(device)}  # as generate() compiles it there
     compiled, unguarded = (
         torch.compile(MinGRUForCausalLM(config).eval().to(device), fullgraph=True, dynamic=False, options=options)
-        for options in (None, {"guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": True})
+        for options in (
+            graphs,
+            {**graphs, "guard_filter_fn": lambda guards: [False] * len(guards), "cpp_wrapper": True},
+        )
     )
     print(f"{machine(device)}; {depth} layers, {size} wide, float32")
 
