@@ -73,6 +73,20 @@ CASES = {
         # States that remember across 42 chunks: what their summaries hold counts.
         (2000, 2, torch.float32, "h0 slow", 48),
     ]
+} | {
+    # What few programs and short sequences take: no chunks.
+    f"narrow T={steps} D={channels} {str(dtype)[6:]} {flags}".strip(): (
+        (2, steps, channels),
+        dtype,
+        flags,
+        (16, block_n, steps),
+    )
+    for steps, channels, dtype, flags, block_n in [
+        (16, 9, torch.float32, "", 8),
+        (63, 65, torch.float32, "h0 mask reset", 8),
+        (63, 65, torch.bfloat16, "h0 mask reset", 16),
+        (511, 17, torch.float32, "h0 slow", 16),
+    ]
 }
 CHECKS = [
     "strides",
@@ -283,23 +297,26 @@ def test_behaviour(battery, name, chunk):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
-    ("dtype", "accumulate", "flags", "channels"),
+    ("dtype", "accumulate", "flags", "shape"),
     [
-        ("fp32", "fp32", True, 512),
-        ("bf16", "fp32", False, 512),
-        ("bf16", "fp32", True, 37),
-        ("fp16", "fp32", True, 1),
-        ("fp64", "fp64", True, 64),
+        ("fp32", "fp32", True, (8, 1024, 512)),
+        ("bf16", "fp32", False, (8, 1024, 512)),
+        ("bf16", "fp32", True, (8, 1024, 37)),
+        ("fp16", "fp32", True, (8, 1024, 1)),
+        ("fp64", "fp64", True, (8, 1024, 64)),
+        ("fp32", "fp32", True, (16, 256, 384)),  # narrow tiles, and the narrowest
+        ("bf16", "fp32", False, (2, 256, 384)),
     ],
 )
-def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, channels, tmp_path, monkeypatch):
+def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, shape, tmp_path, monkeypatch):
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    block_t, block_n, _ = scan_triton._plan(8, 1024, channels, 132, getattr(torch, f"float{accumulate[2:]}"))
+    block_t, block_n, _ = scan_triton._plan(*shape, 132, getattr(torch, f"float{accumulate[2:]}"))
+    channels = shape[-1]
     pointers = dict.fromkeys(("x", "states", "grad", "grad_x"), f"*{dtype}")
     wide = "h0", "last", "start", "boundaries", "decays", "lesses", "drives", "grad_last", "grad_h0"
     pointers |= dict.fromkeys(wide, f"*{accumulate}")
@@ -342,6 +359,14 @@ def test_plan_fills_the_card_and_no_more():
     assert scan_triton._plan(1, 256, 64, 132, torch.float32)[2] == 256  # too short to cut
     assert scan_triton._plan(2, 521, 64, 132, torch.float32)[2] < 521  # what the first use tries, see scan._trial
     assert scan_triton._plan(16, 1, 384, 132, torch.float32) == (1, 64, 1)  # decoding: no rows of padding
+    # Few programs, and time is not cut: narrow tiles, the narrowest where the card can run all of them at a time.
+    assert scan_triton._plan(16, 256, 384, 132, torch.float32) == (16, 16, 256)
+    assert scan_triton._plan(2, 256, 768, 132, torch.float32) == (16, 8, 256)
+    assert scan_triton._plan(2, 20, 64, 132, torch.float32) == (16, 8, 20)  # the first use tries these, too
+    assert scan_triton._plan(1, 256, 3, 132, torch.float32) == (64, 4, 256)  # narrower still
+    assert scan_triton._plan(22, 256, 768, 132, torch.float32) == (8, 64, 256)  # 264 programs are enough
+    assert scan_triton._plan(16, 15, 384, 132, torch.float32) == (8, 64, 15)  # less than a tile
+    assert scan_triton._plan(16, 256, 384, 132, torch.float64) == (8, 16, 256)  # narrow as it is
     for shape in [(8, 1024, 512), (1, 65536, 64), (2, 100_000, 257), (1, 1_000_000, 1)]:
         for accumulate in (torch.float32, torch.float64):
             batch, steps, channels = shape
@@ -483,7 +508,17 @@ def test_reason_on_a_cpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("flags", ["", "h0 mask reset", "slow"])
 @pytest.mark.parametrize(
-    "shape", [(8, 1024, 512), (1, 16384, 64), (128, 256, 2048), (3, 1000, 257), (2, 63, 1), (16, 1, 384)]
+    "shape",
+    [
+        (8, 1024, 512),
+        (1, 16384, 64),
+        (128, 256, 2048),
+        (3, 1000, 257),
+        (2, 63, 1),
+        (16, 1, 384),
+        (16, 256, 384),
+        (2, 63, 65),
+    ],
 )
 def test_on_a_card(shape, flags, dtype):
     x, h0, mask, reset = make_inputs(*shape, flags, device="cuda")
