@@ -59,11 +59,11 @@ except Exception as error:  # a broken installation fails in many ways, and none
 _AVAILABLE = _import_problem is None
 
 # A tile of (steps, channels) is 512 elements, 8 by 64 where there are as many channels: each thread of the one warp
-# has two neighbouring channels and all steps of the tile, so that composing the maps needs no other thread.
+# has two neighbouring channels and all steps of the tile, so that composing the maps needs no other thread. AMD's
+# accelerators have 64 threads where NVIDIA's have 32.
 _TILE_ELEMENTS = 512
-_MAX_BLOCK_N = 64
 _MAX_BLOCK_T = 64
-_MIN_BLOCK_T = 8
+_MAX_BLOCK_N, _MIN_BLOCK_T = (128, 4) if torch.version.hip else (64, 8)
 # Where there are few programs and too little time to cut, what counts is how long one program takes for a step. Tiles
 # of fewer channels have fewer instructions a step, though more of them in all, so they are not for a busy card: below
 # two programs of wide tiles to a multiprocessor they are 1.3 to 4 times as fast in a simulation. The narrowest, which
