@@ -330,7 +330,7 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
 
     Args:
         model: a MinGRUForCausalLM.
-        generation_config: how to generate; no beams.
+        generation_config: how to generate; no beams. Where it names no eos_token_id, the model's ends a request.
         continuous_batching_config: see above.
         workload_hints: from generate_batch(), which requests are to come.
 
@@ -344,9 +344,12 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
             if getattr(generation_config, name, None) not in (None, off):
                 raise ValueError(f"A continuous batch has no {name}: leave it out, or call generate().")
         endless = workload_hints is not None and workload_hints.max_generated_length == 0
-        if endless and generation_config.eos_token_id is None and model.config.eos_token_id is None:
+        owners = (generation_config, model.generation_config, model.config)
+        ends = next((owner.eos_token_id for owner in owners if owner.eos_token_id is not None), None)
+        if endless and ends is None:
             raise ValueError("There is no eos_token_id, so nothing would end this: give max_new_tokens.")
         self.model, self.generation_config = model.eval(), copy.deepcopy(generation_config)
+        self.generation_config.eos_token_id = ends  # here, since add_request() looks no further
         model._prepare_special_tokens(self.generation_config, True, _input_device(model))  # some processors read them
         if continuous_batching_config is None:
             continuous_batching_config = ContinuousBatchingConfig()

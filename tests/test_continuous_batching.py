@@ -404,15 +404,20 @@ def test_what_a_batch_cannot_do_is_refused(model):
     assert model.generate_batch([]) == {}
 
 
-@pytest.mark.parametrize("owner", ["options", "model"])
+@pytest.mark.parametrize("owner", ["options", "generation_config", "config"])
 def test_a_token_that_ends_is_enough(model, owner):
     ends = list(range(40))  # whatever comes
-    if owner == "model":
-        model.config.eos_token_id = ends
+    if owner != "options":
+        getattr(model, owner).eos_token_id = ends
     config = greedy(eos_token_id=ends if owner == "options" else None)
     before = dict(vars(config))
     (result,) = model.generate_batch([[1, 2]], config).values()
     assert len(result.generated_tokens) == 1
+    with model.continuous_batching_context_manager(config) as manager:
+        manager.add_request([1, 2], max_new_tokens=4)
+        manager.add_request([1, 2], max_new_tokens=4, eos_token_id=-1)  # nothing ends this one early
+        results = results_of(manager, 2).values()
+    assert sorted(len(result.generated_tokens) for result in results) == [1, 4]
     assert vars(config) == before
 
 
