@@ -62,6 +62,14 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """(B, W, E) newest window of the convolution, None before the first step or without a convolution."""
         return None if self.windows is None else self.windows[:, -1]
 
+    def starting_state(self) -> Tensor | None:
+        """As `state`, for a step that may save it for its backward pass."""
+        state = self.state
+        if state is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return state
+        # A static one is written to before the backward pass, and autograd saves none that inference_mode() has made.
+        return state.clone() if self.is_compileable or state.is_inference() else state
+
     @property
     def batch_size(self) -> int:
         """Rows held; -1 before the first step."""

@@ -312,7 +312,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         else:
             layer = cache.layers[self.layer_idx]
             num_recorded = layer.num_to_record(num_recorded, steps)
-            state, window = layer.state, layer.window
+            state, window = layer.starting_state(), layer.window
             if state is not None and (window is None) != (modules["conv"] is None):
                 raise ValueError("cache belongs to another model: only one of the two has a convolution.")
         if modules["conv"] is not None:

@@ -124,6 +124,20 @@ def test_rows_can_be_reordered_repeated_and_selected(model, input_ids):
         torch.testing.assert_close(logits, next_logits(model, torch.cat([expected, following], dim=1)), **CLOSE)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("make", "fill"), [(MAKERS[0], torch.inference_mode), (MAKERS[1], torch.no_grad)])
+@torch.enable_grad()
+def test_a_cache_filled_without_gradients_goes_on_with_them(model, input_ids, make, fill, steps):
+    gradients = []
+    for cache_class, without_gradients in ((make, fill), (DynamicCache, torch.no_grad)):
+        cache = cache_class(config=model.config)
+        with without_gradients():
+            model(input_ids[:, :4], cache=cache)
+        logits = model(input_ids[:, 4 : 4 + steps], cache=cache).logits
+        gradients.append(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
 def static_inputs(model, cache, ids):
     """Which inputs of a compiled step it writes to, and which of these inductor may leave where they are."""
     written, static = [], []
