@@ -259,7 +259,8 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
         fields, copies = snapshot
         super().restore(fields)
         for tensor, copy in copies:
-            tensor.copy_(copy)
+            if torch.is_inference_mode_enabled() or not tensor.is_inference():  # else no step could write to it either
+                tensor.copy_(copy)
 
     def _settle(self, states: Tensor, windows: Tensor | None) -> None:
         """Take tensors which stay where they are from now on, and count in one."""

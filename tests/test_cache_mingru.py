@@ -422,6 +422,18 @@ def test_a_call_that_fails_behind_the_blocks_leaves_the_cache_as_it_was(model, i
     torch.testing.assert_close(model(input_ids[:, seen:], cache=cache).logits, expected[:, seen:])
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_an_error_outside_inference_mode_is_told_of_a_cache_made_in_it(model, input_ids, make):
+    cache = make(config=model.config)
+    with torch.inference_mode():
+        model(input_ids[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="Token ids must lie between 0 and 39, got 40 to 40"):
+        model(torch.full((3, 1), 40), cache=cache)
+    with torch.inference_mode():
+        logits = model(input_ids[:, 5:6], cache=cache).logits[:, -1]
+        torch.testing.assert_close(logits, next_logits(model, input_ids[:, :6]), **CLOSE)
+
+
 def test_a_cache_that_does_not_fit_one_block_is_refused_as_it_was(input_ids):
     config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()
