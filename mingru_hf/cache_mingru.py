@@ -272,6 +272,7 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
                     torch._dynamo.mark_static_address(tensor)
 
     def _forget_past(self) -> None:
+        self.detach_()
         super()._forget_past()
         if self.states is not None:
             self._settle(self.states, self.windows)

@@ -371,6 +371,17 @@ def test_recording_that_ends_leaves_the_newest_state(model, input_ids):
         assert torch.equal(cache.layers[0].state, newest)
 
 
+@torch.enable_grad()
+def test_a_static_cache_keeps_no_graph_after_recording(model, input_ids):
+    cache = StaticCache(config=model.config, max_cache_len=1)
+    cache.activate_past_recording()
+    model(input_ids, cache=cache)
+    for layer in cache.layers:
+        layer.record_past = False
+    assert not any(tensor.requires_grad for tensor in tensors_of(cache))
+    copy.deepcopy(cache)  # which a graph would forbid
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("seen", [0, 5])
 @pytest.mark.parametrize("kind", ["dynamic", "recording", "static", "static recording"])
