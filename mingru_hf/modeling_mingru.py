@@ -399,7 +399,8 @@ def _may_look(flags: Tensor) -> bool:
 def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None:
     """Raise a ValueError unless there is one number per token (B, T), or per token of one row for all (1, T)."""
     if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != steps:
-        raise ValueError(f"{name} must have shape ({batch}, {steps}) or (1, {steps}), got {list(numbers.shape)}.")
+        or_one_row = f" or (1, {steps})" if batch > 1 else ""
+        raise ValueError(f"{name} must have shape ({batch}, {steps}){or_one_row}, got {tuple(numbers.shape)}.")
 
 
 def _packed_starts(
@@ -801,7 +802,16 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         return attention_mask[:, -steps:]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in GenerationMixin; an assistant keeps as many states as it may have to take drafted tokens back."""
+        """As in GenerationMixin; an assistant keeps as many states as it may have to take drafted tokens back.
+
+        Raises:
+            ValueError: if inputs_embeds are to be read in chunks: GenerationMixin would cut the ids, and not these.
+        """
+        if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "prefill_chunk_size cuts input_ids into chunks, and cannot cut inputs_embeds: leave it out, or give "
+                "input_ids alone."
+            )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache, drafts = model_kwargs.get("cache"), generation_config.max_new_tokens
         if cache is not None:

@@ -497,6 +497,10 @@ def test_prefill_in_chunks(model, input_ids, chunk):
     expected = model.generate(input_ids, max_new_tokens=8, repetition_penalty=1.3)
     actual = model.generate(input_ids, max_new_tokens=8, repetition_penalty=1.3, prefill_chunk_size=chunk)
     assert torch.equal(actual, expected)
+    embeds = model.get_input_embeddings()(input_ids)
+    for ids in ({}, {"input_ids": input_ids}):
+        with pytest.raises(ValueError, match="prefill_chunk_size cuts input_ids into chunks, and cannot cut"):
+            model.generate(**ids, inputs_embeds=embeds, max_new_tokens=8, prefill_chunk_size=chunk)
 
 
 def test_prompt_lookup_gives_the_greedy_tokens(model, input_ids):
@@ -948,6 +952,10 @@ def test_the_papers_block_written_by_hand(input_ids):
         (
             {"input_ids": torch.ones(2, 5, dtype=torch.long), "position_ids": torch.arange(4)[None]},
             "position_ids must",
+        ),
+        (
+            {"input_ids": torch.ones(1, 5, dtype=torch.long), "position_ids": torch.arange(4)[None]},
+            r"position_ids must have shape \(1, 5\), got \(1, 4\)",
         ),
     ],
 )
