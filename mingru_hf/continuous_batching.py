@@ -58,6 +58,10 @@ _NOT_IN_A_BATCH = {
 class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
     """All of generate()'s processors, in their order; those that read the tokens so far are called row by row."""
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._ids: dict[FutureRequestState, Tensor] = {}  # of the last step's rows: no step reads all tokens anew
+
     def _validate_processors(self, drop_unsupported: bool) -> None:
         """Keep them all: transformers' batches hold the last tokens alone, and have to drop some."""
 
@@ -73,12 +77,18 @@ class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
                 last = [(state.generated_tokens or state.initial_tokens)[-1] for state in states]
                 scores = processor(torch.tensor(last, device=scores.device), scores)
             else:
-                if ids is None:  # of all rows in one copy to the device
-                    tokens = [state.initial_tokens + state.generated_tokens for state in states]
-                    ids = torch.tensor([*itertools.chain.from_iterable(tokens)], device=scores.device).unsqueeze(0)
-                    ids = ids.split([len(row) for row in tokens], dim=1)
+                ids = self._ids_of(requests, scores.device) if ids is None else ids
                 scores = torch.cat([processor(*pair) for pair in zip(ids, scores.split(1), strict=True)])
         return scores
+
+    def _ids_of(self, requests: list[FutureRequestState], device: torch.device) -> list[Tensor]:
+        """(1, T) ids of each row: a new request's prompt, or those of the step before and the token chosen there."""
+        new = [request.state.generated_tokens[-1:] or request.state.initial_tokens for request in requests]
+        sizes = [len(tokens) for tokens in new]
+        new = torch.tensor([*itertools.chain.from_iterable(new)], device=device).unsqueeze(0).split(sizes, dim=1)
+        rows = zip(requests, new, strict=True)  # of one copy to the device
+        self._ids = {row: torch.cat([self._ids[row], ids], dim=1) if row in self._ids else ids for row, ids in rows}
+        return list(self._ids.values())
 
 
 class _Scheduler(Scheduler):
