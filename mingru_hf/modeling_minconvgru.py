@@ -395,6 +395,8 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
 
         num_layers = self.config.num_hidden_layers
         goes_on = use_cache and cache.batch_size != -1
+        if goes_on and torch.is_grad_enabled() and not is_tracing(frames) and cache.features.is_inference():
+            cache._map(torch.clone)  # autograd saves nothing that inference_mode() has made
         past_features = cache.features.split(self.feature_sizes, dim=-1) if goes_on else [None] * len(self.stacks)
         features, clip_features, states, hidden_states = [], [], [], []
         for stage, maps in enumerate(self._feature_maps(frames, mask)):

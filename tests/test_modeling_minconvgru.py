@@ -261,6 +261,17 @@ def test_gradients_flow_through_the_pieces_of_a_stream(frames):
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), parameters), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_a_stream_goes_on_with_gradients_after_inference_mode(frames):
+    model = make_model()
+    gradients = []
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            cache = model(frames[:, :2], use_cache=True).cache
+        loss = model(frames[:, 2:], cache=cache).logits.square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 @torch.no_grad()
 def test_frames_of_another_precision_are_taken(frames):
     """The video processor returns float32, whatever the model was loaded in."""
