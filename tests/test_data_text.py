@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from tokenizers import pre_tokenizers
 
 from mingru_hf.data import text as text_module
 from mingru_hf.data.splits import name_splits, reading, split_files
@@ -520,7 +521,7 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, kind, nu
 
 
 def test_a_tokenizer_that_sees_where_a_text_begins_is_not_cut(monkeypatch):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
@@ -962,6 +963,36 @@ def test_a_bpe_is_trained_on_pieces_of_endless_words():
     assert list(text_module._without_long_words(TEXT)) == [TEXT]
     tokenizer = build_tokenizer("bpe", [text], 300)
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(TEXT.replace("so?\n", "so?  \n\n\n    "), id="blank lines, indentation, trailing spaces"),
+        pytest.param(TEXT.replace("\n", "\r\n\r\n"), id="newlines of Windows"),
+        pytest.param(TEXT.replace("\n", " \t \x1c\xa0\u3000 \x85"), id="rare spaces"),
+        pytest.param("ab cd  " * 500 + "\n", id="a single line"),
+        pytest.param("".join(random.Random(0).choices("acgt", k=9_000)), id="a single word"),
+    ],
+)
+def test_a_bpe_is_trained_on_pieces_with_the_words_of_the_whole(monkeypatch, text):
+    """The trainer takes 100 bytes for each character of what it is given at once."""
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 10 * len(text))
+    whole = build_tokenizer("bpe", [text], 400)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 25)
+    pieces = list(text_module._between_words(text))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) < 150 or " " not in text
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text)]
+    assert build_tokenizer("bpe", [text], 400).backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
+
+
+def test_a_long_training_of_a_bpe_shows_how_far_it_is(monkeypatch, capsys):
+    tqdm = text_module.tqdm
+    monkeypatch.setattr(text_module, "tqdm", lambda **options: tqdm(**options | {"delay": 0, "disable": False}))
+    build_tokenizer("bpe", [TEXT], 300)
+    assert f"Training a tokenizer: {len(TEXT) / 1000:.2f}k characters" in capsys.readouterr().err
 
 
 def test_a_tokenizer_without_a_fast_version_is_refused(monkeypatch):

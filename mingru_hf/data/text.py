@@ -34,6 +34,7 @@ from datasets import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import default_collate
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from .splits import (
@@ -57,6 +58,8 @@ EOS_TOKEN = "<|endoftext|>"
 # A dataset with fewer rows is split, and tokenised in parallel, by character position and not by row.
 FEW_ROWS = 100
 PIECE_CHARACTERS = 65_536
+# A cut before the last of the spaces and newlines between two words leaves GPT-2's words as they are.
+_BETWEEN_WORDS = re.compile(r"[ \n](?=\S)")
 # Characters of a word that the trainer of a BPE is given at once, see `_without_long_words`.
 _LONGEST_WORD = 1_000
 _LONG_WORDS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGEST_WORD + 1},}}")
@@ -644,9 +647,25 @@ def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS_TOKEN], initial_alphabet=alphabet, show_progress=False
     )
-    pieces = itertools.chain.from_iterable(map(_without_long_words, itertools.chain([first], texts)))
-    backend.train_from_iterator(pieces, trainer)
+    pieces = itertools.chain.from_iterable(map(_between_words, itertools.chain([first], texts)))
+    with tqdm(desc="Training a tokenizer", unit=" characters", unit_scale=True, delay=1, disable=None) as bar:
+
+        def counted() -> Iterator[str]:
+            for piece in itertools.chain.from_iterable(map(_without_long_words, pieces)):
+                yield piece
+                bar.update(len(piece))
+
+        backend.train_from_iterator(counted(), trainer)
     return backend
+
+
+def _between_words(text: str) -> Iterator[str]:
+    """Yield a text in pieces of the same words for the trainer of a BPE, which takes 100 bytes a character of each."""
+    start = 0
+    while place := _BETWEEN_WORDS.search(text, start + PIECE_CHARACTERS):
+        yield text[start : place.start()]
+        start = place.start()
+    yield text[start:]
 
 
 def _without_long_words(text: str) -> Iterator[str]:
