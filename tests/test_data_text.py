@@ -520,6 +520,19 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, kind, nu
     np.testing.assert_array_equal(joined(blocks), whole[: len(whole) // 64 * 64])
 
 
+def test_few_pieces_of_a_long_text_are_tokenised_at_once(monkeypatch):
+    """They take memory by their characters: 16 million took gigabytes."""
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
+    tokenizer, encode, lengths = build_tokenizer("char", [TEXT]), text_module._encode, []
+    monkeypatch.setattr(
+        text_module, "_encode", lambda texts, tokenizer: lengths.append(sum(map(len, texts))) or encode(texts, tokenizer)
+    )
+    for blocks_of in (group_texts, evaluation_blocks):
+        blocks_of(one_text(TEXT), tokenizer, 64)
+    assert len(TEXT) > 5_000
+    assert max(lengths) < 2_500
+
+
 def test_a_tokenizer_that_sees_where_a_text_begins_is_not_cut(monkeypatch):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

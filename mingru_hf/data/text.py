@@ -66,6 +66,8 @@ _LONG_WORDS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGE
 # This many characters on either side of a cut are tokenised to check that it changes no token.
 CUT_CONTEXT = 256
 CUT_CANDIDATES = 8
+# Rows, or pieces of long texts, that are tokenised at once: what that takes grows with their characters.
+_ROWS_AT_ONCE, _PIECES_AT_ONCE = 256, 16
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -795,7 +797,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         for epoch in itertools.count():
             self.stream.set_epoch(epoch)
             tokens = 0
-            for batch in read_each(self.stream.iter(batch_size=256), self.source):
+            for batch in read_each(self.stream.iter(batch_size=_ROWS_AT_ONCE), self.source):
                 for ids in _encode(batch["text"], self.tokenizer):
                     waiting += ids + end
                     tokens += len(ids)
@@ -937,7 +939,9 @@ def _token_ids(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, eos_token_id: int | None, num_proc: int | None
 ) -> np.ndarray:
     """Tokenise a split: (tokens,) int32 ids of all rows in order, each followed by `eos_token_id` if any."""
+    at_once = _ROWS_AT_ONCE
     if len(dataset) < FEW_ROWS:
+        at_once = _PIECES_AT_ONCE
         pieces = [list(_cut(text, tokenizer)) for text in dataset["text"]]
         dataset = Dataset.from_dict(
             {
@@ -958,7 +962,7 @@ def _token_ids(
     tokenized = dataset.map(
         tokenize,
         batched=True,
-        batch_size=256,
+        batch_size=at_once,
         num_proc=None if num_proc is None else min(num_proc, len(dataset)),
         remove_columns=dataset.column_names,
         features=Features({"input_ids": List(Value("int32"))}),
