@@ -215,6 +215,25 @@ def rows_of(*texts):
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
+@pytest.mark.parametrize("source", [{"train_file": "texts/a.txt"}, {"dataset_name": "texts"}])
+def test_a_text_may_be_longer_than_a_plain_string_of_arrow(tmp_path, monkeypatch, source):
+    """Those end at 2 GiB, in sum over a column, and with them `Dataset.from_dict`."""
+
+    def from_dict(mapping, *_):
+        raise pa.ArrowCapacityError("array cannot contain more than 2147483646 bytes")
+
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Dataset, "from_dict", from_dict)
+    splits = load_text_datasets(**source)
+    assert {split.features["text"].dtype for split in splits.values()} == {"large_string"}
+    assert "".join(chain(*texts_of(splits))) == TEXT
+    tokenizer = build_tokenizer("char", [TEXT])
+    blocks = group_texts(splits["train"], tokenizer, 2)
+    assert tokenizer.decode(joined(blocks)) == TEXT[: 2 * len(blocks)]
+
+
 @pytest.mark.parametrize(
     ("names", "validation"),
     [

@@ -439,7 +439,16 @@ def _load_named(
 def _load_documents(files: list[str]) -> Dataset:
     """Read .txt files as one document each; empty ones are left out."""
     texts = [_read_text(Path(file), "dataset_name") for file in files if Path(file).stat().st_size]
-    return Dataset.from_dict({"text": texts}, Features(text=Value("string")))
+    return _dataset_of_texts(texts)
+
+
+def _dataset_of_texts(texts: list[str], **columns: list) -> Dataset:
+    """Make a dataset in memory of any number of characters: `Dataset.from_dict` takes at most 2 GiB of text."""
+    texts = pa.array(texts, pa.large_string())
+    fingerprint = hashlib.blake2b(digest_size=8)  # as in `dataset_of_rows`
+    for buffer in filter(None, texts.buffers()):
+        fingerprint.update(buffer)
+    return Dataset(pa.table({"text": texts, **columns}), fingerprint=fingerprint.hexdigest())
 
 
 def _check_file(file: str | Path, argument: str) -> str:
@@ -466,7 +475,7 @@ def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) ->
     """Read one file of text; `argument` is its name in messages."""
     suffix = _check_file(file, argument)
     if suffix == ".txt":
-        return Dataset.from_dict({"text": [_read_text(Path(file), argument)]})
+        return _dataset_of_texts([_read_text(Path(file), argument)])
     return load_files(TABLES[suffix], {"train": [str(file)]}, cache_dir=cache_dir)["train"]
 
 
@@ -538,7 +547,7 @@ def _split_by_position(dataset: Dataset, share: float, source: str) -> tuple[Dat
         at = _nearest_line(text, cut - remaining)
         train.append(text[:at])
         validation[0] = text[at:]
-    return Dataset.from_dict({"text": train}), Dataset.from_dict({"text": validation})
+    return _dataset_of_texts(train), _dataset_of_texts(validation)
 
 
 def _nearest_line(text: str, at: int) -> int:
@@ -943,11 +952,9 @@ def _token_ids(
     if len(dataset) < FEW_ROWS:
         at_once = _PIECES_AT_ONCE
         pieces = [list(_cut(text, tokenizer)) for text in dataset["text"]]
-        dataset = Dataset.from_dict(
-            {
-                "text": [piece for document in pieces for piece in document],
-                "last": [i == len(document) - 1 for document in pieces for i in range(len(document))],
-            }
+        dataset = _dataset_of_texts(
+            [piece for document in pieces for piece in document],
+            last=[i == len(document) - 1 for document in pieces for i in range(len(document))],
         )
     if len(dataset) == 0:
         return np.zeros(0, np.int32)
