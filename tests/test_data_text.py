@@ -543,9 +543,12 @@ def test_few_pieces_of_a_long_text_are_tokenised_at_once(monkeypatch):
     """They take memory by their characters: 16 million took gigabytes."""
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
     tokenizer, encode, lengths = build_tokenizer("char", [TEXT]), text_module._encode, []
-    monkeypatch.setattr(
-        text_module, "_encode", lambda texts, tokenizer: lengths.append(sum(map(len, texts))) or encode(texts, tokenizer)
-    )
+
+    def noting(texts, tokenizer):
+        lengths.append(sum(map(len, texts)))
+        return encode(texts, tokenizer)
+
+    monkeypatch.setattr(text_module, "_encode", noting)
     for blocks_of in (group_texts, evaluation_blocks):
         blocks_of(one_text(TEXT), tokenizer, 64)
     assert len(TEXT) > 5_000
