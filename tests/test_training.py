@@ -624,6 +624,20 @@ def test_a_sample_at_every_evaluation_and_the_same_weights(args, tmp_path, capsy
 # ---- evaluation ----
 
 
+def test_an_evaluation_shows_how_far_it_is(args, monkeypatch, capsys):
+    """Below the training's bar while that runs, then in its place, after a line that says what is evaluated."""
+    tqdm, bars, shown = loop.tqdm, [], {"disable": False, "mininterval": 0}
+    monkeypatch.setattr(loop, "tqdm", lambda *args, **kwargs: bars.append(tqdm(*args, **kwargs | shown)) or bars[-1])
+    run(args(eval_steps=2))
+    assert [bar.total for bar in bars] == [4, 3, 3, 3]  # 13 examples, 5 at once
+    assert [bar.n for bar in bars] == [4, 3, 3, 3]
+    assert [bar.pos for bar in bars] == [0, 1, 1, 0]
+    printed = capsys.readouterr()
+    assert "evaluating the best weights on all 13 validation examples" in printed.out
+    assert "evaluating: 100%" in printed.err
+    assert not printed.err.rpartition("\r")[2].strip()  # nothing is left of it
+
+
 def test_evaluation_is_the_mean_over_all_targets(args):
     """Batches of 5, 5 and 3 rows, a different number of labels a row."""
     arguments = args()

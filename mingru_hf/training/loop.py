@@ -610,6 +610,7 @@ class _Run:
         accelerator.wait_for_everyone()
         model.load_state_dict(load_pretrained(type(model), self.output_dir).state_dict())
         result = self.report()
+        accelerator.print(f"evaluating the best weights on all {len(self.eval_dataset):,} validation examples")
         result["final"] = self.evaluate(self.eval_dataset)
         if self.is_main:
             write_json(self.output_dir / METRICS_FILE, result)
@@ -711,7 +712,7 @@ def evaluate(
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     numbers = {"dtype": dtype, "device": accelerator.device}
     counts, means = [0], [torch.zeros(1 + len(metrics), **numbers)]  # of the batches
-    for batch in loader:
+    for batch in tqdm(loader, "evaluating", leave=False, disable=None if accelerator.is_main_process else True):
         targets = _num_targets(model, batch)  # before the batch moves, since a GPU would be waited for
         if targets == 0:
             continue  # a mean over nothing is NaN
