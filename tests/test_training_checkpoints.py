@@ -422,6 +422,14 @@ def test_a_stream_goes_on_where_it_was_left(tmp_path):
     assert result["step"] == 12
 
 
+def test_a_stream_that_is_read_again_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    train_counting(tmp_path, Counting(), max_train_steps=6)
+    shown = {"disable": False, "delay": 0, "mininterval": 0}
+    monkeypatch.setattr(loop, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | shown))
+    train_counting(tmp_path, Counting(), max_train_steps=8)
+    assert "reading the stream again: 100%|██████████| 6/6 [" in capsys.readouterr().err
+
+
 def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
     text = torch.randint(2, 9, (20, 10), generator=torch.Generator().manual_seed(0))
     seen = []

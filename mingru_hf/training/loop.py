@@ -889,7 +889,9 @@ def _batches_of_stream(
 ) -> Iterator[list]:
     """Yield this process's batches of a stream, as `BatchStream` does those of a dataset."""
     examples = iter(stream)
-    for number in itertools.count():
+    shown = {"unit": " batches", "delay": 1, "leave": False, "disable": None if process_index == 0 else True}
+    again = tqdm(range(first_batch), "reading the stream again", **shown)
+    for number in itertools.chain(again, itertools.count(first_batch)):
         batch = list(itertools.islice(examples, batch_size))
         if len(batch) < batch_size:
             raise ValueError("the stream of training examples has ended, expected an endless one")
