@@ -20,6 +20,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -428,6 +429,22 @@ def test_a_stream_that_is_read_again_shows_how_far_it_is(tmp_path, monkeypatch, 
     monkeypatch.setattr(loop, "tqdm", lambda *args, **kwargs: tqdm(*args, **kwargs | shown))
     train_counting(tmp_path, Counting(), max_train_steps=8)
     assert "reading the stream again: 100%|██████████| 6/6 [" in capsys.readouterr().err
+
+
+def test_reading_a_stream_again_is_no_training(tmp_path, monkeypatch):
+    """Neither does it use up max_train_seconds, nor does it lower the speed."""
+    train_counting(tmp_path, Counting(), max_train_steps=6)
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(loop, "time", clock)
+
+    class Slow(Counting):
+        def __iter__(self):
+            for number, row in enumerate(super().__iter__()):
+                clock.now += 100.0 if number < 6 * 3 else 1.0
+                yield row
+
+    result = train_counting(tmp_path, Slow(), max_train_steps=8)
+    assert result["train_seconds"] < 100
 
 
 def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):

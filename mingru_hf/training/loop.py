@@ -443,6 +443,8 @@ class _Run:
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.output_dir / METRICS_FILE, self.report())
+        if not self.is_over:  # before the clock starts: a stream is first read up to where the run goes on
+            self.batches = itertools.chain([next(self.batches)], self.batches)
         # Of a run that has become longer, fewer tenths have passed.
         self.now.tenths = min(self.now.tenths, math.floor(10 * self.passed))
         by_time = self.plan.max_seconds is not None
