@@ -65,7 +65,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
     def starting_state(self) -> Tensor | None:
         """As `state`, for a step that may save it for its backward pass."""
         state = self.state
-        if state is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if state is None or not torch.is_grad_enabled():
             return state
         # A static one is written to before the backward pass, and autograd saves none that inference_mode() has made.
         return state.clone() if self.is_compileable or state.is_inference() else state
@@ -259,7 +259,8 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
         fields, copies = snapshot
         super().restore(fields)
         for tensor, copy in copies:
-            if torch.is_inference_mode_enabled() or not tensor.is_inference():  # else no step could write to it either
+            # Outside inference mode torch writes to tensors made in it, and refuses afterwards.
+            with torch.inference_mode(torch.is_inference_mode_enabled() or tensor.is_inference()):
                 tensor.copy_(copy)
 
     def _settle(self, states: Tensor, windows: Tensor | None) -> None:

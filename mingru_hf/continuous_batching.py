@@ -90,6 +90,10 @@ class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
         self._ids = {row: torch.cat([self._ids[row], ids], dim=1) if row in self._ids else ids for row, ids in rows}
         return list(self._ids.values())
 
+    def forget(self) -> None:
+        """Let go of the last step's rows."""
+        self._ids = {}
+
 
 class _Scheduler(Scheduler):
     """First come, first served: a prefill is as many waiting prompts as fit into a rectangle of the token budget."""
@@ -268,6 +272,8 @@ class _BatchProcessor(ContinuousBatchProcessor):
             return False
         self.scheduler.clear_cancelled_requests()
         self.rows.drop_ended()
+        if not self.rows.requests:
+            self.logit_processor.forget()
         if self.prefill is not None and not self.prefill.active(self.scheduler):
             self.prefill = None
         return self.scheduler.has_pending_requests()

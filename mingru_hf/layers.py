@@ -19,6 +19,7 @@ import copy
 from collections.abc import Iterable
 from itertools import pairwise
 from numbers import Integral
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,13 @@ class _Cell(nn.Module):
     """A layer by itself, of either kind."""
 
     layer_sizes: list[int]
-    pixels: torch.jit.Final[str]  # the axes of x behind its channels
+    # The axes of x behind its channels. Of the class, since cells that were pickled before have no such attribute.
+    _pixels: torch.jit.Final[str] = ""
 
-    def __init__(self, input_size: int, hidden_size: int, pixels: str) -> None:
+    def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.layer_sizes = _layer_sizes(input_size, [hidden_size])
-        self.num_layers, self.pixels = 1, pixels
+        self.num_layers = 1
 
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
@@ -114,17 +116,17 @@ class _Cell(nn.Module):
         Raises:
             ValueError: if x, h, mask or reset does not fit, or x holds no step.
         """
-        _check_input(x, self.layer_sizes[0], self.pixels)
+        _check_input(x, self.layer_sizes[0], self._pixels)
         h = self.init_hidden_state(x) if h is None else h
         _check_number(h, 1)
-        _check_state(h[0], self.state_shape(x), 0)
-        out, last_state = _scan(self.project(x), h[0], mask, reset)
+        _check_state(h[0], self._shape_of_state(x), 0)
+        out, last_state = _scan(self._project(x), h[0], mask, reset)
         return out, [last_state]
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
         """The default state g(0) = 0.5 for a batch like x, as a list of one (B, 1, hidden_size, *)."""
-        return [initial_state(x, self.state_shape(x))]
+        return [initial_state(x, self._shape_of_state(x))]
 
 
 class MinGRUCell(_Cell):
@@ -154,15 +156,15 @@ class MinGRUCell(_Cell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, pixels="")
+        super().__init__(input_size, hidden_size)
         input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
 
-    def state_shape(self, x: Tensor) -> list[int]:
+    def _shape_of_state(self, x: Tensor) -> list[int]:
         """(B, 1, hidden_size) of the state for x (B, T, input_size)."""
         return [x.shape[0], 1, self.layer_sizes[1]]
 
-    def project(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         """x (B, T, input_size) -> pre-activations (B, T, 2 hidden_size)."""
         if torch.jit.is_scripting():
             return self.to_gate_hidden(x)
@@ -364,6 +366,8 @@ class MinConv2dGRUCell(_Cell):
         >>> out, h = cell(torch.randn(2, 1, 3, 32, 32), h)  # continues from there
     """
 
+    _pixels: torch.jit.Final[str] = ", H, W"
+
     def __init__(
         self,
         input_size: int,
@@ -376,16 +380,16 @@ class MinConv2dGRUCell(_Cell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, pixels=", H, W")
+        super().__init__(input_size, hidden_size)
         self.kernel_size, self.stride, self.padding = geometry = _geometry(kernel_size, stride, padding)
         input_size, hidden_size = self.layer_sizes
         self.to_gate_hidden = nn.Conv2d(input_size, 2 * hidden_size, *geometry, bias=bias, device=device, dtype=dtype)
 
-    def state_shape(self, x: Tensor) -> list[int]:
+    def _shape_of_state(self, x: Tensor) -> list[int]:
         """(B, 1, hidden_size, H_out, W_out) of the state for frames x (B, T, input_size, H, W)."""
         return _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
 
-    def project(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor) -> Tensor:
         """x (B, T, input_size, H, W) -> pre-activations (B, T, 2 hidden_size, H_out, W_out)."""
         return self.to_gate_hidden(x.flatten(0, 1)).unflatten(0, [x.shape[0], x.shape[1]])
 
@@ -606,7 +610,10 @@ class Bidirectional(nn.Module):
         return self.rnn.init_hidden_state(x) + self.rnn.init_hidden_state(x)
 
 
-def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def spread_memory_(module: _Module, num_steps: float) -> _Module:
     """Draw anew, in place, the biases of all MinGRU layers in a module: a variant of chrono initialization.
 
     Each channel then begins with a memory of its own, from 1 to `num_steps` steps (see `draw_memory_` in scan.py for
@@ -641,6 +648,7 @@ def spread_memory_(module: nn.Module, num_steps: float) -> nn.Module:
     with torch.no_grad():
         for projection in projections:
             draw_memory_(projection.bias, num_steps)
+            projection.bias._is_hf_initialized = True  # else the post_init() of a model around it makes it 0
     return module
 
 

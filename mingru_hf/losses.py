@@ -136,6 +136,7 @@ class _HeadLoss(torch.autograd.Function):
                         weight_grad.add_(part.t() @ (x_part / _HALF_SCALE), alpha=_HALF_SCALE)
                 elif need_weight:
                     weight_grad += p.t() @ x[piece]
+                del p  # before there are other logits
         ctx.save_for_backward(
             rows_grad,
             None if weight_grad is None else weight_grad.to(_held(weight)),

@@ -89,7 +89,7 @@ def is_observed() -> bool:
 
 
 def is_profiled() -> bool:
-    """Whether torch's profiler is at work, which knows operators by their names."""
+    """Whether torch's profiler is at work in this thread: it knows operators by their names."""
     return not _KNOWN or _profiler_enabled()
 
 

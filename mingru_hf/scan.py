@@ -327,13 +327,14 @@ def _fails_trial(device: torch.device) -> str | None:
 
 @functools.cache
 def _trial(device: torch.device) -> str | None:
-    # In one pass and in chunks, with and without all that is optional, in 32 and in 16 bits: other kernels each.
-    whole, chunked = ((20, 64), (521, 64)) if device.type == "cuda" else ((8, 4), (20, 4))  # the interpreter is slow
+    # In one pass of wide and of narrow tiles, and in chunks, with and without all that is optional, in 32 and in 16
+    # bits: other kernels each. The interpreter is slow.
+    wide, narrow, chunked = ((15, 64), (20, 64), (521, 64)) if device.type == "cuda" else ((8, 4), (8, 4), (20, 4))
     problem = None
     with without_modes(), torch.inference_mode():
         try:
-            errors = [_trial_error(device, *chunked, torch.float32, False)]
-            errors.append(_trial_error(device, *whole, torch.bfloat16, True))
+            errors = [_trial_error(device, *sizes, torch.float32, False) for sizes in (wide, chunked)]
+            errors.append(_trial_error(device, *narrow, torch.bfloat16, True))
         except torch.OutOfMemoryError:
             raise  # no fault of the kernels
         except Exception as error:  # the failures of Triton, the driver and the C compiler have no class in common

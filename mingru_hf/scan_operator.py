@@ -288,11 +288,11 @@ def run_kernel(
         with_last: whether the last state is wanted.
 
     Returns:
-        The states and the last one, as `mingru_scan` with `return_last_state`; None or any tensor if not wanted.
+        The states and the last one, as `mingru_scan` with `return_last_state`; of no meaning if not wanted.
     """
     inputs = gate_and_candidate, bias, h0, mask, reset, backend, dtype
     seen = is_observed() or is_profiled()
-    if not seen and _holds_numbers(gate_and_candidate) and (h0 is None or _holds_numbers(h0)):
+    if not seen and all(t is None or _holds_numbers(t) for t in (gate_and_candidate, bias, h0)):
         # The operator's dispatch would cost as much as a short scan.
         return _PlainScan.apply(*inputs) if torch.is_grad_enabled() else _scan_impl(*inputs, with_last)
     if differentiates_in_transform():

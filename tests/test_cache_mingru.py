@@ -440,6 +440,9 @@ def test_an_error_outside_inference_mode_is_told_of_a_cache_made_in_it(model, in
         model(input_ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match="Token ids must lie between 0 and 39, got 40 to 40"):
         model(torch.full((3, 1), 40), cache=cache)
+    if make is not DynamicCache:  # torch writes to the first block's state before it refuses to
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            model(input_ids[:, 6:7], cache=cache)
     with torch.inference_mode():
         logits = model(input_ids[:, 5:6], cache=cache).logits[:, -1]
         torch.testing.assert_close(logits, next_logits(model, input_ids[:, :6]), **CLOSE)

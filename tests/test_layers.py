@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
+from transformers import PreTrainedConfig, PreTrainedModel
 
 import mingru_hf as mingru
 
@@ -372,6 +373,24 @@ def test_spread_memory(make):
     assert (memory < 8).float().mean().item() == pytest.approx(0.5, abs=0.1)  # log-uniform
     with pytest.raises(ValueError, match="bias=True"):
         mingru.spread_memory_(make(bias=False), 64)
+
+
+def test_spread_memory_survives_the_initialisation_of_a_model_around_it(tmp_path):
+    class Encoder(PreTrainedModel):
+        config_class = PreTrainedConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.rnn = mingru.spread_memory_(mingru.MinGRU(3, [64, 64]), 1024)
+            self.post_init()
+
+    model = Encoder(PreTrainedConfig())
+    gate, candidate = model.rnn.layers[1].gate_hidden.bias.detach().chunk(2)
+    assert gate.min() < -3
+    assert not candidate.any()
+    model.save_pretrained(tmp_path)
+    loaded = Encoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.rnn.layers[1].gate_hidden.bias, model.rnn.layers[1].gate_hidden.bias)
 
 
 def test_spread_memory_changes_all_layers_or_none():

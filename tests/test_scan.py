@@ -554,6 +554,10 @@ def test_signs_that_are_yet_to_be_turned(backend, steps):
     x, h0, _, _ = make_inputs(1, steps, 1)
     expected = mingru_scan(-x, -h0, backend=backend)
     torch.testing.assert_close(mingru_scan(torch._neg_view(x), -h0, backend=backend), expected)
+    bias, leaf = torch.randn(2), (-x).requires_grad_()
+    with torch.enable_grad():
+        biased = mingru_scan(leaf, -h0, bias=torch._neg_view(bias), backend=backend)
+    torch.testing.assert_close(biased, mingru_scan(-x, -h0, bias=-bias, backend=backend))
     later = torch.complex(torch.zeros(1, 1, 1), h0).conj().imag  # -h0 when somebody looks
     torch.testing.assert_close(mingru_scan(-x, later, backend=backend), expected)
 

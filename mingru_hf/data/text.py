@@ -330,12 +330,13 @@ def load_text_stream(
             be read, or the text column cannot be found.
     """
     if train_file is not None:
-        loader = TABLES.get(_check_file(train_file, "train_file"))
+        loader = TABLES.get(Path(train_file).suffix.lower())
         if loader is None:
             raise ValueError(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
                 f"{', '.join(TABLES)}. Leave streaming out, or convert the file."
             )
+        _check_file(train_file, "train_file")
         raw = dict(load_files(loader, {"train": [str(train_file)]}, streaming=True, cache_dir=cache_dir))
         if validation_file is not None:
             raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
@@ -448,6 +449,7 @@ def _dataset_of_texts(texts: list[str], **columns: list) -> Dataset:
     fingerprint = hashlib.blake2b(digest_size=8)  # as in `dataset_of_rows`
     for buffer in filter(None, texts.buffers()):
         fingerprint.update(buffer)
+    fingerprint.update(repr(columns).encode())
     return Dataset(pa.table({"text": texts, **columns}), fingerprint=fingerprint.hexdigest())
 
 
