@@ -64,7 +64,8 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
             torch-mingru, and the state forgets in a few steps. Above 1 each channel draws its own memory m
             log-uniformly between 1 and this number, by a gate bias of -log(m), so that z is near 1 / (1 + m) (as in
             the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly). It helps
-            where things have to be remembered for long, as in selective copying.
+            where things have to be remembered for long, as in selective copying. It is for this package's models; for
+            a block within another model there is `spread_memory_`.
         use_cache: whether a forward pass outside training returns its state for the next one.
         tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
         pad_token_id, bos_token_id, eos_token_id: as everywhere in transformers.

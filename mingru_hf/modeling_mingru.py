@@ -1034,6 +1034,8 @@ def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> 
 class MinGRUForTokenClassification(MinGRUPreTrainedModel):
     """MinGRU with a linear classifier on every token; each sees the tokens up to itself.
 
+    For both directions put the layer `Bidirectional(MinGRU(...))` behind embeddings of your own.
+
     Args:
         config: sizes and switches; `num_labels` as everywhere in transformers.
     """

@@ -466,7 +466,8 @@ def _check_file(file: str | Path, argument: str) -> str:
     if suffix != ".txt" and suffix not in TABLES:
         raise ValueError(
             f"{argument}={str(file)!r} has the suffix {suffix!r}, expected one of "
-            f"{', '.join(['.txt', *TABLES])}. Rename or convert the file."
+            f"{', '.join(['.txt', *TABLES])}. Rename or convert the file; for tokens of your own, train from Python "
+            "(docs/training.md shows how)."
         )
     if path.stat().st_size == 0:
         raise ValueError(f"{argument}={str(file)!r} is empty, expected text. Give another file.")
@@ -500,7 +501,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     if not strings:
         raise ValueError(
             f"{source} has no column of strings, expected the text in one. Its columns are: {listing}. Give a file "
-            "with a column of text."
+            "with a column of text; for tokens of your own, train from Python (docs/training.md shows how)."
         )
     if name is not None:
         if name not in strings:

@@ -209,7 +209,7 @@ def train(
     updates would be lost in rounding; `mixed_precision` is for the matrix products.
 
     Args:
-        model: returns `.loss`, a mean over targets, and `.logits`.
+        model: a PreTrainedModel that returns `.loss`, a mean over targets, and `.logits`.
         train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or an
             endless torch `IterableDataset` of such items, the same ones every time: every process reads all of it and
             takes its share. A step follows the mean over all targets of its batches, accumulated ones and those of
