@@ -93,11 +93,13 @@ def is_profiled() -> bool:
     return not _KNOWN or _profiler_enabled()
 
 
-def is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor | None) -> bool:
     """Whether a tensor is a batch of vmap, or of `torch.autograd.grad(..., is_grads_batched=True)`.
 
     For backward passes, which do not know of the transforms that they run in.
     """
+    if tensor is None:
+        return False
     return not _KNOWN or is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor)
 
 
