@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from transformers import ResNetConfig
 from transformers.utils import logging
 
@@ -41,6 +42,7 @@ COMMANDS = [
 def demo_directory(tmp_path, monkeypatch):
     """A working directory in which `make demo` might have run: a tiny model in runs/demo."""
     monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of another snippet's training
     tokenizer = build_tokenizer("char", ["ROMEO:\n\nJULIET:\nabcdefghijklmnopqrstuvwxyz ,.'!"])
     config = MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, pad_token_id=0)
     MinGRUForCausalLM(config).save_pretrained("runs/demo")
