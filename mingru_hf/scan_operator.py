@@ -199,7 +199,8 @@ class _PlainScan(torch.autograd.Function):
     def backward(ctx, grad, grad_last):
         # Gradients are enabled where these are to be differentiated again.
         seen = torch.is_grad_enabled() or is_observed() or is_profiled()
-        plain = not (seen or is_batched(grad) or is_batched(grad_last)) and _hold_numbers(grad, grad_last)
+        seen = seen or is_batched(grad) or is_batched(grad_last)
+        plain = not seen and _holds_numbers(grad) and _holds_numbers(grad_last)
         return _autograd_backward(ctx, grad, grad_last, _backward_impl if plain else None)
 
 
@@ -292,7 +293,7 @@ def run_kernel(
     """
     inputs = gate_and_candidate, bias, h0, mask, reset, backend, dtype
     seen = is_observed() or is_profiled()
-    if not seen and _hold_numbers(gate_and_candidate, bias, h0):
+    if not seen and _holds_numbers(gate_and_candidate) and _holds_numbers(bias) and _holds_numbers(h0):
         # The operator's dispatch would cost as much as a short scan.
         return _PlainScan.apply(*inputs) if torch.is_grad_enabled() else _scan_impl(*inputs, with_last)
     if differentiates_in_transform():
@@ -300,12 +301,9 @@ def run_kernel(
     return _OPERATORS.scan(*inputs)
 
 
-def _hold_numbers(*tensors: Tensor | None) -> bool:
-    """Whether these are plain tensors with data: no subclass, not meta, no lazy negation (`Tensor.is_neg`)."""
-    for t in tensors:  # noqa: SIM110  faster than all(...), and this stands in the way of every step
-        if t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg()):
-            return False
-    return True
+def _holds_numbers(t: Tensor | None) -> bool:
+    """Whether this is nothing, or a plain tensor with data: no subclass, not meta, no lazy negation (`is_neg`)."""
+    return t is None or (type(t) in _PLAIN and not (t.is_meta or t.is_neg()))
 
 
 _PLAIN = Tensor, nn.Parameter
