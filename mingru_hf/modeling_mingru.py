@@ -76,10 +76,11 @@ class _Taps(nn.Conv1d):
         weight, bias = self.weight[:, 0].t(), 0.0 if self.bias is None else self.bias  # (K, E), (E)
         if document is None:  # a sum of products is ten times faster than a call of the convolution
             return (padded * weight).sum(1, keepdim=True) + bias
-        out = bias
-        for tap in range(taps):
+        out = padded[:, taps - 1 :] * weight[-1] + bias  # a token is of its own document
+        for tap in range(taps - 1):
             same = (document[:, tap : tap + steps] == document[:, taps - 1 :]).unsqueeze(-1)
-            out = out + torch.where(same, padded[:, tap : tap + steps], 0.0) * weight[tap]
+            # The product inside: autograd then keeps slices of `padded`, and no tensor of that size for each tap.
+            out = out + torch.where(same, padded[:, tap : tap + steps] * weight[tap], 0.0)
         return out
 
 
