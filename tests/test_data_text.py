@@ -423,6 +423,15 @@ def test_the_text_column_is_named_or_found_by_type(tmp_path):
     assert train + validation == [row["body"] for row in rows]
 
 
+def test_texts_may_be_string_views(tmp_path):
+    rows = [f"line {i}\n" for i in range(200)]
+    pa.parquet.write_table(pa.table({"text": pa.array(rows, pa.string_view())}), tmp_path / "view.parquet")
+    splits = load_text_datasets(train_file=tmp_path / "view.parquet")
+    assert [*splits["train"]["text"], *splits["validation"]["text"]] == rows
+    blocks = group_texts(splits["train"], build_tokenizer("char", splits["train"]), 16)
+    assert len(blocks) > 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

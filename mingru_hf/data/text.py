@@ -405,7 +405,7 @@ def _columns_of_stream(stream: IterableDataset, name: str | None) -> dict[str, b
 
 
 def _is_text(feature: object) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
 
 
 def _load_named(
@@ -430,7 +430,7 @@ def _load_named(
         if all(Path(file).is_file() and file.lower().endswith(".txt") for file in files):
             return {str(split): _load_documents(part) for split, part in splits.items()}
     if builder == "text":
-        options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # which leave a text as it is
+        options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # whole; `encoding` drops a BOM, but in .gz
     if is_own:
         return load_files(builder, splits, **options)
     with reading(name):
