@@ -14,9 +14,8 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoConfig, TimmBackboneConfig
+from transformers import MODEL_FOR_BACKBONE_MAPPING, AutoBackbone, AutoConfig, TimmBackboneConfig
 from transformers import initialization as init
-from transformers.backbone_utils import load_backbone
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -574,7 +573,8 @@ def _order_channels_first(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Te
 def _load_backbone(config: MinConvGRUConfig) -> nn.Module:
     """The backbone with new weights; timm's complaints about stages that are not there put in words."""
     try:
-        return load_backbone(config)
+        # The dtype of the layers around it, whatever that of a checkpoint which the config is from.
+        return AutoBackbone.from_config(config.backbone_config, dtype=torch.get_default_dtype())
     except (AssertionError, IndexError) as error:
         raise ValueError(
             f"The backbone lacks one of the stages out_indices={config.backbone_config.out_indices}."

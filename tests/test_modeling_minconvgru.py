@@ -545,6 +545,21 @@ def test_a_pretrained_backbone_is_taken_over(frames, tmp_path):
     assert base.backbone.out_features == ["stem"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_backbone_saved_in_16_bits_gives_a_model_of_one_dtype(dtype, frames, tmp_path):
+    classifier = ResNetForImageClassification(ResNetConfig(**RESNET)).to(dtype)
+    classifier.save_pretrained(tmp_path / "backbone")
+    model = MinConvGRUForVideoClassification.from_backbone_pretrained(str(tmp_path / "backbone"), num_labels=4)
+    expected = classifier.float().resnet.state_dict()
+    torch.testing.assert_close(model.model.backbone.state_dict(), expected, rtol=0, atol=0)
+    assert model(frames).logits.dtype == model.dtype == torch.float32
+    model.to(dtype).save_pretrained(tmp_path / "model")
+    config = MinConvGRUConfig.from_pretrained(tmp_path / "model")
+    for new in (MinConvGRUForVideoClassification(config), MinConvGRUForVideoClassification._from_config(config)):
+        assert new(frames.to(new.dtype)).logits.dtype == new.dtype
+        assert {p.dtype for p in new.parameters()} == {new.dtype}
+
+
 def test_a_pretrained_timm_backbone_is_taken_over(frames, monkeypatch):
     """With weights drawn here in place of downloaded ones, the statistics of batch norms included."""
     timm = pytest.importorskip("timm", reason="the backbone comes from it")
