@@ -59,7 +59,8 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         block_dropout: the same for each block's output but the last's, after the sum (torch-mingru's dropout).
         classifier_dropout: the same in front of the classification heads.
         initializer_range: standard deviation of newly drawn weights; those of the convolution are uniform within
-            1 / sqrt(conv_kernel), PyTorch's default.
+            1 / sqrt(conv_kernel), PyTorch's default. In a residual model of more than 6 blocks that bound is divided
+            by sqrt(i) in block i, counted from 1: deep models learn faster so.
         initial_memory: steps that the state remembers when training begins. 1: the gates begin half open, as in
             torch-mingru, and the state forgets in a few steps. Above 1 each channel draws its own memory m
             log-uniformly between 1 and this number, by a gate bias of -log(m), so that z is near 1 / (1 + m) (as in

@@ -62,10 +62,12 @@ class _Taps(nn.Conv1d):
         size: channels E.
         kernel_size: taps K.
         bias: whether it has a bias.
+        scale: new weights are as large as PyTorch's default times this.
     """
 
-    def __init__(self, size: int, kernel_size: int, bias: bool):
+    def __init__(self, size: int, kernel_size: int, bias: bool, scale: float):
         super().__init__(size, size, kernel_size, groups=size, bias=bias)
+        self.initial_bound = scale / kernel_size**0.5
 
     def forward(self, padded: Tensor, document: Tensor | None = None) -> Tensor:
         """padded (B, K - 1 + T, E), document (B, K - 1 + T) the number of each row's, or None -> (B, T, E)."""
@@ -88,10 +90,10 @@ class _Taps(nn.Conv1d):
 class MinGRUConv(nn.Module):
     """Causal depthwise convolution over the last K real tokens of the same document, padding skipped."""
 
-    def __init__(self, size: int, kernel_size: int, bias: bool):
+    def __init__(self, size: int, kernel_size: int, bias: bool, scale: float = 1.0):
         super().__init__()
         self.kernel_size = kernel_size  # here too, where an adapter may stand in the convolution's place
-        self.conv = _Taps(size, kernel_size, bias)
+        self.conv = _Taps(size, kernel_size, bias, scale)
 
     def forward(
         self,
@@ -265,7 +267,9 @@ class MinGRUBlock(GradientCheckpointingLayer):
         self.residual = config.residual
         self.register_module("conv", None)
         if config.conv_kernel:
-            self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias)
+            # What it adds is not normed: at full size in every block, few channels would outgrow all others.
+            scale = (layer_idx + 1) ** -0.5 if config.residual and config.num_hidden_layers > 6 else 1.0
+            self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias, scale=scale)
         self.norm = _norm(config, input_size, config.norm_bias)
         self.mixer = MinGRUMixer(config, input_size, output_size)
         self.register_module("res_align", None)
@@ -369,9 +373,9 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, nn.Conv1d):
-            # PyTorch's default: drawn like the matrices, with a deviation of 0.02, four taps would add almost nothing.
-            init.kaiming_uniform_(module.weight, a=5**0.5)
+        if isinstance(module, _Taps):
+            # Drawn like the matrices, with a deviation of 0.02, four taps would add almost nothing.
+            init.uniform_(module.weight, -module.initial_bound, module.initial_bound)
         memory = getattr(module, "initial_memory", 1)
         if memory > 1:
             init.copy_(module.bias, draw_memory_(torch.empty_like(module.bias), memory))

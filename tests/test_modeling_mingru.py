@@ -1018,6 +1018,14 @@ def test_new_weights_have_the_deviation_they_should(make):
     assert block.mixer.gate_hidden.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.parametrize(("depth", "residual", "shrinks"), [(6, True, False), (9, True, True), (9, False, False)])
+def test_the_convolutions_of_deep_models_begin_smaller(depth, residual, shrinks):
+    config = MinGRUConfig(vocab_size=64, hidden_size=256, num_hidden_layers=depth, use_mlp=False, residual=residual)
+    for i, block in enumerate(MinGRUModel(config).layers):
+        expected = 0.5 / (i + 1) ** 0.5 if shrinks else 0.5
+        assert block.conv.conv.weight.abs().max().item() == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("make", [MinGRUForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
 def test_a_new_state_remembers_as_long_as_asked(make, tmp_path):
     sizes = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "expand": 64}
