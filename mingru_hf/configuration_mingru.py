@@ -58,9 +58,10 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         residual_dropout: the same for the outputs of the recurrent branch and of the MLP, before they are added.
         block_dropout: the same for each block's output but the last's, after the sum (torch-mingru's dropout).
         classifier_dropout: the same in front of the classification heads.
-        initializer_range: standard deviation of newly drawn weights; those of the convolution are uniform within
-            1 / sqrt(conv_kernel), PyTorch's default. In a residual model of more than 6 blocks that bound is divided
-            by sqrt(i) in block i, counted from 1: deep models learn faster so.
+        initializer_range: standard deviation of newly drawn weights. None: 1 / sqrt(inputs) for the linear maps of the
+            blocks, which learn faster so, and 0.02, as everywhere in transformers, for embeddings and heads. The
+            weights of the convolution are uniform within 1 / sqrt(conv_kernel), PyTorch's default; in a residual model
+            of more than 6 blocks that bound is divided by sqrt(i) in block i, counted from 1.
         initial_memory: steps that the state remembers when training begins. 1: the gates begin half open, as in
             torch-mingru, and the state forgets in a few steps. Above 1 each channel draws its own memory m
             log-uniformly between 1 and this number, by a gate bias of -log(m), so that z is near 1 / (1 + m) (as in
@@ -109,7 +110,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
     residual_dropout: float | int = 0.0
     block_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float | None = None
     initial_memory: float | int = 1
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -183,7 +184,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
             if not 0 < size < float("inf"):
                 raise ValueError(f"{name} must be above 0 and finite, got {size}.")
         for name in ("norm_eps", "initializer_range"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not 0 <= (getattr(self, name) or 0.0) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}.")
         if min(int(self.expand * size) for size in self.block_sizes) < 1:
             raise ValueError(f"expand={self.expand} leaves a recurrent state of no channels.")

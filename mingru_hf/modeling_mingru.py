@@ -372,7 +372,13 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        super()._init_weights(module)
+        heads = (getattr(self, "lm_head", None), getattr(self, "score", None))
+        if isinstance(module, nn.Linear) and self.config.initializer_range is None and module not in heads:
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
         if isinstance(module, _Taps):
             # Drawn like the matrices, with a deviation of 0.02, four taps would add almost nothing.
             init.uniform_(module.weight, -module.initial_bound, module.initial_bound)

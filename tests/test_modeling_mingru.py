@@ -1009,13 +1009,20 @@ def test_generation_stops_at_strings():
 
 
 @pytest.mark.parametrize("make", [MinGRUForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
-def test_new_weights_have_the_deviation_they_should(make):
-    model = make(MinGRUConfig(vocab_size=64, hidden_size=256, num_hidden_layers=1, conv_kernel=4))
+@pytest.mark.parametrize("initializer_range", [None, 0.05])
+def test_new_weights_have_the_deviation_they_should(make, initializer_range):
+    sizes = {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1, "conv_kernel": 4}
+    model = make(MinGRUConfig(**sizes, initializer_range=initializer_range))
     block = model.model.layers[0]
     # Uniform within 1 / sqrt(taps), as PyTorch does for one channel in.
     assert block.conv.conv.weight.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.1)
     assert block.conv.conv.weight.abs().max().item() <= 0.5
-    assert block.mixer.gate_hidden.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for linear in (block.mixer.gate_hidden, block.mixer.out_proj, block.mlp.down_proj):
+        expected = initializer_range or linear.in_features**-0.5
+        assert linear.weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert not linear.bias.any()
+    for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
+        assert weight.std().item() == pytest.approx(initializer_range or 0.02, rel=0.05)
 
 
 @pytest.mark.parametrize(("depth", "residual", "shrinks"), [(6, True, False), (9, True, True), (9, False, False)])
