@@ -110,7 +110,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
     residual_dropout: float | int = 0.0
     block_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
-    initializer_range: float | None = None
+    initializer_range: float | int | None = None
     initial_memory: float | int = 1
     use_cache: bool = True
     tie_word_embeddings: bool = False

@@ -267,7 +267,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         self.residual = config.residual
         self.register_module("conv", None)
         if config.conv_kernel:
-            # What it adds is not normed: at full size in every block, few channels would outgrow all others.
+            # What it adds is not normed: at full size in many blocks, few channels would outgrow all others.
             scale = (layer_idx + 1) ** -0.5 if config.residual and config.num_hidden_layers > 6 else 1.0
             self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias, scale=scale)
         self.norm = _norm(config, input_size, config.norm_bias)
@@ -284,6 +284,9 @@ class MinGRUBlock(GradientCheckpointingLayer):
         self.branch_dropout = nn.Dropout(config.residual_dropout)
         is_last = layer_idx == config.num_hidden_layers - 1
         self.block_dropout = nn.Dropout(0.0 if is_last else config.block_dropout)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # what it gives is as large as what it reads
+                module.initial_std = module.in_features**-0.5
 
     def forward(
         self,
@@ -372,9 +375,8 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        heads = (getattr(self, "lm_head", None), getattr(self, "score", None))
-        if isinstance(module, nn.Linear) and self.config.initializer_range is None and module not in heads:
-            init.normal_(module.weight, std=module.in_features**-0.5)
+        if hasattr(module, "initial_std") and self.config.initializer_range is None:
+            init.normal_(module.weight, std=module.initial_std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         else:
