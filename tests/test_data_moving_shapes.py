@@ -1,6 +1,7 @@
-"""Moving shapes: what the classes share, what tells them apart, and the files."""
+"""Moving shapes: what the classes share, what distinguishes them, and the files."""
 
 import sys
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ FORWARD = ("right", "down", "clockwise", "growing")
 
 
 def around(turns):
-    """Differences on a circle: -0.5 to 0.5 turns."""
+    """Wrap differences on a circle to the range -0.5 to 0.5 turns."""
     return (turns + 0.5) % 1 - 0.5
 
 
@@ -42,13 +43,12 @@ def test_one_coordinate_goes_on_and_the_others_stay(label):
 
 
 def test_a_frame_alone_has_one_distribution_in_all_classes():
-    """Each coordinate at each time is uniform: the mean of exp(2 pi i q) over N videos lies near 0, as 1/sqrt(N)."""
+    """Each coordinate at each time is uniform: the mean of exp(2 pi i q) over N videos is of the order 1/sqrt(N)."""
     for label in range(8):
         courses = np.stack([trajectory(label, 4, np.random.default_rng((1, label, n))) for n in range(2000)])
         for harmonic in (1, 2):
             assert np.abs(np.exp(2j * np.pi * harmonic * courses).mean(0)).max() < 4 / 2000**0.5
-        # and no two coordinates of a frame know of each other
-        for i, j in ((0, 1), (0, 3), (1, 2), (2, 3)):
+        for i, j in combinations(range(4), 2):  # coordinates of a frame are pairwise independent
             for sign in (1, -1):
                 both = courses[..., i] + sign * courses[..., j]
                 assert np.abs(np.exp(2j * np.pi * both).mean(0)).max() < 4 / 2000**0.5
@@ -60,8 +60,8 @@ def test_frames_show_the_course():
         assert frames.shape == (8, 64, 64, 3)
         assert frames.dtype == np.uint8
         assert len({frame.tobytes() for frame in frames}) == 8, name
-        colors = frames.reshape(-1, 3)
-        assert len(np.unique(colors[:: 64 * 64], axis=0)) <= 2 + 6  # one background, a few edge pixels
+        _, counts = np.unique(frames.reshape(-1, 3), axis=0, return_counts=True)
+        assert np.sort(counts)[-2:].sum() > 0.9 * counts.sum(), name  # two colours; their blends at the shape's edge
 
 
 def test_the_seed_alone_decides():
@@ -84,7 +84,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     first = write_moving_shapes(tmp_path / "a" / "set", 16, 8, 8, num_frames=5, size=32, fps=4)
     files = sorted(path.relative_to(first).as_posix() for path in first.rglob("*.mp4"))
     assert len(files) == 32
-    assert first.stat().st_mode == (first / "test").stat().st_mode  # as private as the user has it
+    assert first.stat().st_mode == (first / "test").stat().st_mode  # the permissions of any new folder of the user
     assert files[0] == "test/clockwise/000004.mp4"
     assert {name.split("/")[1] for name in files} == set(CLASSES)
     with av.open(str(first / files[0])) as container:
@@ -96,11 +96,11 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
             return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
     original = make_moving_shape(4, 5, 32, seed=(0, 2, 4))
-    luma = np.array([0.299, 0.587, 0.114])  # its resolution stays whole in H.264, that of colours is halved
+    luma = np.array([0.299, 0.587, 0.114])  # H.264 keeps luma's full resolution and halves that of chroma
     assert np.abs(np.stack(decode(first / files[0])) @ luma - original @ luma).mean() < 4
 
     again = write_moving_shapes(tmp_path / "again", 24, 8, 8, num_frames=5, size=32, fps=4, num_proc=2)
-    for name in files:  # the same videos, and more; the encoder does not always write the same bytes
+    for name in files:  # `again` holds the same videos and more; the encoder does not always write the same bytes
         one, same = (np.stack(decode(folder / name)) for folder in (first, again))
         assert np.abs(one @ luma - same @ luma).mean() < 4
 
@@ -108,7 +108,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_moving_shapes(first, 16, 8, 8)
     sizes = {"num_frames": 2, "size": 16}
     write_moving_shapes(first, 8, 8, 8, **sizes, overwrite=True)
-    assert len(list(first.rglob("*.mp4"))) == 24  # the others are gone
+    assert len(list(first.rglob("*.mp4"))) == 24  # the earlier files are gone
     (first / "test" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds other files, such as test/notes\.txt"):
         write_moving_shapes(first, 8, 8, 8, **sizes, overwrite=True)
