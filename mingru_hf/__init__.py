@@ -1,8 +1,9 @@
 """MinGRU recurrent networks for Hugging Face Transformers.
 
-Layers with torch-mingru's interface (`MinGRU`, `MinConv2dGRU`, `Bidirectional`), text models that train in parallel
-over time and generate with a state of constant size, video classifiers that stream, and the scan they run on
-(`mingru_scan`). Importing the package registers the models with transformers' Auto classes.
+The package provides layers with torch-mingru's interface (`MinGRU`, `MinConv2dGRU`, `Bidirectional`), text models that
+train in parallel over time and generate with a constant-size state, video classifiers that can process a stream of
+frames, and the scan that all of them run on (`mingru_scan`). Importing the package registers the models with
+transformers' Auto classes.
 """
 
 from transformers import (
@@ -45,7 +46,7 @@ AutoModelForTokenClassification.register(MinGRUConfig, MinGRUForTokenClassificat
 AutoConfig.register("minconvgru", MinConvGRUConfig, exist_ok=True)
 AutoModel.register(MinConvGRUConfig, MinConvGRUModel, exist_ok=True)
 AutoModelForVideoClassification.register(MinConvGRUConfig, MinConvGRUForVideoClassification, exist_ok=True)
-if is_torchvision_available():  # without it transformers has a placeholder that registers nothing
+if is_torchvision_available():  # without torchvision, AutoVideoProcessor is a placeholder that registers nothing
     AutoVideoProcessor.register(MinConvGRUConfig, MinConvGRUVideoProcessor, exist_ok=True)
 
 __version__ = "0.1.0"

@@ -1,10 +1,10 @@
 """The recurrent state as a layer of transformers' own caches.
 
 Importing this file makes `DynamicCache(config=model.config)` build `MinGRUCacheLayer`s for a MinGRU model, and
-`StaticCache` their twins in fixed memory. A layer holds a state of fixed size, and yet does what an attention layer's
-cache does: it counts tokens, so generate() can slice prompts, continue over turns and prefill in pieces, and with
-`activate_past_recording()` it keeps the last states, so that `crop` rolls back exactly. That is why it is none of
-transformers' linear attention layers, which cannot go back.
+`StaticCache` build `MinGRUStaticCacheLayer`s, whose tensors keep their addresses. A layer holds a state of fixed size
+but supports what an attention layer's cache does. It counts tokens, so generate() can slice prompts, continue over
+several turns and prefill in chunks. After `activate_past_recording()` it keeps the last states, so `crop` rolls back
+exactly. transformers' linear attention layers cannot be rolled back, so this layer is not based on them.
 
 Legend: B batch, R recorded steps, D channels of the state, W the convolution's window (taps - 1), E its channels.
 """
@@ -17,20 +17,20 @@ from .scan_reference import initial_state
 
 
 class MinGRUCacheLayer(CacheLayerMixin):
-    """The state of one MinGRU block after the tokens seen so far; memory does not grow with their number.
+    """The state of one MinGRU block after the tokens seen so far; its memory does not grow with their number.
 
     Attributes:
         states: (B, R, D) float32 (float64 for float64 models), the state after each of the last R steps, oldest
             first; None before the first step. R is 1 unless the past is recorded.
-        windows: (B, R, W, E) last inputs of the convolution in front, after each of those steps; None without one.
-        seq_length: steps (tokens, padding included) that led to the newest state.
+        windows: (B, R, W, E) last inputs of the convolution after each of those steps; None without a convolution.
+        seq_length: number of steps (tokens, including padding) up to the newest state.
     """
 
     _layer_type = "mingru"
     is_croppable = True
     supports_early_init = False
-    # States kept at least while recording, over several calls if need be: an assistant model drafts its tokens in one
-    # call each before some of them are taken back.
+    # Minimum number of states to keep while recording, over several calls if necessary: an assistant model drafts each
+    # token in a call of its own before some of the tokens are undone.
     min_recorded_steps = 256
 
     def __init__(self, **kwargs) -> None:
@@ -42,7 +42,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
 
     @property
     def record_past(self) -> bool:
-        """Whether to keep more than the newest state; set to False, the others are forgotten."""
+        """Whether to keep more than the newest state. Setting it to False discards the older states."""
         return self._record_past
 
     @record_past.setter
@@ -63,27 +63,27 @@ class MinGRUCacheLayer(CacheLayerMixin):
         return None if self.windows is None else self.windows[:, -1]
 
     def starting_state(self) -> Tensor | None:
-        """As `state`, for a step that may save it for its backward pass."""
+        """As `state`, but as a tensor that autograd can save for the backward pass."""
         state = self.state
         if state is None or not torch.is_grad_enabled():
             return state
-        # A static one is written to before the backward pass, and autograd saves none that inference_mode() has made.
+        # A static layer overwrites its state before the backward pass, and autograd cannot save inference tensors.
         return state.clone() if self.is_compileable or state.is_inference() else state
 
     @property
     def batch_size(self) -> int:
-        """Rows held; -1 before the first step."""
+        """Number of rows; -1 before the first step."""
         return -1 if self.states is None else self.states.shape[0]
 
     def num_to_record(self, requested: int | None, num_steps: int) -> int:
-        """How many states of a call of `num_steps` steps to hand to `append`, if `requested` may be cropped."""
+        """Return how many of `num_steps` states to pass to `append` so that `requested` (None: all) can be cropped."""
         if not self._record_past:
             return 1
-        # One more than may be cropped: the state to go back to.
+        # One more than may be cropped: the state to return to.
         return num_steps if requested is None else min(num_steps, max(requested + 1, self.min_recorded_steps))
 
     def append(self, states: Tensor, windows: Tensor | None, num_steps: int) -> None:
-        """Take over the states after the last R of `num_steps` steps just run.
+        """Store the states after the last R of the `num_steps` steps just run.
 
         Args:
             states: (B, R, D) states, 1 <= R <= num_steps.
@@ -95,22 +95,22 @@ class MinGRUCacheLayer(CacheLayerMixin):
             limit = max(self.min_recorded_steps, num_steps + 1)
             states = torch.cat([self.states, states], dim=1)[:, -limit:]
             windows = None if windows is None else torch.cat([self.windows, windows], dim=1)[:, -limit:]
-        # Copies where these are slices: a slice would keep the states of the whole forward pass in memory.
+        # Copy slices: a slice would keep the states of the whole forward pass in memory.
         self.states = states if complete else states.clone()
         self.windows = None if windows is None else windows.clone()
         self.seq_length += num_steps
         self.is_initialized = True
 
     def snapshot(self) -> tuple:
-        """What `restore` goes back to; it holds until the tensors are written to."""
+        """Return what `restore` needs to undo later steps; valid until the tensors are written to."""
         return self.states, self.windows, self.seq_length, self.is_initialized
 
     def restore(self, snapshot: tuple) -> None:
-        """Take back all steps since `snapshot()`, after an exception among them."""
+        """Undo all steps since `snapshot()`, after one of them raised an exception."""
         self.states, self.windows, self.seq_length, self.is_initialized = snapshot
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the first step brings its state."""
+        """Do nothing: the first step provides the state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Refuse keys and values: this layer belongs to a MinGRU block.
@@ -124,23 +124,24 @@ class MinGRUCacheLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int | Tensor:
-        """Tokens seen, padding included; from the first call on a tensor () where the memory is static."""
+        """Return the number of tokens seen, with padding; in a static layer a tensor () from the first call on."""
         return self.seq_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the mask over the tokens seen and the `query_length` new ones."""
+        """Return (length, offset) of the mask over the tokens seen and the `query_length` new ones."""
         return self.seq_length + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: there is no limit."""
+        """Return -1: there is no limit."""
         return -1
 
     def activate_past_recording(self) -> None:
-        """From now on keep past states too, so that `crop` can go back to them.
+        """Start keeping past states, so that `crop` can return to them.
 
-        These are the state before the last call and those after each of its steps, unless its `num_recorded` asked for
-        fewer, and at least those after the last `min_recorded_steps` steps. So a long prompt costs as much memory as
-        the states of all its tokens; with `logits_to_keep=1`, as in generate(), that of `min_recorded_steps`.
+        The layer then keeps the state before the last call and the state after each of its steps, or fewer if its
+        `num_recorded` asked for fewer, but at least the states after the last `min_recorded_steps` steps. A long
+        prompt therefore costs the memory of the states of all its tokens; with `logits_to_keep=1`, as in generate(),
+        it costs that of `min_recorded_steps` states.
         """
         self.record_past = True
 
@@ -148,17 +149,17 @@ class MinGRUCacheLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor[:, -1:].clone())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Go back by -tokens_to_remove steps; 0 changes nothing.
+        """Undo the last -tokens_to_remove steps; 0 changes nothing.
 
         Args:
-            tokens_to_remove: minus the number of steps to take back, as transformers passes it.
+            tokens_to_remove: minus the number of steps to undo, as transformers passes it.
 
         Raises:
-            ValueError: if the argument is positive or the states of that time are no longer held.
+            ValueError: if the argument is positive or the state to return to is no longer held.
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"A recurrent cache is cropped by minus the number of tokens to remove, got {tokens_to_remove}."
+                f"crop() expects minus the number of tokens to remove from a recurrent cache, got {tokens_to_remove}."
             )
         steps = -tokens_to_remove
         if steps == 0:
@@ -170,12 +171,12 @@ class MinGRUCacheLayer(CacheLayerMixin):
         if steps >= recorded:
             advice = "Call cache.activate_past_recording() before running the steps to be taken back."
             if steps > self.seq_length:
-                advice = "No more steps have been run."
+                advice = "The cache has not seen that many steps."
             elif self._record_past and recorded >= self.min_recorded_steps:
                 advice = "Raise min_recorded_steps of each of cache.layers before running the steps to be taken back."
             raise ValueError(
-                f"Cannot take back {steps} of {self.seq_length} steps: the states after the last {recorded} are held. "
-                f"{advice}"
+                f"Cannot take back {steps} of {self.seq_length} steps: only the states after the last {recorded} are "
+                f"kept. {advice}"
             )
         self.states = self.states[:, :-steps]
         if self.windows is not None:
@@ -187,11 +188,11 @@ class MinGRUCacheLayer(CacheLayerMixin):
         self.states, self.windows, self.seq_length, self.is_initialized = None, None, 0, False
 
     def detach_(self) -> None:
-        """Cut the state off from the graph behind it, between the pieces of truncated backpropagation through time."""
+        """Detach the state from the autograd graph, between segments of truncated backpropagation through time."""
         self._map(Tensor.detach)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take row beam_idx[i] for row i."""
+        """Replace each row i by row beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -203,10 +204,10 @@ class MinGRUCacheLayer(CacheLayerMixin):
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
-        """Nothing to move: a state is as small as the hidden states of one token."""
+        """Do nothing: a state is as small as the hidden states of one token."""
 
     def prefetch(self) -> None:
-        """Nothing to move back."""
+        """Do nothing: `offload` moves nothing."""
 
     def _map(self, function) -> None:
         if self.states is not None:
@@ -216,27 +217,27 @@ class MinGRUCacheLayer(CacheLayerMixin):
 
 
 class MinGRUStaticCacheLayer(MinGRUCacheLayer):
-    """The same in tensors that stay where they are, for compiled decoding steps and CUDA graphs.
+    """A MinGRUCacheLayer whose tensors keep their addresses, for compiled decoding steps and CUDA graphs.
 
-    The first call makes the tensors; later ones copy into them. The number of tokens is a tensor too, so that counting
-    does not compile anew. While the past is recorded the layer is as dynamic as its twin.
+    The first call creates the tensors; later calls copy into them. The number of tokens is a tensor too, so that
+    counting does not cause recompilation. While the past is recorded, the layer behaves like `MinGRUCacheLayer`.
 
     Args:
-        max_cache_len: not needed, since the state has one size for any number of tokens.
+        max_cache_len: ignored, since the state has the same size for any number of tokens.
     """
 
-    _layer_type = None  # set below: at this place it would take the dynamic layer's entry
+    _layer_type = None  # set below the class: set here, it would replace the dynamic layer's entry
 
     def __init__(self, max_cache_len: int | None = None, **kwargs) -> None:
         super().__init__()
 
     @property
     def is_compileable(self) -> bool:
-        """Whether the tensors have a fixed place, which they have unless the past is recorded."""
+        """Whether the tensors keep their addresses, which they do unless the past is recorded."""
         return not self.record_past
 
     def append(self, states: Tensor, windows: Tensor | None, num_steps: int) -> None:
-        """As in MinGRUCacheLayer, into the tensors made by the first call."""
+        """As in MinGRUCacheLayer, but copy into the tensors that the first call created."""
         if self.record_past:
             super().append(states, windows, num_steps)
             return
@@ -255,19 +256,19 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
         return super().snapshot(), [(tensor, tensor.clone()) for tensor in fixed]
 
     def restore(self, snapshot: tuple) -> None:
-        """As in MinGRUCacheLayer; the tensors stay where they are."""
+        """As in MinGRUCacheLayer, but the tensors keep their addresses."""
         fields, copies = snapshot
         super().restore(fields)
         for tensor, copy in copies:
-            # Outside inference mode torch writes to tensors made in it, and refuses afterwards.
+            # Outside inference mode, a write to an inference tensor takes place, but torch then raises an error.
             with torch.inference_mode(torch.is_inference_mode_enabled() or tensor.is_inference()):
                 tensor.copy_(copy)
 
     def _settle(self, states: Tensor, windows: Tensor | None) -> None:
-        """Take tensors which stay where they are from now on, and count in one."""
+        """Adopt tensors that keep their addresses from now on, and count tokens in a tensor."""
         self.states, self.windows, self.is_initialized = states, windows, True
         self.seq_length = torch.full((), int(self.seq_length), dtype=torch.long, device=states.device)
-        if not torch.compiler.is_compiling():  # else inductor leaves CUDA graphs out, since these are written to
+        if not torch.compiler.is_compiling():  # if these mutated inputs are not marked, inductor skips CUDA graphs
             for tensor in (self.states, self.windows, self.seq_length):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
@@ -279,7 +280,7 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
             self._settle(self.states, self.windows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, in that order; as many rows stay where they are."""
+        """Keep the rows `indices`, in that order; if their number is unchanged, the tensors keep their addresses."""
 
         def select(tensor: Tensor) -> Tensor:
             selected = tensor[indices.to(tensor.device)]
@@ -299,13 +300,13 @@ class MinGRUStaticCacheLayer(MinGRUCacheLayer):
 
 
 def adopt_layers(layers: list[CacheLayerMixin]) -> None:
-    """Replace layers that another copy of this file made, in place.
+    """Replace, in place, layers that another copy of this file created.
 
-    Checkpoints with code of their own share transformers' table of layers, where the last one imported is found by
-    all; its layers need not be of the same version.
+    Checkpoints that carry their own code share transformers' table of cache layers. All of them get the layers of the
+    copy that was imported last, which may be another version.
 
     Args:
-        layers: of a cache.
+        layers: the layers of a cache.
 
     Raises:
         ValueError: if a layer of another copy holds a state.
@@ -316,8 +317,8 @@ def adopt_layers(layers: list[CacheLayerMixin]) -> None:
             continue
         if layer.get_seq_length() > 0:
             raise ValueError(
-                "cache was filled by a MinGRU model whose code is another copy than this model's: run the tokens "
-                "through this model instead."
+                "cache was filled by a MinGRU model that runs another copy of this code: run the tokens through this "
+                "model instead."
             )
         is_static = type(layer).__name__ == MinGRUStaticCacheLayer.__name__
         layers[index] = MinGRUStaticCacheLayer() if is_static else MinGRUCacheLayer()

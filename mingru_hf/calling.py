@@ -1,10 +1,10 @@
 """Faster calls of modules for a single token, where the overhead of ordinary calls exceeds the arithmetic.
 
 `nn.Module.__call__` looks for hooks and compilers, every `self.weight` goes through `__getattr__`, and a ModelOutput
-checks its fields one by one: together that was two fifths of a small model's decoding step (LOG.md). `direct_call`
-goes straight to the operator where nothing hangs on a module (no hook, no adapter, no quantisation, no offloading),
-and is `module(x)` everywhere else. Which of the two it is, `choose_call` decides once a pass; the models hand it on
-as `call`.
+checks its fields one by one. Together this took two fifths of a small model's decoding step (LOG.md). `direct_call`
+calls the operator directly if a module is unmodified (no hook, adapter, quantisation or offloading), and `module(x)`
+otherwise. `choose_call` decides once per forward pass whether `direct_call` may be used; the models pass the chosen
+function on as `call`.
 """
 
 import inspect
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .linear import HAS_FASTER_WAY, linear, linear_unobserved
 from .observers import has_global_hooks, is_observed
 
-# Parameters are looked up where they are registered; a module from where one has been taken (by FSDP, a
-# parametrization, a user) is asked itself.
+# The functions below read parameters from `_parameters`, where modules register them. If one has been removed from
+# there (by FSDP, a parametrization or the user), they call the module instead.
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
@@ -66,8 +66,8 @@ _REPLACEMENTS = {
     nn.Dropout: _dropout,
     nn.Embedding: _embedding,
 }
-# class -> (its forward when it was registered here, the direct replacement). A forward that differs has been patched,
-# and so has one that torch has not written.
+# class -> (its forward when it was registered here, the direct replacement). A forward that differs later has been
+# patched. A forward that is not defined in its class's module has been patched already, so its class is left out.
 _DIRECT: dict[type, tuple[Callable, Callable]] = {
     module_class: (module_class.forward, direct)
     for module_class, direct in _REPLACEMENTS.items()
@@ -77,16 +77,16 @@ _UNKNOWN = (None, None)
 
 
 def calls_directly(module_class: type) -> type:
-    """Class decorator: `direct_call` may go to this class's forward."""
+    """Allow `direct_call` to call this class's forward directly (class decorator)."""
     _DIRECT[module_class] = module_class.forward, inspect.unwrap(module_class.forward)
     return module_class
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether calling a module means no more than its class's forward on its parameters.
+    """Return whether calling a module does nothing but run its class's forward on its parameters.
 
-    No class of its own (adapter, quantisation), no hook, no forward put upon it or its class (offloading, patches),
-    not compiled.
+    Such a module has a registered class (adapters and quantisation use others), no hooks, no replaced forward on
+    itself or on its class (offloading, patches), and is not compiled.
     """
     own, module_class = module.__dict__, type(module)
     return not (
@@ -103,10 +103,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear map that is no more than these; None for any other module."""
+    """Return the weight and bias of a plain, unmodified linear map; None for any other module."""
     if type(module) is not nn.Linear or not is_plain(module):
         return None
-    # FSDP1 keeps its views of them in `_parameters` in a forward pass, and as attributes where that runs once more.
+    # FSDP1 keeps its views of both in `_parameters` in a forward pass, and as attributes when that is recomputed.
     own, parameters = module.__dict__, module._parameters
     weight, bias = (parameters.get(name, own.get(name)) for name in ("weight", "bias"))
     if weight is None or (bias is None and "bias" not in parameters and "bias" not in own):
@@ -115,7 +115,7 @@ def plain_linear(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def module_call(module: nn.Module, *args, **kwargs):
-    """module(*args), the way torch goes, but for linear maps that `linear` is faster at."""
+    """Call module(*args) as torch does, except for linear maps that `linear` computes faster."""
     if HAS_FASTER_WAY and not torch.compiler.is_compiling():
         parameters = plain_linear(module)
         if parameters is not None:
@@ -124,10 +124,10 @@ def module_call(module: nn.Module, *args, **kwargs):
 
 
 def direct_call(module: nn.Module, *args, **kwargs):
-    """module(*args) without the way there, where that makes no difference; see `choose_call`."""
+    """Call module(*args), bypassing `nn.Module.__call__` where that changes nothing; see `choose_call`."""
     own, module_class = module.__dict__, type(module)
     forward, direct = _DIRECT.get(module_class, _UNKNOWN)
-    # `is_plain`, written out as far as it matters without gradients: this is called for every module of every token.
+    # The checks of `is_plain` that matter without gradients, inlined: this runs for every module and token.
     if (
         module_class.forward is not forward
         or own["_forward_hooks"]
@@ -140,7 +140,9 @@ def direct_call(module: nn.Module, *args, **kwargs):
 
 
 def choose_call(tokens: Tensor | None) -> Callable:
-    """`direct_call` for a single step that no autograd, compiler, tracer, mode, transform or global hook has to see.
+    """Choose `direct_call` for a single step that nothing has to observe, else `module_call`.
+
+    Possible observers are autograd, compilers, tracers, modes, transforms and global hooks.
 
     Args:
         tokens: (B, T, *) the model's input.
@@ -161,7 +163,7 @@ def choose_call(tokens: Tensor | None) -> Callable:
 
 
 def direct_output(output_class: type, **fields):
-    """output_class(**fields), with every field of the ModelOutput given, past its checks."""
+    """Create output_class(**fields) without the checks of ModelOutput; `fields` must name every field."""
     output = output_class.__new__(output_class)
     output.__dict__.update(fields)
     for name, value in fields.items():

@@ -9,11 +9,12 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from .configuration_common import ConfigurationMixin
 
 if TYPE_CHECKING:
-    # Never run. transformers copies beside a saved object the files that its file names, so this line makes even a
-    # configuration saved alone carry the code of the models that its auto_map promises.
+    # This import never runs. When transformers saves an object with custom code, it copies the object's source file
+    # and the files imported there. Because of this line, a configuration saved without a model still comes with the
+    # modelling code that its auto_map refers to.
     from .modeling_minconvgru import MinConvGRUModel  # noqa: F401
 
-# What loads a saved directory where this package is not installed, with trust_remote_code=True.
+# The classes that load a saved directory with trust_remote_code=True where this package is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_minconvgru.MinConvGRUConfig",
     "AutoModel": "modeling_minconvgru.MinConvGRUModel",
@@ -23,42 +24,45 @@ AUTO_MAP = {
 
 @strict
 class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
-    """Backbone, sizes and switches of the MinConvGRU video model.
+    """Configuration of the MinConvGRU video model.
 
     An image backbone turns every frame into feature maps at several stages; at each stage a stack of convolutional
     MinGRU layers runs over time, and its last output, pooled to a few cells, is classified. The logits of the stages
-    are averaged. The defaults of the stacks are those of torch-mingru's UCF101 classifier, but for its dropout of
-    0.15; its backbone is `TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])` with
-    `feature_pooling=True`.
+    are averaged. The defaults of the stacks are those of torch-mingru's UCF101 classifier, except for dropout, which
+    is 0.15 there. The backbone of that classifier is
+    `TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])` with `feature_pooling=True`.
 
     Args:
         backbone_config: configuration of any backbone that AutoBackbone knows, or its dict with a `model_type`. Its
             `out_features` or `out_indices` choose the stages. None: a ResNet-50 with its four stages.
-        feature_pooling: halve the feature maps by 2 x 2 max pooling, at all stages or at those marked in a list.
+        feature_pooling: halve the feature maps by 2 x 2 max pooling, at all stages or at those marked True in a list.
         hidden_sizes: channels of the recurrent states at each stage. None: as many as the feature map has.
         num_hidden_layers: recurrent layers at each stage; at least 1.
-        kernel_size: of the recurrent layers' convolutions, in cells of the feature map; at least 1.
-        stride: of the same convolutions; at least 1.
-        padding: of the same convolutions; at least 0.
+        kernel_size: kernel size of the recurrent layers' convolutions, in cells of the feature map; at least 1.
+        stride: stride of the same convolutions; at least 1.
+        padding: padding of the same convolutions; at least 0.
         norm: normalise each recurrent layer's input with a GroupNorm.
         residual: add each recurrent layer's input to its output, through a convolution where their shapes differ.
-        dropout: probability of zeroing an output of each recurrent layer but the last, in training.
-        classifier_dropout: the same for the pooled features in front of the classifiers.
-        pooled_size: cells along each side that the outputs are averaged to before they are classified.
+        dropout: probability of zeroing an output of each recurrent layer except the last, in training.
+        classifier_dropout: dropout probability of the pooled features before the classifiers.
+        pooled_size: number of cells along each side to which the outputs are averaged before the classifiers.
         bidirectional: run a second set of stacks from the last frame to the first. Such a model cannot stream.
-        freeze_backbone: keep the backbone as it is: in evaluation mode, without gradients.
-        backbone_chunk_size: frames that the backbone sees at once, which bounds its memory (in training together with
-            activation checkpointing); 0 or None for all. Batch norms in training look at each piece by itself.
-        num_frames: frames of a clip in training; what the video-classification pipeline samples.
-        initializer_range: standard deviation of newly drawn classifier weights. Convolutions take PyTorch's own
-            initialisation, which looks at their size, and the backbone that of its class.
-        scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A
-            choice for this run: it is not written to config.json.
+        freeze_backbone: keep the backbone in evaluation mode and without gradients.
+        backbone_chunk_size: number of frames that the backbone processes at once, which bounds its memory (in training
+            only together with activation checkpointing); 0 or None for all frames. In training, batch norms compute
+            their statistics for each chunk separately.
+        num_frames: frames per clip in training, and the number that the video-classification pipeline samples.
+        initializer_range: standard deviation of newly initialised classifier weights. Convolutions use PyTorch's
+            default initialisation, which depends on their fan-in, and the backbone that of its own class.
+        scan_backend: implementation that runs the recurrence: a backend of `mingru_scan`, or "auto" for the fastest.
+            It holds for the current run only and is not written to config.json.
 
     Raises:
-        ValueError: if backbone_config is a dict of no known kind, or its backbone has no such stage.
-        huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is no choice.
-        huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
+        ValueError: if backbone_config is a dict without a known model_type, or selects a stage that its backbone does
+            not have.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is not one of the
+            allowed choices.
+        huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes are inconsistent or out of range.
 
     Example:
         >>> from transformers import ResNetConfig
@@ -107,11 +111,11 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
 
     @property
     def num_stages(self) -> int:
-        """Feature maps that the backbone hands over for each frame."""
+        """Number of feature maps that the backbone returns for each frame."""
         return len(self.backbone_config.out_indices or self.backbone_config.out_features)
 
     def validate_architecture(self):
-        """Check that the sizes and switches can belong to one model (called by the `strict` decorator)."""
+        """Check that the values are consistent and in range (called by the `strict` decorator)."""
         backbone = type(self.backbone_config).__name__
         if not hasattr(self.backbone_config, "out_indices"):
             raise ValueError(
@@ -142,7 +146,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
             raise ValueError(f"initializer_range must be 0 or above and finite, got {self.initializer_range}.")
         for name in ("dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}.")
 
 
 MinConvGRUConfig.register_for_auto_class()

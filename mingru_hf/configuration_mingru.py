@@ -9,11 +9,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from .configuration_common import ConfigurationMixin
 
 if TYPE_CHECKING:
-    # Never run. transformers copies beside a saved object the files that its file names, so this line makes even a
-    # configuration saved alone carry the code of the models that its auto_map promises.
+    # Never executed. When transformers saves an object's code, it also copies the files that this code imports. This
+    # import makes even a configuration saved alone carry the code of the models that its auto_map lists.
     from .modeling_mingru import MinGRUModel  # noqa: F401
 
-# What loads a saved directory where this package is not installed, with trust_remote_code=True.
+# The classes that load a saved directory with trust_remote_code=True where this package is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_mingru.MinGRUConfig",
     "AutoModel": "modeling_mingru.MinGRUModel",
@@ -29,56 +29,63 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
 
     A block computes `x + conv(x)`, then `x + out_proj(mingru(norm(x)))`, then `x + mlp(norm(x))`. This is the block
     of the language model of Feng et al. 2024 (arXiv:2410.01201), whose sizes and dropout are in
-    scripts/configs/shakespeare_char_paper.json; the sizes by default are those of GPT-2's small variant with half its
-    blocks. With the convolution and the MLP switched off, `expand=1` and `hidden_sizes` given it is torch-mingru's
+    scripts/configs/shakespeare_char_paper.json. The default sizes are those of GPT-2 small with half as many blocks.
+    With the convolution and the MLP switched off, `expand=1` and `hidden_sizes` given, the model is torch-mingru's
     stack.
 
     Args:
         vocab_size: number of token ids; at least 1.
         hidden_size: width of the embedding, and of every block unless `hidden_sizes` is given.
-        num_hidden_layers: number of blocks. None: as many as `hidden_sizes` names, else 6.
-        hidden_sizes: width of each block's output, where they differ. None: all have `hidden_size`.
-        expand: ratio of the recurrent state's width to the block's; above 0, and the width is rounded down.
-        use_out_proj: map the state back to the block's width. None: only where `expand` is not 1, since there it
-            cannot be left out.
-        conv_kernel: taps of the causal depthwise convolution in front of the recurrence, in tokens, counting the
-            current one; 0 switches it off.
+        num_hidden_layers: number of blocks. None: the length of `hidden_sizes` if that is given, else 6.
+        hidden_sizes: width of each block's output, if the widths differ. None: all blocks have `hidden_size`.
+        expand: ratio of the recurrent state's width to the width of the block's output; must be above 0. The state's
+            width is rounded down.
+        use_out_proj: whether to map the state back to the block's width. None: only if `expand` is not 1, where the
+            projection is required.
+        conv_kernel: kernel size of the causal depthwise convolution before the recurrence, in tokens, including the
+            current one; 0 switches the convolution off.
         use_mlp: whether each block ends with an MLP.
         intermediate_size: width of the MLP's hidden layer. None: 4 times the block's width.
         hidden_act: activation of the MLP, a name known to transformers' ACT2FN.
-        use_bias: biases in the recurrent projection, the convolution, the output projection and the MLP.
-        norm_type: "layer_norm", "rms_norm" or "none": applied to the input of the recurrence and of the MLP.
-        norm_bias: bias of those norms (layer_norm alone has one).
+        use_bias: whether the recurrent projection, the convolution, the output projection and the MLP have biases.
+        norm_type: "layer_norm", "rms_norm" or "none". Applied to the input of the recurrence and of the MLP, and to
+            the last block's output if `use_final_norm` is set.
+        norm_bias: whether the norms inside the blocks have a bias ("layer_norm" only).
         norm_eps: added to the variance in all norms.
         use_final_norm: normalise the last block's output.
-        final_norm_bias: bias of that norm.
-        lm_head_bias: bias of the language-model head.
+        final_norm_bias: whether the final norm has a bias ("layer_norm" only).
+        lm_head_bias: whether the language-model head has a bias.
         residual: add each recurrence's input to its output, through a linear map without bias where widths differ.
         embedding_dropout: probability of zeroing an element of the embeddings, in training.
-        residual_dropout: the same for the outputs of the recurrent branch and of the MLP, before they are added.
-        block_dropout: the same for each block's output but the last's, after the sum (torch-mingru's dropout).
-        classifier_dropout: the same in front of the classification heads.
-        initializer_range: standard deviation of newly drawn weights. None: 1 / sqrt(inputs) for the linear maps of the
-            blocks, which learn faster so, and 0.02, as everywhere in transformers, for embeddings and heads. The
-            weights of the convolution are uniform within 1 / sqrt(conv_kernel), PyTorch's default; in a residual model
-            of more than 6 blocks that bound is divided by sqrt(i) in block i, counted from 1.
-        initial_memory: steps that the state remembers when training begins. 1: the gates begin half open, as in
-            torch-mingru, and the state forgets in a few steps. Above 1 each channel draws its own memory m
-            log-uniformly between 1 and this number, by a gate bias of -log(m), so that z is near 1 / (1 + m) (as in
-            the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly). It helps
-            where things have to be remembered for long, as in selective copying. It is for this package's models; for
-            a block within another model there is `spread_memory_`.
-        use_cache: whether a forward pass outside training returns its state for the next one.
-        tie_word_embeddings: use the embedding as the head's weights; needs a last width equal to `hidden_size`.
+        residual_dropout: the same for the outputs of the recurrent branch and of the MLP, before the residual sums.
+        block_dropout: the same for the output of every block except the last, after the residual sums (torch-mingru's
+            dropout).
+        classifier_dropout: the same for the input of the classification heads.
+        initializer_range: standard deviation of newly initialised weights. None: 1 / sqrt(fan_in) for the linear maps
+            of the blocks, which makes them learn faster, and 0.02, transformers' default, for embeddings and heads.
+            In either case the weights of the convolution are uniform within 1 / sqrt(conv_kernel), PyTorch's default;
+            in a residual model of more than 6 blocks that bound is divided by sqrt(i) in block i, counted from 1.
+        initial_memory: number of steps that the state remembers when training begins. 1: the gates start half open, as
+            in torch-mingru, and the state forgets within a few steps. Above 1: each channel draws its own memory m
+            log-uniformly between 1 and this number, and its gate bias is set to -log(m), so that z is near 1 / (1 + m)
+            (as in the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly). This
+            helps with long dependencies, as in selective copying. The option applies to this package's models; for a
+            layer or block inside another model use `spread_memory_`.
+        use_cache: whether a forward pass in evaluation mode returns its state for the next call.
+        tie_word_embeddings: use the embedding matrix as the weight of the language-model head; the last block must be
+            `hidden_size` wide.
         pad_token_id, bos_token_id, eos_token_id: as everywhere in transformers.
-        scan_backend: which implementation runs the recurrence: a backend of `mingru_scan`, "auto" for the fastest. A
-            choice for this run: it is not written to config.json.
-        skip_logits: in training with labels return the loss without logits, computed in pieces that need little
-            memory. As above a choice for this run, for `Trainer` with a large vocabulary.
+        scan_backend: implementation of the recurrence, one of the backends of `mingru_scan`; "auto" takes the fastest.
+            It applies to the current run only and is not written to config.json.
+        skip_logits: when training with labels, return the loss without logits and compute it in pieces that need
+            little memory; useful for `Trainer` with a large vocabulary. Like `scan_backend`, it applies to the current
+            run only.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is no choice.
-        huggingface_hub.errors.StrictDataclassClassValidationError: if the sizes cannot belong to one model.
+        huggingface_hub.errors.StrictDataclassFieldValidationError: if a value has the wrong type or is not one of the
+            choices.
+        huggingface_hub.errors.StrictDataclassClassValidationError: if a size or switch is out of range, or they
+            contradict each other.
 
     Example:
         >>> config = MinGRUConfig(vocab_size=96, hidden_size=256, num_hidden_layers=4)
@@ -126,20 +133,20 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         if self.use_out_proj is None:
             self.use_out_proj = self.expand != 1
         kwargs["auto_map"] = self._code_to_load(AUTO_MAP, kwargs.get("auto_map") or {})
-        if self.base_model_tp_plan is None:  # a subclass may have one
+        if self.base_model_tp_plan is None:  # a subclass may define one
             self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of cache layer each block has, for `DynamicCache(config=...)`."""
+        """Type of each block's cache layer, for `DynamicCache(config=...)`."""
         return ["mingru"] * self.num_hidden_layers
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the model's matrices over processes.
+        """Return the plan by which tensor parallelism splits the model's matrices over processes.
 
-        The scan runs in every process over all channels: gate and candidate of one channel lie in different halves of
-        `gate_hidden`, and the style for halves that transformers 5.24 has ("packed_colwise") splits biases wrongly.
+        Every process runs the scan over all channels: the gate and the candidate of a channel lie in different halves
+        of `gate_hidden`, and the style for such halves in transformers 5.24 ("packed_colwise") splits biases wrongly.
         """
         plan = {"layers.*.mixer.gate_hidden": "colwise_gather_output"}
         if self.use_out_proj:
@@ -159,10 +166,10 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         return self.block_sizes[-1]
 
     def validate_layer_type(self):
-        """The layer type belongs to this package, not to the list that transformers checks against."""
+        """Skip transformers' check: this package's layer type is not in the list that it checks against."""
 
     def validate_architecture(self):
-        """Check that the sizes and switches can belong to one model (called by the `strict` decorator)."""
+        """Check that the sizes and switches are valid and consistent (called by the `strict` decorator)."""
         sizes = {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -176,8 +183,8 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
                 raise ValueError("hidden_sizes is empty: give the width of each block, or None.")
             if len(self.hidden_sizes) != self.num_hidden_layers:
                 raise ValueError(
-                    f"hidden_sizes names {len(self.hidden_sizes)} blocks but num_hidden_layers is "
-                    f"{self.num_hidden_layers}; leave one of them out."
+                    f"hidden_sizes has {len(self.hidden_sizes)} entries, but num_hidden_layers is "
+                    f"{self.num_hidden_layers}: leave one of them out."
                 )
             sizes.update({f"hidden_sizes[{i}]": size for i, size in enumerate(self.hidden_sizes)})
         for name, size in sizes.items():
@@ -187,7 +194,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
             if not 0 <= (getattr(self, name) or 0.0) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}.")
         if min(int(self.expand * size) for size in self.block_sizes) < 1:
-            raise ValueError(f"expand={self.expand} leaves a recurrent state of no channels.")
+            raise ValueError(f"expand={self.expand} gives a recurrent state without channels.")
         if self.conv_kernel < 0 or self.conv_kernel == 1:
             raise ValueError(f"conv_kernel must be 0 (no convolution) or at least 2 tokens, got {self.conv_kernel}.")
         if self.expand != 1 and not self.use_out_proj:
@@ -197,12 +204,14 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
         if not 1 <= self.initial_memory < float("inf"):
             raise ValueError(f"initial_memory must be at least 1 step and finite, got {self.initial_memory}.")
         if self.initial_memory > 1 and not self.use_bias:
-            raise ValueError(f"initial_memory={self.initial_memory} is set by biases: it needs use_bias=True.")
+            raise ValueError(
+                f"initial_memory={self.initial_memory} is set through the gates' biases: it needs use_bias=True."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown to transformers; known: {', '.join(ACT2FN)}.")
         for name in ("embedding_dropout", "residual_dropout", "block_dropout", "classifier_dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be a probability between 0 and 1, got {getattr(self, name)}.")
         if self.tie_word_embeddings and self.output_size != self.hidden_size:
             raise ValueError(
                 f"tie_word_embeddings=True needs a last block as wide as the embedding, got {self.output_size} and "

@@ -1,8 +1,9 @@
 """Continuous batching: requests of any length join the batch as others leave it, as in generate_batch().
 
-transformers builds this on pages of keys and values; a MinGRU has one state a request instead, all of one size. So a
-batch is the rows of one cache: a request's prompt is run by itself, its state becomes a row, and when it ends the row
-goes. Queues, threads, stopping and pausing, cancelling and the results are transformers' own.
+transformers builds continuous batching on a paged key-value cache. A MinGRU has one state of fixed size per request
+instead, so a batch is the rows of one cache: a separate prefill runs a request's prompt, the resulting state becomes a
+row, and the row is removed when the request ends. transformers itself handles queues, threads, stopping, pausing,
+cancelling and results.
 
 Legend: B rows that generate, R rows of a prefill, T tokens of a piece of it, V vocabulary.
 """
@@ -33,14 +34,14 @@ from transformers.generation.continuous_batching.distributed import DistributedH
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import Scheduler
 
-# Where the configuration names none: rows that generate at a time, and tokens of prompts that are run between two of
-# their steps, which bounds how long these wait.
+# Defaults if the configuration sets none: how many rows generate at a time, and how many prompt tokens run between two
+# of their steps, which bounds how long the rows wait.
 _MAX_REQUESTS = 256
 _MAX_TOKENS = 4096
-_CHILD = "__child#"  # in transformers' names of the further sequences of a prompt
+_CHILD = "__child#"  # part of the names that transformers gives to additional sequences of a prompt
 
-# Options of generate() that are refused, with the values that mean none: these need beams, text, a second pass, a
-# clock, or a prompt or a length that all rows share.
+# Options of generate() that are refused, with the values that switch them off. They need beams, text, a second forward
+# pass, a clock, or a prompt or a length that all rows share.
 _NOT_IN_A_BATCH = {
     "num_beams": 1,
     "stop_strings": None,
@@ -56,14 +57,15 @@ _NOT_IN_A_BATCH = {
 
 
 class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
-    """All of generate()'s processors, in their order; those that read the tokens so far are called row by row."""
+    """All of generate()'s processors, in order; those that read all tokens so far are called row by row."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._ids: dict[FutureRequestState, Tensor] = {}  # of the last step's rows: no step reads all tokens anew
+        # Token ids of the last step's rows, kept so that a step need not convert all tokens again.
+        self._ids: dict[FutureRequestState, Tensor] = {}
 
     def _validate_processors(self, drop_unsupported: bool) -> None:
-        """Keep them all: transformers' batches hold the last tokens alone, and have to drop some."""
+        """Keep all processors: transformers drops some, because its batches hold only the last tokens."""
 
     def __call__(self, requests: list[FutureRequestState], scores: Tensor) -> Tensor:
         """requests of B rows, scores (B, V) -> (B, V)."""
@@ -82,35 +84,37 @@ class _LogitsProcessors(ContinuousBatchingLogitsProcessorList):
         return scores
 
     def _ids_of(self, requests: list[FutureRequestState], device: torch.device) -> list[Tensor]:
-        """(1, T) ids of each row: a new request's prompt, or those of the step before and the token chosen there."""
+        """Return each row's (1, T) ids: a new request's prompt, or the previous step's ids and the token chosen."""
         new = [request.state.generated_tokens[-1:] or request.state.initial_tokens for request in requests]
         sizes = [len(tokens) for tokens in new]
+        # A single copy to the device for all rows.
         new = torch.tensor([*itertools.chain.from_iterable(new)], device=device).unsqueeze(0).split(sizes, dim=1)
-        rows = zip(requests, new, strict=True)  # of one copy to the device
+        rows = zip(requests, new, strict=True)
         self._ids = {row: torch.cat([self._ids[row], ids], dim=1) if row in self._ids else ids for row, ids in rows}
         return list(self._ids.values())
 
     def forget(self) -> None:
-        """Let go of the last step's rows."""
+        """Drop the token ids of the last step's rows."""
         self._ids = {}
 
 
 class _Scheduler(Scheduler):
-    """First come, first served: a prefill is as many waiting prompts as fit into a rectangle of the token budget."""
+    """First come, first served: a prefill takes as many waiting prompts as fit, padded, into the token budget."""
 
     def __init__(self, rows: "_Rows", max_requests: int, vocab_size: int):
         super().__init__(rows, safety_margin=0.0, max_requests_per_batch=max_requests)
         self.vocab_size = vocab_size
 
     def add_waiting_request(self, state: RequestState) -> None:
-        """Take a request; transformers fails it if this raises, and it alone.
+        """Add a request to the queue; if this raises, transformers fails only this request.
 
         Raises:
-            ValueError: for a prompt that the model cannot run, or the name of a request that has not ended yet.
+            ValueError: if the model cannot run the prompt, the temperature is not above 0, or an unfinished request
+                has the same name.
         """
         for name in (state.request_id, *_names_of_children(state)):
             if name in self.active_requests or name in self.waiting_requests:
-                raise ValueError(f"There is a request {name!r} already: give another request_id, or none.")
+                raise ValueError(f"A request {name!r} exists already: give another request_id, or none.")
         temperature = state.logit_processor_kwargs.get("temperature")
         if isinstance(temperature, Real) and not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}: leave it out and give top_k=1.")
@@ -126,9 +130,9 @@ class _Scheduler(Scheduler):
         super().add_waiting_request(state)
 
     def schedule_batch(self, token_budget: int, cache_budget: int = 0):
-        """The requests of the next prefill, marked as such; in the form that transformers' schedulers return.
+        """Choose the requests of the next prefill, and return them in the form of transformers' schedulers.
 
-        A prompt longer than the budget comes alone. Requests with the same prompt share a row.
+        A prompt longer than the budget is run alone. Requests with the same prompt share a row.
         """
         free = self.max_requests_per_batch - len(self.active_requests)
         chosen, prompts, longest = [], set(), 0
@@ -149,7 +153,7 @@ class _Scheduler(Scheduler):
 
 
 class _Rows:
-    """The requests that generate, and their states: row i of `cache` belongs to request i."""
+    """The requests that are generating, and their states: row i of `cache` belongs to request i."""
 
     def __init__(self):
         self.requests: list[FutureRequestState] = []
@@ -157,11 +161,11 @@ class _Rows:
         self._gone: set[str] = set()
 
     def free_blocks(self, request_id: str) -> None:
-        """Called by the scheduler for a request that has ended: its row goes before the next step."""
+        """Mark the row of an ended request for removal before the next step (called by the scheduler)."""
         self._gone.add(request_id)
 
     def join(self, requests: list[FutureRequestState], cache: DynamicCache) -> None:
-        """Put the rows of another cache under these."""
+        """Append new requests and the rows of their cache."""
         for own, new in zip(self.cache.layers if self.requests else (), cache.layers, strict=bool(self.requests)):
             new.states = torch.cat([own.states, new.states])
             if new.windows is not None:
@@ -169,7 +173,7 @@ class _Rows:
         self.requests, self.cache = self.requests + requests, cache
 
     def drop_ended(self) -> None:
-        """Keep the rows of the requests that go on."""
+        """Remove the rows of the requests that have ended."""
         kept = [row for row, request in enumerate(self.requests) if request.state.request_id not in self._gone]
         if len(kept) < len(self.requests):
             self.requests = [self.requests[row] for row in kept]
@@ -179,24 +183,24 @@ class _Rows:
 
 
 def _input_device(model) -> torch.device:
-    """Where the model reads its ids: of an embedding that is offloaded, where its hook takes the weights."""
+    """Return the device for the input ids; for an offloaded embedding, the device on which its hook runs it."""
     if model.device.type != "meta":
         return model.device
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     devices = [getattr(part, "execution_device", None) for part in getattr(hook, "hooks", (hook,))]
     device = next((device for device in devices if device is not None), None)
     if device is None:
-        raise ValueError("The model's weights are on the meta device: load some with from_pretrained().")
+        raise ValueError("The model's weights are on the meta device: load them with from_pretrained().")
     return torch.device(device)
 
 
 class _Prefill:
-    """Prompts on their way through the model, left-padded, in pieces that hold the token budget."""
+    """Left-padded prompts that run through the model in pieces, each within the token budget."""
 
     def __init__(self, requests: list[FutureRequestState], model, token_budget: int):
         prompts = list(dict.fromkeys(tuple(request.state.initial_tokens) for request in requests))
         length = max(map(len, prompts))
-        self.padding = length - min(map(len, prompts))  # behind so many tokens no row is padded
+        self.padding = length - min(map(len, prompts))  # after this many tokens no row is padded
         self.requests = requests
         self.row = {prompt: row for row, prompt in enumerate(prompts)}
         device = _input_device(model)
@@ -207,12 +211,12 @@ class _Prefill:
         self.steps, self.done = token_budget // len(prompts), 0
 
     def active(self, scheduler: Scheduler) -> list[RequestState]:
-        """Its requests that nobody has cancelled."""
+        """Return the requests that have not been cancelled."""
         states = (request.state for request in self.requests)
         return [state for state in states if state.request_id in scheduler.active_requests]
 
     def advance(self, model, scheduler: Scheduler) -> Tensor | None:
-        """Run the next piece: None, or behind the last one (requests, V) logits of the requests that are active."""
+        """Run the next piece; after the last one, return (requests, V) logits of the active requests, else None."""
         end = min(self.done + max(self.steps, 1), self.ids.shape[1])
         piece, mask = self.ids[:, self.done : end], self.mask[:, :end] if self.done < self.padding else None
         logits = model(piece, attention_mask=mask, cache=self.cache, logits_to_keep=1).logits[:, -1]
@@ -228,7 +232,7 @@ class _Prefill:
 
 
 def _with_children(state: RequestState) -> list[RequestState]:
-    """The request, and the others that num_return_sequences asks for."""
+    """Return the request and the copies of it that num_return_sequences asks for."""
     names, state.num_children = _names_of_children(state), 0
     return [state, *map(state.fork, names)]
 
@@ -238,10 +242,10 @@ def _names_of_children(state: RequestState) -> list[str]:
 
 
 class _BatchProcessor(ContinuousBatchProcessor):
-    """What the manager's thread does between looks at its queues: one step of all rows, and a piece of a prefill.
+    """One iteration of the manager's thread: read the queues, run one step of all rows and one piece of a prefill.
 
-    It does not call its parent's __init__, which plans pages of keys and values by the model's kinds of attention.
-    What the parent's methods read is set here.
+    `__init__` does not call the parent's, which plans a paged key-value cache for the model's types of attention. It
+    sets the attributes that the parent's other methods read.
     """
 
     def __init__(self, manager: "MinGRUBatchingManager"):
@@ -264,10 +268,13 @@ class _BatchProcessor(ContinuousBatchProcessor):
         return f"{type(self).__name__}({len(active)} active requests, {len(waiting)} waiting)"
 
     def __del__(self) -> None:
-        """No graphs to free: transformers' collects all garbage here, which takes longer than many requests."""
+        """Do nothing: there are no graphs to free.
+
+        The parent's method runs a full garbage collection, which takes longer than many requests.
+        """
 
     def prepare_next_batch(self) -> bool:
-        """Look at the queues: whether there is anything to do."""
+        """Read the queues, remove ended requests, and return whether there is anything to do."""
         if self._update_tp_group_state():
             return False
         self.scheduler.clear_cancelled_requests()
@@ -280,7 +287,7 @@ class _BatchProcessor(ContinuousBatchProcessor):
 
     @torch.no_grad()
     def _generation_step(self, model) -> None:
-        """Run a step of all rows and a piece of a prefill, and choose a token for each row."""
+        """Run one step of all rows and one piece of a prefill, and choose a token for each row."""
         requests, logits = self.rows.requests, []
         if requests:
             last = [[request.state.generated_tokens[-1]] for request in requests]
@@ -300,7 +307,7 @@ class _BatchProcessor(ContinuousBatchProcessor):
         self.sampled = self._sample(torch.cat(logits).float()) if logits else []
 
     def _sample(self, scores: Tensor) -> list[tuple[int, float | None]]:
-        """scores (B, V) -> a token for each row, with the logarithm of its probability if that is asked for."""
+        """scores (B, V) -> a token for each row, and its log-probability if return_logprobs is set, else None."""
         scores = self.logit_processor(self.rows.requests, scores)
         log_probs = scores.log_softmax(-1) if self.do_sample or self.cb_config.return_logprobs else None
         tokens = torch.multinomial(log_probs.exp(), 1) if self.do_sample else scores.argmax(-1, keepdim=True)
@@ -309,7 +316,7 @@ class _BatchProcessor(ContinuousBatchProcessor):
         return list(zip(tokens.flatten().tolist(), log_probs.gather(1, tokens).flatten().tolist(), strict=True))
 
     def update_batch(self) -> None:
-        """Hand the tokens out, and let go of the requests that they end."""
+        """Append the tokens to their requests, finish those that are complete, and deliver outputs."""
         outputs = []
         for request, (token, log_prob) in zip(self.rows.requests if self.sampled else (), self.sampled, strict=True):
             state = request.state
@@ -320,11 +327,11 @@ class _BatchProcessor(ContinuousBatchProcessor):
         self.output_router.deliver_batch(outputs)
 
     def _handle_request_error(self, error: Exception, state: RequestState) -> None:
-        """Fail a request, with the tokens that it has itself: another one may bear its name."""
+        """Fail a request, keeping its own tokens: the parent looks tokens up by name, which may not be unique."""
         self.output_router.fail_and_deliver(state, error)
 
     def fail_all_requests(self, error: Exception) -> None:
-        """Fail all requests, those that generate with the tokens that they have."""
+        """Fail all requests; those that are generating keep the tokens they have."""
         for state in (*self.scheduler.active_requests.values(), *self.scheduler.waiting_requests.values()):
             self._handle_request_error(error, state)
         self.scheduler.reset()
@@ -338,34 +345,34 @@ def _check_name(request_id: object) -> None:
 
 
 class MinGRUBatchingManager(ContinuousBatchingManager):
-    """transformers' manager of a continuous batch, over recurrent states; `model.init_continuous_batching()` makes it.
+    """Manager of a continuous batch of recurrent states, created by `model.init_continuous_batching()`.
 
-    Of a ContinuousBatchingConfig `max_requests_per_batch`, `max_batch_tokens` (of prompts, between two steps of the
-    requests that generate), `return_logprobs`, `seed`, `max_queue_size` and `per_request_processors` count; what
-    speaks of pages, attention and graphs has no meaning here.
+    These fields of a ContinuousBatchingConfig have an effect: `max_requests_per_batch`, `max_batch_tokens` (prompt
+    tokens that run between two steps of the generating requests), `return_logprobs`, `seed`, `max_queue_size` and
+    `per_request_processors`. Fields for pages, attention and graphs are ignored.
 
     Args:
         model: a MinGRUForCausalLM.
-        generation_config: how to generate; no beams. Where it names no eos_token_id, the model's ends a request.
+        generation_config: generation options, without beams. If it has no eos_token_id, the model's is used.
         continuous_batching_config: see above.
-        workload_hints: from generate_batch(), which requests are to come.
+        workload_hints: what generate_batch() knows about the coming requests.
 
     Raises:
-        ValueError: if the configuration asks for what a batch cannot do (beams, stop strings, min_new_tokens and
-            others), or nothing would end generate_batch().
+        ValueError: if generation_config asks for something that a batch cannot do (beams, stop strings,
+            min_new_tokens and others), or if nothing would end generate_batch().
     """
 
     def __init__(self, model, generation_config, continuous_batching_config=None, workload_hints=None):
         for name, off in _NOT_IN_A_BATCH.items():
             if getattr(generation_config, name, None) not in (None, off):
-                raise ValueError(f"A continuous batch has no {name}: leave it out, or call generate().")
+                raise ValueError(f"A continuous batch does not support {name}: leave it out, or call generate().")
         endless = workload_hints is not None and workload_hints.max_generated_length == 0
         owners = (generation_config, model.generation_config, model.config)
         ends = next((owner.eos_token_id for owner in owners if owner.eos_token_id is not None), None)
         if endless and ends is None:
-            raise ValueError("There is no eos_token_id, so nothing would end this: give max_new_tokens.")
+            raise ValueError("There is no eos_token_id, so generation would never end: give max_new_tokens.")
         self.model, self.generation_config = model.eval(), copy.deepcopy(generation_config)
-        self.generation_config.eos_token_id = ends  # here, since add_request() looks no further
+        self.generation_config.eos_token_id = ends  # set here: add_request() reads no other config
         model._prepare_special_tokens(self.generation_config, True, _input_device(model))  # some processors read them
         if continuous_batching_config is None:
             continuous_batching_config = ContinuousBatchingConfig()
@@ -380,7 +387,7 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
         self.distributed_helper = DistributedHelper(None, continuous_batching_config.cpu_group_timeout)
         self.is_tp_driver = self.distributed_helper.is_tp_driver
         self.logit_processor = _LogitsProcessors(
-            # A length of the prompts, which some processors ask for; those that would use it are refused above.
+            # Some processors expect the length of the prompts; those that would use it are refused above.
             model._get_logits_processor(self.generation_config, input_ids_seq_length=1),
             continuous_batching_config.per_request_processors,
         )
@@ -389,12 +396,12 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
         """As in ContinuousBatchingManager.
 
         Raises:
-            ValueError: if the request's name cannot be one, or its length is no number: that would fail them all.
+            ValueError: if request_id or max_new_tokens is invalid: in the batch, this would fail all requests.
         """
         _check_name(request_id)
         if _CHILD in str(request_id):
             raise ValueError(
-                f"request_id must not hold {_CHILD!r}, which names further sequences, got {request_id!r}."
+                f"request_id must not contain {_CHILD!r}, which is reserved for further sequences, got {request_id!r}."
             )
         if max_new_tokens is not None and not isinstance(max_new_tokens, Integral):
             raise ValueError(f"max_new_tokens must be an integer, got {max_new_tokens!r}.")
@@ -404,16 +411,16 @@ class MinGRUBatchingManager(ContinuousBatchingManager):
         """As in ContinuousBatchingManager.
 
         Raises:
-            ValueError: if no request can have this name.
+            ValueError: if request_id is not hashable, so that no request can have this name.
         """
         _check_name(request_id)
         super().cancel_request(request_id)
 
     def switch_to_cb_friendly_attn(self, model, auto_switch_to_flash: bool = True) -> None:
-        """Nothing to switch."""
+        """Do nothing: there is no attention to switch."""
 
     def warmup(self) -> None:
-        """Nothing to prepare: a step has no graph and no fixed size."""
+        """Prepare nothing: a step has no graph and no fixed size."""
         self.warmed_up = True
 
     def _create_batch_processor(self) -> _BatchProcessor:

@@ -1,7 +1,7 @@
-"""torch-mingru checkpoints into models of this package: every tensor used, or named in an error.
+"""Convert torch-mingru checkpoints into models of this package; every tensor is used, or named in an error.
 
-Read are the state dicts and the TorchScript archives of torch-mingru's examples (github.com/cheind/mingru). Nothing
-in a file is executed: state dicts go through `torch.load(weights_only=True)`, and of an archive only the tensors are
+Supported are the state dicts and TorchScript archives of torch-mingru's examples (github.com/cheind/mingru). No code
+in a file is executed: state dicts go through `torch.load(weights_only=True)`, and only the tensors of an archive are
 read.
 """
 
@@ -28,15 +28,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a state dict or of a TorchScript archive, without running code from the file.
 
     Args:
-        path: a file that `torch.save(model.state_dict(), ...)`, `torch.jit.save` or safetensors wrote.
+        path: a file written by `torch.save(model.state_dict(), ...)`, `torch.jit.save` or safetensors.
 
     Returns:
-        Parameters and buffers under their names in the model, on the CPU; those of a model inside
-        DistributedDataParallel or torch.compile under its own names, too.
+        Parameters and buffers under their names in the model, on the CPU. Prefixes added by DistributedDataParallel
+        and torch.compile are removed.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is something else, is damaged, or needs more than tensors to be read.
+        ValueError: if the file is of another kind, is damaged, or contains more than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,14 +55,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} is not a checkpoint, or contains more than tensors, so that loading it could run code: save "
             f"`model.state_dict()` instead of the model. torch says: {str(error).splitlines()[0]}"
         ) from None
-    except Exception as error:  # bytes that are no pickle fail in any way: KeyError, IndexError, EOFError, ...
-        raise ValueError(f"{path} is damaged or no PyTorch checkpoint: {type(error).__name__}: {error}") from None
+    except Exception as error:  # invalid pickles raise many types: KeyError, IndexError, EOFError, ...
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint: {type(error).__name__}: {error}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         kinds = _some(map(repr, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f"{path} holds no state dict (names and tensors) but {kinds}: save `model.state_dict()` alone."
+            f"{path} does not hold a state dict (names and tensors) but {kinds}: save only `model.state_dict()`."
         )
     partial = [name for name, tensor in state.items() if not _is_whole(tensor)]
     if partial:
@@ -70,17 +70,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"{path} holds tensors without all their numbers (sparse, meta or expanded ones), expected dense ones: "
             f"{_some(partial)}."
         )
-    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # torch.compile's inside or outside of the other
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # the two can be in either order
         if all(name.startswith(wrapper) for name in state):
             consume_prefix_in_state_dict_if_present(state, wrapper)
     return dict(state)
 
 
 class _Scripted:
-    """Stands for every module of a TorchScript archive: its attributes, none of its code."""
+    """Stand-in for every module of a TorchScript archive; it has the module's attributes but none of its code."""
 
 
-# What the pickle of an archive may name; lists of numbers come as calls with the list in front.
+# The names that an archive's pickle may use. Lists are pickled as function calls with the list as first argument.
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -94,7 +94,7 @@ _LISTS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorli
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the tensors of an archive; all that it can call is named here."""
+    """Unpickle the tensors of an archive; only the callables returned by `find_class` can be called."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(archive.open(f"{root}/data.pkl"))
@@ -126,13 +126,13 @@ def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Ten
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Return whether every element has a place of its own in memory: else a small file may ask for any amount."""
+    """Return whether each element has its own place in memory; else a small file could claim any amount of memory."""
     is_strided = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
     return is_strided and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _read_torchscript(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a TorchScript archive; None if it is an archive of another kind."""
+    """Return the tensors of a TorchScript archive; None if it is an archive of another kind."""
     end = "/constants.pkl"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -140,7 +140,7 @@ def _read_torchscript(path: Path) -> dict[str, Tensor] | None:
             if root is None:
                 return None
             state = dict(_named_tensors(_Unpickler(archive, root).load(), ""))
-    except Exception as error:  # damage shows in any way, as in a state dict
+    except Exception as error:  # damaged files raise many types, as for state dicts
         raise ValueError(
             f"{path} is a damaged TorchScript archive, or holds more than a model: {type(error).__name__}: {error}"
         ) from None
@@ -172,16 +172,16 @@ _TEXT_NAMES = (
 
 
 def convert_text(state: dict[str, Tensor], residual: bool = True) -> MinGRUForCausalLM:
-    """Make a language model of the tensors of torch-mingru's text or selective-copying example.
+    """Build a language model from the tensors of torch-mingru's text or selective-copying example.
 
     Args:
-        state: the tensors under torch-mingru's names: `emb`, `rnn.layers.*`, `ln` (the text example alone), `fc`.
-        residual: whether the layers have residual sums, as in both examples. Counts only where all widths are equal:
-            elsewhere the names tell.
+        state: the tensors under torch-mingru's names: `emb`, `rnn.layers.*`, `ln` (text example only), `fc`.
+        residual: whether the layers have residual connections, as in both examples. Used only if all widths are
+            equal; otherwise the tensors' names show it.
 
     Returns:
-        The model, in evaluation mode, in the tensors' dtype. What a state dict does not say is left at its default:
-        dropout, the norms' epsilon, special tokens.
+        The model, in evaluation mode, in the tensors' dtype. Settings that a state dict does not contain keep their
+        defaults: dropout, the norms' epsilon, special tokens.
 
     Raises:
         ValueError: if a tensor is missing, is left over, or has a shape that does not fit; its name is given.
@@ -213,7 +213,8 @@ def convert_text(state: dict[str, Tensor], residual: bool = True) -> MinGRUForCa
     return _fill(MinGRUForCausalLM, config, state, names)
 
 
-# In its video example VGG16 is cut behind each pooling; timm counts on, as torchvision does.
+# torch-mingru's video example cuts VGG16 after each pooling and numbers the layers of each part from 0; timm numbers
+# all layers consecutively, as torchvision does.
 _VGG16_STARTS = (0, 5, 10, 17, 24)
 _VIDEO_NAMES = (
     *(
@@ -233,14 +234,14 @@ _VIDEO_NAMES = (
 
 
 def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
-    """Make a video classifier of the tensors of torch-mingru's video example; needs timm for its VGG16.
+    """Build a video classifier from the tensors of torch-mingru's video example; needs timm for its VGG16.
 
     Args:
-        state: the tensors under torch-mingru's names: `feature_parts` (VGG16 cut behind its poolings) and `heads`.
+        state: the tensors under torch-mingru's names: `feature_parts` (VGG16 cut after its poolings) and `heads`.
 
     Returns:
-        The model, in evaluation mode, in the tensors' dtype. What a state dict does not say is taken from the
-        example: stride 2 and padding 1. There is no dropout, and labels have no names.
+        The model, in evaluation mode, in the tensors' dtype. Settings that a state dict does not contain are those of
+        the example: stride 2 and padding 1. There is no dropout, and the labels have no names.
 
     Raises:
         ValueError: if a tensor is missing, is left over, or has a shape that does not fit; its name is given.
@@ -270,14 +271,14 @@ def convert_video(state: dict[str, Tensor]) -> MinConvGRUForVideoClassification:
 
 
 def convert(state: dict[str, Tensor], residual: bool = True) -> PreTrainedModel:
-    """Make the model that the names of the tensors tell of, by `convert_text` or `convert_video`.
+    """Build the model that the tensors' names indicate, with `convert_text` or `convert_video`.
 
     Args:
-        state: the tensors under torch-mingru's names, as `read_checkpoint` gives them.
-        residual: as in `convert_text`; a video model's names tell.
+        state: the tensors under torch-mingru's names, as `read_checkpoint` returns them.
+        residual: as in `convert_text`; ignored for a video model, whose tensors' names show it.
 
     Raises:
-        ValueError: if the names belong to none of torch-mingru's examples, or as the function's.
+        ValueError: if the names belong to none of torch-mingru's examples, or as in the function used.
     """
     if "emb.weight" in state:
         return convert_text(state, residual)
@@ -290,17 +291,17 @@ def convert(state: dict[str, Tensor], residual: bool = True) -> PreTrainedModel:
 
 
 def _refuse_without(needed: list[str], state: dict[str, Tensor]) -> None:
-    """ValueError unless these tensors, whose shapes give the model's sizes, are there and have two axes or more."""
+    """Raise ValueError unless the tensors that give the model's sizes exist, are not empty and have 2 axes or more."""
     _refuse(
         {
             "are missing": [name for name in needed if name not in state],
-            "are no matrices": [n for n in needed if n in state and (state[n].ndim < 2 or state[n].numel() == 0)],
+            "are not matrices": [n for n in needed if n in state and (state[n].ndim < 2 or state[n].numel() == 0)],
         }
     )
 
 
 def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """{their name: ours}; ValueError for a name that none of the patterns knows, or a tensor not of real numbers."""
+    """Return {their name: our name}; raise a ValueError if no pattern matches a name or a tensor is not floating."""
     renamed = {}
     for name in state:
         for pattern, ours in names:
@@ -308,8 +309,8 @@ def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dic
                 renamed[name] = match.expand(ours)
     _refuse(
         {
-            "have no place in this kind of model": [name for name in state if name not in renamed],
-            "are not of floating-point numbers": [
+            "do not belong to this kind of model": [name for name in state if name not in renamed],
+            "are not floating-point": [
                 f"{name} ({tensor.dtype})" for name, tensor in state.items() if not tensor.is_floating_point()
             ],
         }
@@ -318,7 +319,7 @@ def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dic
 
 
 def _fill(cls: type, config: PreTrainedConfig, state: dict[str, Tensor], names: dict[str, str]) -> PreTrainedModel:
-    """The model with all its parameters taken from the state, and all of the state used."""
+    """Build the model; every parameter must come from the state, and all of the state must be used."""
     model = cls(config).to(next(iter(state.values())).dtype).eval()
     expected = model.state_dict()
     theirs = {ours: name for name, ours in names.items()}
@@ -327,7 +328,7 @@ def _fill(cls: type, config: PreTrainedConfig, state: dict[str, Tensor], names: 
     }
     _refuse(
         {
-            "have no place in this model": [name for ours, name in theirs.items() if ours not in expected],
+            "do not belong to this model": [name for ours, name in theirs.items() if ours not in expected],
             "have a shape that does not fit": [
                 f"{name} {list(state[name].shape)}, expected {list(expected[ours].shape)}"
                 for ours, name in theirs.items()
@@ -343,7 +344,7 @@ def _fill(cls: type, config: PreTrainedConfig, state: dict[str, Tensor], names: 
 def _refuse(problems: dict[str, list[str]]) -> None:
     told = [f"these tensors {problem}: {_some(names)}" for problem, names in problems.items() if names]
     if told:
-        raise ValueError(f"This is no checkpoint of torch-mingru that this package supports: {'; '.join(told)}.")
+        raise ValueError(f"This is not a torch-mingru checkpoint that this package supports: {'; '.join(told)}.")
 
 
 def _some(names: Iterable[str], limit: int = 20) -> str:

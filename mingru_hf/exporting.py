@@ -1,13 +1,13 @@
-"""The models with their state as plain tensors, for torch.export and for runtimes that know no cache objects.
+"""Models with their state as plain tensors, for torch.export and for runtimes without cache objects.
 
     prefill, decode = export_programs(model)  # of a language model
     program = export_text_classifier(model)  # of a classifier of texts or tokens
     clip, frame = export_video_programs(model, 224)  # of a video classifier
     torch.export.save(prefill, "prefill.pt2")  # runs where neither this package nor transformers is installed
 
-The state is a list. Of a text model: for each block the (B, 1, D) state of the recurrence, float32, and, with a
-convolution in front, the (B, taps - 1, E) last inputs of it. Of a video model: for each recurrent layer its state
-(B, 1, D, H, W), float32.
+The state is a list of tensors. For a text model it holds, for each block, the state (B, 1, D) of the recurrence in
+float32 and, if the block has a convolution, the convolution's last inputs (B, taps - 1, E). For a video model it holds
+the state (B, 1, D, H, W) of each recurrent layer in float32.
 
 Legend: B batch, T tokens or frames, V vocabulary, D channels of a state, E width of a block's input, L labels,
 (C, H, W) a frame or a feature map.
@@ -25,7 +25,7 @@ from .modeling_minconvgru import MinConvGRUCache
 
 
 class _Exportable(nn.Module):
-    """A model under a signature of tensors and lists of them alone."""
+    """A wrapper around a model whose inputs and outputs are only tensors and lists of tensors."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -33,7 +33,7 @@ class _Exportable(nn.Module):
 
 
 class MinGRUPrefill(_Exportable):
-    """Read a prompt: ids -> logits and the state behind them.
+    """Read a prompt: ids -> logits and the state after them.
 
     Args:
         model: a MinGRUForCausalLM.
@@ -54,7 +54,7 @@ class MinGRUPrefill(_Exportable):
 
 
 class MinGRUDecode(_Exportable):
-    """Read one more token, or several: ids and state -> logits and the state behind them.
+    """Read one more token, or several: ids and state -> logits and the state after them.
 
     Args:
         model: a MinGRUForCausalLM.
@@ -68,7 +68,7 @@ class MinGRUDecode(_Exportable):
 
 
 def state_of(cache: DynamicCache) -> list[Tensor]:
-    """The tensors of a cache that has read at least one token, in the order that `MinGRUDecode` takes."""
+    """Return the tensors of a cache that has read at least one token, in the order that `MinGRUDecode` expects."""
     tensors = []
     for layer in cache.layers:
         tensors.append(layer.state)
@@ -78,10 +78,12 @@ def state_of(cache: DynamicCache) -> list[Tensor]:
 
 
 def cache_of(model: nn.Module, state: list[Tensor]) -> DynamicCache:
-    """A cache that continues from `state`; how many tokens are behind it is not known, and the model does not need it.
+    """Return a cache that continues from `state`.
+
+    The number of tokens that led to the state is unknown, and the model does not need it.
 
     Raises:
-        ValueError: if the number of tensors is not that of the model's state.
+        ValueError: if `state` has another number of tensors than the model's state.
     """
     cache = DynamicCache(config=model.config)
     parts = 2 if model.config.conv_kernel else 1
@@ -96,18 +98,18 @@ def cache_of(model: nn.Module, state: list[Tensor]) -> DynamicCache:
 def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[ExportedProgram, ExportedProgram]:
     """Export a model as two programs, for the prompt and for a single token, with any batch size and prompt length.
 
-    The recurrence of the prompt becomes torch's `scan` and that of the token plain arithmetic, so that neither holds
-    an operator of this package. An exported scan runs step after step; where speed on long prompts counts and the
-    package is at hand, run the model itself.
+    The recurrence becomes torch's `scan` in the prompt's program and plain arithmetic in the token's, so that neither
+    contains an operator of this package. An exported scan runs one step after another; if speed on long prompts
+    matters and this package is available, run the model itself.
 
     Args:
-        model: a MinGRUForCausalLM; it is exported as it is in evaluation.
-        logits_to_keep: return this many of the prompt's last logits; 0 for all. With more than 1, every prompt must
-            be longer than that.
+        model: a MinGRUForCausalLM; it is exported in evaluation mode.
+        logits_to_keep: return this many of the prompt's last logits; 0 for all. If it is above 1, every prompt must
+            be longer than this.
 
     Returns:
-        The prefill, `logits, state = prefill.module()(input_ids)`, and the step, `logits, state =
-        decode.module()(input_ids, state)`, with input_ids (B, T) and (B, 1).
+        The prefill, `logits, state = prefill.module()(input_ids)` with input_ids (B, T), and the decoding step,
+        `logits, state = decode.module()(input_ids, state)` with input_ids (B, 1).
 
     Raises:
         ValueError: if the model has no language-model head.
@@ -117,7 +119,7 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
             f"Only a MinGRUForCausalLM can be exported as prefill and step, got a {type(model).__name__}."
         )
     batch, steps = Dim("batch", min=1), Dim("steps", min=1 if logits_to_keep < 2 else logits_to_keep + 1)
-    # Sizes other than 1, which would be fixed.
+    # torch.export would make a size of 1 static, so the example sizes are larger.
     ids = torch.zeros((2, 3 + logits_to_keep), dtype=torch.long, device=model.device)
     with _as_exported(model):
         prefill_module, decode_module = MinGRUPrefill(model, logits_to_keep), MinGRUDecode(model)
@@ -125,36 +127,36 @@ def export_programs(model: nn.Module, *, logits_to_keep: int = 0) -> tuple[Expor
         _, state = prefill_module(ids)
         decode = torch.export.export(
             decode_module,
-            (ids[:, :1].contiguous(), state),  # as users' tokens: compilers read memory by these strides
+            # Contiguous, as users' tokens are: compiled programs assume the strides of the example.
+            (ids[:, :1].contiguous(), state),
             dynamic_shapes={"input_ids": {0: batch}, "state": [{0: batch} for _ in state]},
         )
     return prefill, decode
 
 
 class MinGRUClassifier(_Exportable):
-    """Classify texts or their tokens: ids and mask -> logits.
+    """Classify texts or each of their tokens: ids and mask -> logits.
 
     Args:
         model: a MinGRUForSequenceClassification or MinGRUForTokenClassification.
     """
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids (B, T), attention_mask (B, T) with 0 at padding -> logits (B, L), or (B, T, L) of tokens."""
+        """input_ids (B, T), attention_mask (B, T) with 0 at padding -> logits (B, L), or (B, T, L) for tokens."""
         return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
 def export_text_classifier(model: nn.Module) -> ExportedProgram:
-    """Export a classifier of texts or tokens, with any batch size and length; as in `export_programs` otherwise.
+    """Export a classifier of texts or tokens, with any batch size and length; otherwise as `export_programs`.
 
     Args:
-        model: a MinGRUForSequenceClassification or MinGRUForTokenClassification; it is exported as it is in
-            evaluation.
+        model: a MinGRUForSequenceClassification or MinGRUForTokenClassification; it is exported in evaluation mode.
 
     Returns:
-        `logits = program.module()(input_ids, attention_mask)`.
+        The program, `logits = program.module()(input_ids, attention_mask)`.
 
     Raises:
-        ValueError: if the model is no such classifier.
+        ValueError: if the model is not such a classifier.
     """
     if not hasattr(model, "score"):
         raise ValueError(
@@ -172,7 +174,7 @@ def export_text_classifier(model: nn.Module) -> ExportedProgram:
 
 
 class MinConvGRUClip(_Exportable):
-    """Read the first frames of a clip, or all of it: frames -> logits and the state behind them.
+    """Read the first frames of a clip, or all of it: frames -> logits and the state after them.
 
     Args:
         model: a MinConvGRUForVideoClassification.
@@ -181,7 +183,7 @@ class MinConvGRUClip(_Exportable):
     def forward(self, frames: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """frames (B, T, C, H, W), attention_mask (B, T) with 0 at padding -> logits (B, L), state.
 
-        A bidirectional model has no state to go on from: the list is empty.
+        For a bidirectional model, which cannot continue from a state, the list is empty.
         """
         cache = None if self.model.config.bidirectional else MinConvGRUCache()
         output = self.model(frames, attention_mask=attention_mask, cache=cache)
@@ -189,7 +191,7 @@ class MinConvGRUClip(_Exportable):
 
 
 class MinConvGRUFrame(_Exportable):
-    """Read one more frame, or several: frames and state -> logits for the clip so far and the state behind them.
+    """Read one more frame, or several: frames and state -> logits for the clip so far and the new state.
 
     Args:
         model: a MinConvGRUForVideoClassification.
@@ -198,7 +200,7 @@ class MinConvGRUFrame(_Exportable):
     def forward(self, frames: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """frames (B, 1, C, H, W), state as a clip or an earlier frame returned it -> logits (B, L), state."""
         cache = MinConvGRUCache()
-        # Features are looked at where a frame is padding, and none is.
+        # The model reads cached features only at padding, and there is none, so zeros suffice.
         features = frames.new_zeros(frames.shape[0], sum(self.model.model.feature_sizes))
         cache.update(state, features, num_frames=1)
         output = self.model(frames, cache=cache)
@@ -210,20 +212,20 @@ def export_video_programs(
 ) -> tuple[ExportedProgram, ExportedProgram | None]:
     """Export a video classifier as two programs, for a clip and for a single frame, with any batch size and length.
 
-    As in `export_programs`, they hold no operator of this package.
+    As in `export_programs`, they contain no operator of this package.
 
     Args:
-        model: a MinConvGRUForVideoClassification; it is exported as it is in evaluation.
+        model: a MinConvGRUForVideoClassification; it is exported in evaluation mode.
         frame_size: height and width of the frames in pixels, or one number for both.
 
     Returns:
-        The clip's, `logits, state = clip.module()(frames)`, and the frame's, `logits, state = frame.module()(frames,
-        state)`, with frames (B, T, C, H, W) and (B, 1, C, H, W) as the video processor returns them; None in place
-        of the frame's for a bidirectional model, which reads whole clips alone.
+        The clip program, `logits, state = clip.module()(frames)` with frames (B, T, C, H, W), and the frame program,
+        `logits, state = frame.module()(frames, state)` with frames (B, 1, C, H, W), both as the video processor
+        returns them. The second is None for a bidirectional model, which can read only whole clips.
 
     Raises:
-        ValueError: if the model is no video classifier, frame_size is not one or two positive numbers, or the frames
-            are too small for the model.
+        ValueError: if the model is not a video classifier, frame_size is not one or two positive numbers, or the
+            frames are too small for the model.
     """
     if not hasattr(model, "classifiers"):
         raise ValueError(
@@ -237,7 +239,7 @@ def export_video_programs(
     frames = torch.zeros((2, 3, channels, *sizes), dtype=model.dtype, device=model.device)
     with _as_exported(model):
         clip_module, frame_module = MinConvGRUClip(model), MinConvGRUFrame(model)
-        _, state = clip_module(frames)  # first of all, for errors of the model's own
+        _, state = clip_module(frames)  # before the export, so that the model's own errors are raised
         clip = torch.export.export(clip_module, (frames,), dynamic_shapes={"frames": {0: batch, 1: steps}})
         if model.config.bidirectional:
             return clip, None
@@ -251,11 +253,12 @@ def export_video_programs(
 
 @contextlib.contextmanager
 def _as_exported(model: nn.Module) -> Iterator[None]:
-    """In evaluation, without gradients, and without options that would show in a program."""
+    """Put the model into evaluation mode, without gradients and without options that would alter the program."""
     in_training = [module for module in model.modules() if module.training]
-    options = {"scan_backend": "auto", "backbone_chunk_size": None}  # pieces of a batch fix its size
+    options = {"scan_backend": "auto", "backbone_chunk_size": None}  # chunks would fix the batch size
     before = {name: getattr(model.config, name) for name in options if hasattr(model.config, name)}
-    # In torch 2.15, guards of what was compiled before get into a program's constraints. All compile anew after this.
+    # In torch 2.15, the guards of functions compiled earlier leak into the program's constraints. After this reset,
+    # those functions are compiled again when they are next called.
     torch.compiler.reset()
     model.eval()
     try:

@@ -1,16 +1,16 @@
-"""MinGRU layers with the interface of the torch-mingru package: arguments, returns and parameter names.
+"""MinGRU layers with the interface of the torch-mingru package: same arguments, returns and parameter names.
 
-`out, h = rnn(x, h)`: x (B, T, D_in) runs in parallel over time, one step at a time with the same numbers if T = 1
-and the returned h is passed on. h is a list with one (B, 1, D) tensor per layer, in float32 where x or autocast has 16
-bits: rounded at every step, a state that changes slowly would not change at all. The convolutional layers do the same
-for frames: x (B, T, C, H, W), h (B, 1, D, H_out, W_out). All layers can be scripted with `torch.jit.script`.
+`out, h = rnn(x, h)` processes x (B, T, D_in) in parallel over time. Calls with T = 1 that pass the returned h on give
+the same numbers step by step. h is a list with one (B, 1, D) tensor per layer. It is float32 if x or autocast has 16
+bits: a slowly changing state that is rounded at every step would not change at all. The convolutional layers do the
+same for frames: x (B, T, C, H, W), h (B, 1, D, H_out, W_out). All layers can be scripted with `torch.jit.script`.
 
-Two arguments that torch-mingru lacks are for rows of unequal length and for rows that hold several sequences:
-`mask` (B, T), False at padding on either side, through which states pass unchanged; `reset` (B, T), True at steps that
-begin anew, from 0.5, whatever came before. At padding outputs mean nothing, and x must be finite.
+Two arguments that torch-mingru lacks support rows of unequal length and rows that hold several sequences. `mask`
+(B, T) is False at padding, on either side, which leaves states unchanged. `reset` (B, T) is True where a sequence
+starts: the state is set to 0.5 before that step. At padding, outputs are meaningless, and x must be finite.
 
-Source of the equations: Feng et al. 2024, arXiv:2410.01201; of the interface and of the convolutional layers:
-github.com/cheind/mingru.
+Sources: Feng et al. 2024, arXiv:2410.01201, for the equations; github.com/cheind/mingru for the interface and the
+convolutional layers.
 
 Legend: B batch, T time steps, D channels, C x H x W of a frame, * any trailing axes.
 """
@@ -31,7 +31,11 @@ from .scan_reference import initial_state, scan_reference
 
 
 def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, T, 2D, *) pre-activations, (B, 1, D, *) state -> (B, T, D, *) states in their dtype; the last, unrounded."""
+    """Scan pre-activations (B, T, 2D, *) from the state h0 (B, 1, D, *).
+
+    Returns:
+        States (B, T, D, *) in the dtype of the pre-activations, and the last state (B, 1, D, *), not rounded to it.
+    """
     if torch.jit.is_scripting():
         states = scan_reference(
             gate_and_candidate,
@@ -44,7 +48,7 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Te
 
 
 def _scripted_flags(flags: Tensor, x: Tensor) -> Tensor:
-    """What `mingru_scan` does about mask and reset."""
+    """Check and convert mask or reset as `mingru_scan` does."""
     if list(flags.shape) != [x.shape[0], x.shape[1]]:
         raise ValueError(f"mask and reset must have shape {[x.shape[0], x.shape[1]]} (B, T), got {list(flags.shape)}.")
     return flags.to(torch.bool)
@@ -53,7 +57,7 @@ def _scripted_flags(flags: Tensor, x: Tensor) -> Tensor:
 def _check_input(x: Tensor, input_size: int, pixels: str) -> None:
     if not torch.jit.is_scripting() and (not isinstance(x, Tensor) or x.is_nested):
         raise ValueError(
-            f"x must be one padded tensor (B, T, {input_size}{pixels}), with a mask (B, T) where rows have unequal "
+            f"x must be one padded tensor (B, T, {input_size}{pixels}), with a mask (B, T) if rows have unequal "
             f"lengths, got a {_kind(x)}."
         )
     if x.dim() != (5 if pixels else 3) or x.shape[2] != input_size or x.shape[1] == 0:
@@ -80,7 +84,7 @@ def _check_state(state: Tensor, expected: list[int], layer: int) -> None:
 
 
 def _layer_sizes(input_size: int, hidden_sizes: int | list[int]) -> list[int]:
-    """[input_size, *hidden_sizes], as plain integers: TorchScript knows no others."""
+    """Return [input_size, *hidden_sizes] as Python ints, the only integers that TorchScript supports."""
     hidden_sizes = list(hidden_sizes) if isinstance(hidden_sizes, Iterable) else [hidden_sizes]
     if not all(isinstance(size, Integral) for size in (input_size, *hidden_sizes)):
         raise ValueError(f"Sizes must be integers, got input_size={input_size} and hidden sizes {hidden_sizes}.")
@@ -92,10 +96,10 @@ def _layer_sizes(input_size: int, hidden_sizes: int | list[int]) -> list[int]:
 
 
 class _Cell(nn.Module):
-    """A layer by itself, of either kind."""
+    """Base class of the single layers, linear or convolutional."""
 
     layer_sizes: list[int]
-    # The axes of x behind its channels. Of the class, since cells that were pickled before have no such attribute.
+    # The axes of x after its channels. A class attribute, since cells pickled by earlier versions lack it.
     _pixels: torch.jit.Final[str] = ""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
@@ -106,12 +110,12 @@ class _Cell(nn.Module):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size, *) from h, a list of one (B, 1, hidden_size, *); 0.5 everywhere if None.
+        """Run over x (B, T, input_size, *) from h, a list of one state (B, 1, hidden_size, *), or from 0.5 if None.
 
-        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
+        `mask` (B, T) is False at padding, `reset` (B, T) is True where a sequence starts; both are boolean.
 
         Returns:
-            States (B, T, hidden_size, *) and the last of them as a list of one (B, 1, hidden_size, *).
+            States (B, T, hidden_size, *), and a list with the last of them (B, 1, hidden_size, *).
 
         Raises:
             ValueError: if x, h, mask or reset does not fit, or x holds no step.
@@ -125,7 +129,7 @@ class _Cell(nn.Module):
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for a batch like x, as a list of one (B, 1, hidden_size, *)."""
+        """Return the default state g(0) = 0.5 for a batch like x, as a list of one tensor (B, 1, hidden_size, *)."""
         return [initial_state(x, self._shape_of_state(x))]
 
 
@@ -161,7 +165,7 @@ class MinGRUCell(_Cell):
         self.to_gate_hidden = nn.Linear(input_size, 2 * hidden_size, bias=bias, device=device, dtype=dtype)
 
     def _shape_of_state(self, x: Tensor) -> list[int]:
-        """(B, 1, hidden_size) of the state for x (B, T, input_size)."""
+        """Return the state's shape (B, 1, hidden_size) for x (B, T, input_size)."""
         return [x.shape[0], 1, self.layer_sizes[1]]
 
     def _project(self, x: Tensor) -> Tensor:
@@ -188,13 +192,13 @@ class _MinGRULayer(nn.Module):
         self.norm = nn.LayerNorm(input_size, **factory) if norm else nn.Identity()
 
     def state_shape(self, x: Tensor) -> list[int]:
-        """(B, 1, D) of the state for x (B, *, D_in)."""
+        """Return the state's shape (B, 1, D) for x (B, *, D_in)."""
         return [x.shape[0], 1, self.hidden_size]
 
     def forward(
         self, x: Tensor, h: Tensor, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), the last one (B, 1, D), the residual branch's (B, T, D)."""
+        """x (B, T, D_in), h (B, 1, D) -> states (B, T, D), last state (B, 1, D), residual branch (B, T, D)."""
         if torch.jit.is_scripting():
             gate_and_candidate, aligned = self.gate_hidden(self.norm(x)), self.res_align(x)
         else:
@@ -205,10 +209,10 @@ class _MinGRULayer(nn.Module):
 
 
 class _Stack(nn.Module):
-    """Layers one above the other, of either kind."""
+    """Base class of the stacks of layers, linear or convolutional."""
 
     layer_sizes: list[int]
-    pixels: torch.jit.Final[str]  # the axes of x behind its channels
+    pixels: torch.jit.Final[str]  # the axes of x after its channels
 
     def __init__(
         self, layer_sizes: list[int], layers: Iterable[nn.Module], dropout: float, residual: bool, pixels: str
@@ -222,13 +226,13 @@ class _Stack(nn.Module):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size, *) from h, one (B, 1, D, *) per layer; 0.5 everywhere if None.
+        """Run over x (B, T, input_size, *) from h, a list of one state (B, 1, D, *) per layer, or from 0.5 if None.
 
-        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
+        `mask` (B, T) is False at padding, `reset` (B, T) is True where a sequence starts; both are boolean.
 
         Returns:
-            Outputs of the last layer (B, T, D, *) and the last state of each layer, taken before the residual sum:
-            what `h` of the next call expects.
+            Outputs of the last layer (B, T, D, *), and a list with the last state of each layer before the residual
+            sum, to pass as `h` to the next call.
 
         Raises:
             ValueError: if x, h, mask or reset does not fit, or x holds no step.
@@ -249,7 +253,7 @@ class _Stack(nn.Module):
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state g(0) = 0.5 for a batch like x: one (B, 1, D, *) per layer."""
+        """Return the default states g(0) = 0.5 for a batch like x: one tensor (B, 1, D, *) per layer."""
         states: list[Tensor] = []
         below = x
         for layer in self.layers:
@@ -269,12 +273,12 @@ class MinGRU(_Stack):
         hidden_sizes: channels of each layer's state; an int means a single layer.
         bias: whether the projections have biases.
         norm: normalise each layer's input with a LayerNorm.
-        dropout: probability of zeroing an output of each layer but the last, in training.
+        dropout: probability of zeroing an output of every layer except the last, in training.
         residual: add each layer's input to its output, through a linear map without bias where the sizes differ.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: if a size is below 1, hidden_sizes is empty or dropout is no probability.
+        ValueError: if a size is below 1, hidden_sizes is empty or dropout is not a probability.
 
     Example:
         >>> rnn = MinGRU(3, [32, 64], residual=True)
@@ -304,12 +308,14 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
         return int(value), int(value)
     value = tuple(value) if isinstance(value, Iterable) else (value,)
     if len(value) != 2 or not all(isinstance(size, Integral) for size in value):
-        raise ValueError(f"The geometry of a convolution is an int or (height, width) in pixels, got {value}.")
+        raise ValueError(
+            f"The kernel size, stride and padding must each be an int or (height, width) in pixels, got {value}."
+        )
     return int(value[0]), int(value[1])
 
 
 def _per_layer(name: str, value: int | list, num_layers: int) -> list:
-    """One value per layer, from an int for all of them or a list."""
+    """Return one value per layer, from an int for all layers or from a list."""
     values = list(value) if isinstance(value, Iterable) else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(f"{name} must be an int or hold one entry for each of the {num_layers} layers, got {value}.")
@@ -331,7 +337,7 @@ def _geometry(
 def _state_shape(
     x: Tensor, hidden_size: int, kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
 ) -> list[int]:
-    """(B, 1, D, H_out, W_out) of the state for frames x (B, *, H, W), of which a convolution makes H_out x W_out."""
+    """Return the state's shape (B, 1, D, H_out, W_out) for frames x (B, *, H, W) that a convolution reads."""
     height = (x.shape[-2] + 2 * padding[0] - kernel_size[0]) // stride[0] + 1
     width = (x.shape[-1] + 2 * padding[1] - kernel_size[1]) // stride[1] + 1
     if height < 1 or width < 1:
@@ -343,7 +349,10 @@ def _state_shape(
 
 
 def _num_groups(channels: int) -> int:
-    """torch-mingru's rule for GroupNorm: as many of 64, 32, 16, 8, 4, 1 as leave 4 channels or more in each."""
+    """Return torch-mingru's number of GroupNorm groups.
+
+    This is the largest of 64, 32, 16, 8, 4 and 1 that divides the channels and leaves at least 4 (or all) in a group.
+    """
     return next(n for n in (64, 32, 16, 8, 4, 1) if channels % n == 0 and channels // n >= min(4, channels))
 
 
@@ -386,7 +395,7 @@ class MinConv2dGRUCell(_Cell):
         self.to_gate_hidden = nn.Conv2d(input_size, 2 * hidden_size, *geometry, bias=bias, device=device, dtype=dtype)
 
     def _shape_of_state(self, x: Tensor) -> list[int]:
-        """(B, 1, hidden_size, H_out, W_out) of the state for frames x (B, T, input_size, H, W)."""
+        """Return the state's shape (B, 1, hidden_size, H_out, W_out) for frames x (B, T, input_size, H, W)."""
         return _state_shape(x, self.layer_sizes[1], self.kernel_size, self.stride, self.padding)
 
     def _project(self, x: Tensor) -> Tensor:
@@ -395,7 +404,7 @@ class MinConv2dGRUCell(_Cell):
 
 
 class MinConv2dGRULayer(nn.Module):
-    """One layer of the convolutional stack, its parameters under torch-mingru's names.
+    """One layer of the convolutional stack, with parameters under torch-mingru's names.
 
     Args:
         input_size, hidden_size: channels in and out.
@@ -430,16 +439,16 @@ class MinConv2dGRULayer(nn.Module):
         self.norm = nn.GroupNorm(_num_groups(input_size), input_size, **factory) if norm else nn.Identity()
 
     def state_shape(self, x: Tensor) -> list[int]:
-        """(B, 1, D, H_out, W_out) of the state for frames x (B, T, C, H, W) or any (B, *, H, W)."""
+        """Return the state's shape (B, 1, D, H_out, W_out) for frames x (B, T, C, H, W) or any (B, *, H, W)."""
         return _state_shape(x, self.hidden_size, self.kernel_size, self.stride, self.padding)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C, H, W) -> pre-activations (B, T, 2D, H_out, W_out), residual (B, T, D, H_out, W_out)."""
         frames = x.flatten(0, 1)  # all frames are one batch of the convolutions
         if torch.is_grad_enabled() or torch.jit.is_tracing():
-            # torch 2.13 on the CPU: the backward pass of a GroupNorm crashes if its input lies in memory channels
-            # last, as frames decoded to H x W x C do, and its gradient is not asked for. (1 x 1 frames may pass for
-            # either order, hence no mere `contiguous()`.)
+            # torch 2.13 on the CPU: the backward pass of a GroupNorm crashes if its input is in channels-last format,
+            # as frames decoded to H x W x C are, and does not require a gradient. (`contiguous()` would not suffice,
+            # since 1 x 1 frames count as contiguous in both formats.)
             frames = frames.flatten(1).view(frames.shape)
         gate_and_candidate = self.gate_hidden(self.norm(frames)).unflatten(0, [x.shape[0], x.shape[1]])
         if self.aligns_residual:
@@ -449,7 +458,7 @@ class MinConv2dGRULayer(nn.Module):
     def forward(
         self, x: Tensor, h: Tensor, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states, the last of them, the residual branch's values."""
+        """x (B, T, C, H, W), h (B, 1, D, H_out, W_out) -> states, last state, residual branch."""
         gate_and_candidate, skip = self.project(x)
         states, last_state = _scan(gate_and_candidate, h, mask, reset)
         return states, last_state, skip
@@ -463,16 +472,16 @@ class MinConv2dGRU(_Stack):
         hidden_sizes: channels of each layer's state; an int means a single layer.
         kernel_sizes, strides, paddings: of the convolutions, in pixels: an int for all layers, or a list with one
             entry per layer, which is an int or (height, width).
-        dropout: probability of zeroing an output of each layer but the last, in training.
-        residual: add each layer's input to its output, through a convolution without bias and with the layer's own
-            kernel, stride and padding where channels or pixels differ.
+        dropout: probability of zeroing an output of every layer except the last, in training.
+        residual: add each layer's input to its output; where their channels or frame sizes differ, through a
+            convolution without bias that has the layer's kernel, stride and padding.
         bias: whether the gates' convolutions have biases.
         norm: normalise each layer's input with a GroupNorm: the largest of 64, 32, 16, 8, 4 and 1 groups that
             divides the channels and leaves at least 4 (or all) of them in a group.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: if a size is below 1, a list does not fit the number of layers or dropout is no probability.
+        ValueError: if a size is below 1, a list does not fit the number of layers or dropout is not a probability.
 
     Example:
         >>> rnn = MinConv2dGRU(3, [16, 32], kernel_sizes=3, strides=2, paddings=1, residual=True)
@@ -508,15 +517,17 @@ class MinConv2dGRU(_Stack):
 
 
 def _newly_drawn(rnn: nn.Module) -> nn.Module:
-    """A copy of a layer or stack with weights of its own, all of them to be trained."""
+    """Return a copy of a layer or stack with newly initialised weights, all of them trainable."""
     if isinstance(rnn, torch.jit.ScriptModule):
-        raise ValueError("A scripted layer cannot be drawn anew: script the Bidirectional, after it is made.")
+        raise ValueError(
+            "A scripted layer cannot be initialised again: create the Bidirectional first, then script it."
+        )
     for child in rnn.modules():
-        # Hooks that make the weight (the older weight_norm and spectral_norm, prune) leave it as an attribute.
+        # Hooks that compute the weight (the older weight_norm and spectral_norm, prune) set it as an attribute.
         if is_parametrized(child) or isinstance(vars(child).get("weight"), Tensor):
             raise ValueError(
-                "The layers to be wrapped hold parametrizations (weight_norm or the like), whose weights cannot be "
-                "drawn anew: register them on the Bidirectional, after it is made."
+                "The wrapped layers hold parametrizations (weight_norm or the like), whose weights cannot be "
+                "initialised again: create the Bidirectional first, then register them on it."
             )
     fresh = copy.deepcopy(rnn)
     for child in fresh.modules():
@@ -528,21 +539,21 @@ def _newly_drawn(rnn: nn.Module) -> nn.Module:
 class Bidirectional(nn.Module):
     """Run a MinGRU layer or stack, convolutional or not, over time in both directions and concatenate the outputs.
 
-    As in `nn.GRU(bidirectional=True)`, the backward direction has weights of its own and its outputs are aligned in
-    time: out[:, t] holds what the forward pass knows of steps 0..t and the backward pass of t..T-1. Unlike there, a
+    As in `nn.GRU(bidirectional=True)`, the backward direction has its own weights and its outputs are aligned in time:
+    out[:, t] holds the forward output for steps 0..t and the backward output for steps t..T-1. Unlike in `nn.GRU`, a
     stack runs as a whole in each direction; its layers do not mix directions.
 
     Args:
         rnn: a layer or stack of this package, called as rnn(x, h, mask, reset). It becomes the forward direction; the
-            backward direction is a copy with newly drawn weights, so `spread_memory_`, parametrizations and frozen
-            weights come after wrapping.
+            backward direction is a copy with newly initialised weights, so apply `spread_memory_` and
+            parametrizations, and freeze weights, after wrapping.
         shared_weights: use one set of weights for both directions, as torch-mingru does.
-        aligned: put the backward outputs in the order of time. False leaves them in the order of processing, which
-            is what torch-mingru's outputs are and what a head trained on them expects.
+        aligned: put the backward outputs in time order. False leaves them in processing order, as torch-mingru does
+            and as heads trained on its outputs expect.
 
     Raises:
-        ValueError: if rnn is no layer or stack of this package; or if it is scripted or its weights are parametrized,
-            unless both directions share them.
+        ValueError: if rnn is not a layer or stack of this package, or if it is scripted or its weights are
+            parametrized, unless both directions share the weights.
 
     Example:
         >>> rnn = Bidirectional(MinGRU(3, [32, 64]))
@@ -568,10 +579,10 @@ class Bidirectional(nn.Module):
     def forward(
         self, x: Tensor, h: list[Tensor] | None = None, mask: Tensor | None = None, reset: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run over x (B, T, input_size, *); h lists the forward, then the backward direction's states.
+        """Run over x (B, T, input_size, *); h lists the forward direction's states, then the backward direction's.
 
-        `mask` (B, T) is False at padding, `reset` (B, T) True at steps that begin anew; both are booleans.
-        Going back, states begin anew before the last step of a sequence.
+        `mask` (B, T) is False at padding, `reset` (B, T) is True where a sequence starts; both are boolean.
+        The backward direction resets states before the last step of a sequence, where it starts to read it.
 
         Returns:
             Outputs (B, T, 2 * hidden, *), forward channels first, and the final states of both directions.
@@ -590,7 +601,7 @@ class Bidirectional(nn.Module):
         out_forward, h_forward_last = self.rnn(x, h_forward, mask, reset)
         x = x.flip(1)
         if reset is not None:
-            if mask is not None:  # going back, padding before the first sequence hands its state on
+            if mask is not None:  # padding before the first sequence keeps its final backward state
                 reset = reset.logical_and(mask.cumsum(1) > mask.to(torch.long))
             # The last step of a sequence is the one before the next sequence's first.
             reset = torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:].flip(1)], dim=1)
@@ -606,7 +617,7 @@ class Bidirectional(nn.Module):
 
     @torch.jit.export
     def init_hidden_state(self, x: Tensor) -> list[Tensor]:
-        """The default state for a batch like x: those of the forward, then of the backward direction."""
+        """Return the default states for a batch like x: the forward direction's, then the backward direction's."""
         return self.rnn.init_hidden_state(x) + self.rnn.init_hidden_state(x)
 
 
@@ -614,21 +625,21 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def spread_memory_(module: _Module, num_steps: float) -> _Module:
-    """Draw anew, in place, the biases of all MinGRU layers in a module: a variant of chrono initialization.
+    """Reinitialise, in place, the biases of all MinGRU layers in a module: a variant of chrono initialization.
 
-    Each channel then begins with a memory of its own, from 1 to `num_steps` steps (see `draw_memory_` in scan.py for
-    the source). With their default initialisation the layers forget within a few steps, and learn longer memories
-    slowly. For the text models there is `MinGRUConfig.initial_memory`.
+    Each channel then starts with its own memory of 1 to `num_steps` steps (see `draw_memory_` in scan.py for the
+    source). With the default initialisation, layers forget within a few steps and learn longer memories slowly. For
+    the text models use `MinGRUConfig.initial_memory`.
 
     Args:
-        module: a layer, a stack, or anything that holds some.
+        module: a layer, a stack, or any module that contains some.
         num_steps: the longest memory, in time steps; at least 1.
 
     Returns:
         The module.
 
     Raises:
-        ValueError: if num_steps is below 1 or not finite, or no layer is found, or the bias of one is missing or
+        ValueError: if num_steps is below 1 or not finite, if no layer is found, or if a layer's bias is missing or
             computed from something else (a parametrization, an adapter).
 
     Example:
@@ -648,7 +659,7 @@ def spread_memory_(module: _Module, num_steps: float) -> _Module:
     with torch.no_grad():
         for projection in projections:
             draw_memory_(projection.bias, num_steps)
-            projection.bias._is_hf_initialized = True  # else the post_init() of a model around it makes it 0
+            projection.bias._is_hf_initialized = True  # else the post_init() of an enclosing model zeroes it
     return module
 
 

@@ -1,16 +1,16 @@
-"""Faster linear maps on CPUs where the library that torch uses for them leaves much of the processor idle.
+"""Faster linear maps for CPUs on which the library that torch uses for them leaves much of the processor idle.
 
-On x86 torch multiplies float32 matrices with MKL, which does well on Intel's processors. On AMD's:
+On x86 torch multiplies float32 matrices with MKL, which is efficient on Intel processors. On AMD processors:
 
-- Many rows, in training: MKL uses only 256 of the 512 bits of the vectors of Zen 5 (2024). Convolutions torch gives to
-  oneDNN, which uses all of them, and is a tenth faster on Zen 4 as well; and a linear map is a convolution with a
-  kernel of 1 x 1.
-- Few rows, in a step of decoding: the time should be that of reading the weights. For up to four rows MKL takes two to
-  seven times that, and the kernel in scan_numba.py 1.1 to 2.1 times; with bfloat16 oneDNN takes two to four times
-  that, the kernel 1.3 to 2.9. For sixteen rows the kernel, too, takes two to five times as long.
+- Many rows, in training: MKL uses only 256 of the 512 vector bits of Zen 5 (2024). For convolutions torch uses oneDNN,
+  which uses all 512 bits and is a tenth faster on Zen 4 as well. So the linear map is computed as a convolution with a
+  1 x 1 kernel.
+- Few rows, in a decoding step: the time should be that of reading the weights. For up to four rows MKL takes two to
+  seven times as long as that, and the kernel in scan_numba.py 1.1 to 2.1 times; with bfloat16 oneDNN takes two to four
+  times as long, and the kernel 1.3 to 2.9 times. For sixteen rows the kernel also takes two to five times as long.
 
-The numbers agree to rounding; LOG.md has the speeds of all, which `scripts/benchmark_lm.py` and
-`scripts/benchmark_linear.py` show. torch's profiler does not see the kernel.
+The results agree up to rounding. LOG.md lists all speeds, as measured by `scripts/benchmark_lm.py` and
+`scripts/benchmark_linear.py`. torch's profiler does not see the kernel.
 """
 
 import os
@@ -25,21 +25,21 @@ from torch import Tensor, nn
 from .observers import in_transform, is_observed
 from .scan_numba import NUMBA_AVAILABLE, numba_linear
 
-# The "family" of the processor; 25 without AVX-512 is Zen 3.
+# CPU families, as the processor reports them; 25 without AVX-512 is Zen 3.
 _ZEN_4, _ZEN_5 = 25, 26
 
-# Weights that are large for so few rows are not worth the conversion.
+# With more weights per row, converting the weights costs more than the convolution saves.
 _MAX_WEIGHTS_PER_ROW = 2048
-# With a single thread torch gives a convolution to oneDNN from this batch size on.
+# With a single thread torch uses oneDNN for convolutions from this batch size on.
 _BATCH = 16
 
 
 def amd_family(processor: str) -> int:
-    """Family of an AMD processor, 0 for any other.
+    """Return the family of an AMD processor, 0 for any other.
 
     Args:
-        processor: what Linux says of it in /proc/cpuinfo, or Windows in such words as "AMD64 Family 26 Model 68
-            Stepping 0, AuthenticAMD".
+        processor: contents of /proc/cpuinfo on Linux, or the description that Windows gives, such as "AMD64 Family 26
+            Model 68 Stepping 0, AuthenticAMD".
     """
     family = re.search(r"^cpu family\s*: (\d+)", processor, re.MULTILINE) or re.search(r"Family (\d+)", processor)
     return int(family[1]) if family and "AuthenticAMD" in processor else 0
@@ -56,10 +56,10 @@ _FAMILY = amd_family(_processor()) if torch.backends.cpu.get_cpu_capability() ==
 _USES_MKL = torch.backends.mkl.is_available()
 # Whether oneDNN multiplies many rows faster than MKL on this machine.
 CONVOLUTION_IS_FASTER = _FAMILY >= _ZEN_4 and _USES_MKL and torch.backends.mkldnn.is_available()
-# Nor are fewer rows and smaller products; on Zen 4 there is less to gain.
+# With fewer rows or smaller products the conversion does not pay either; on Zen 4 there is less to gain.
 _MIN_ROWS, _MIN_PRODUCTS = (256, 1 << 24) if _FAMILY >= _ZEN_5 else (2048, 1 << 28)
-# Whether our kernel multiplies few rows faster than torch; measured on Zen 4. Who asks for a scan without numba gets
-# linear maps without it, too.
+# Whether our kernel multiplies few rows faster than torch; measured on Zen 4. If MINGRU_SCAN selects a scan without
+# numba, linear maps do not use numba either.
 FEW_ROWS_ARE_FASTER = (
     _FAMILY >= _ZEN_4
     and _USES_MKL
@@ -67,11 +67,11 @@ FEW_ROWS_ARE_FASTER = (
     and os.environ.get("MINGRU_SCAN") in (None, "", "auto", "numba")
 )
 HAS_FASTER_WAY = CONVOLUTION_IS_FASTER or FEW_ROWS_ARE_FASTER
-_LINEAR = F.linear  # one that somebody has put in its place is called
+_LINEAR = F.linear  # if F.linear is replaced later, the replacement is called
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, the faster way where there is one.
+    """Compute F.linear, by a faster implementation where there is one.
 
     Args:
         x: (*, E) of any dtype, on any device.
@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         batch = 1 if torch.get_num_threads() > 1 else _BATCH
         rows = x.contiguous().reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (batch, E, rows, 1)
         out = F.conv2d(rows, weight[:, :, None, None], None if bias is None else bias.detach())
-        # As F.linear's own output this is no view: it can be written to.
+        # Like the output of F.linear, this is not a view, so it can be modified in place.
         out = torch.ops.aten._unsafe_view(out.permute(0, 2, 3, 1), (*x.shape[:-1], weight.shape[0]))
         return out if bias is None or not bias.requires_grad else _BiasGradient.apply(out, bias)
     if FEW_ROWS_ARE_FASTER and not torch.is_grad_enabled() and not is_observed():
@@ -97,7 +97,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_unobserved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear outside autograd and all that `is_observed` knows of; uses the kernel where that is faster."""
+    """Compute F.linear, by our kernel where it is faster; only for use without autograd and if not `is_observed`."""
     if (
         FEW_ROWS_ARE_FASTER
         and F.linear is _LINEAR
@@ -114,7 +114,7 @@ def linear_unobserved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _BiasGradient(torch.autograd.Function):
-    """The gradient of a bias that has been added, by torch's sum: oneDNN's loses a digit or two over many rows."""
+    """Gradient of an already added bias, computed by torch's sum: oneDNN's loses a digit or two over many rows."""
 
     @staticmethod
     def forward(ctx, out: Tensor, bias: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _suits_a_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool
 
 
 def _is_array(tensor: Tensor) -> bool:
-    """Whether this is an array in the CPU's memory and no more: not fake, sparse, nested or quantised, no DTensor."""
+    """Whether this is a plain strided CPU tensor: no subclass (fake, quantised, DTensor), not sparse, not nested."""
     kind = type(tensor)
     return (
         (kind is Tensor or kind is nn.Parameter)

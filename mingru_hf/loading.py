@@ -1,4 +1,4 @@
-"""What the models of this package share when they are loaded, saved and called."""
+"""Shared behaviour of this package's models when they are loaded, saved and called."""
 
 import functools
 import inspect
@@ -9,8 +9,8 @@ from typing import Self
 import torch
 from transformers.utils import TransformersKwargs
 
-# What callers in transformers may hand on to any model's forward, what tokenizers return, and what code for older
-# versions passes; anything else is a slip of the caller's.
+# Arguments that transformers may pass to any model's forward, that tokenizers return, or that code for older versions
+# passes. Any other argument is a mistake of the caller.
 _KNOWN_KWARGS = {
     *TransformersKwargs.__annotations__,
     "shift_labels",
@@ -24,7 +24,7 @@ _KNOWN_KWARGS = {
 
 
 def refuse_unknown(kwargs: dict) -> None:
-    """Raise a TypeError if a forward pass was given an argument that no model takes; None asks for nothing."""
+    """Raise a TypeError if a forward pass was given an unknown argument that is not None."""
     if _KNOWN_KWARGS.issuperset(kwargs):
         return
     unknown = sorted(name for name, value in kwargs.items() if name not in _KNOWN_KWARGS and value is not None)
@@ -33,9 +33,9 @@ def refuse_unknown(kwargs: dict) -> None:
 
 
 def restores_cache(forward: Callable) -> Callable:
-    """Decorator of a forward pass: if that fails half-way, by an interrupt even, its `cache` is as it was before.
+    """Decorate a forward pass so that its `cache` is restored if the pass raises, even a KeyboardInterrupt.
 
-    Not in compiled code, where no exception is caught.
+    In compiled code, exceptions are not caught and the cache is not restored.
     """
     index = [*inspect.signature(forward).parameters].index("cache")
 
@@ -60,18 +60,18 @@ def restores_cache(forward: Callable) -> Callable:
 
 
 def _holds_nan(parameter: torch.Tensor) -> bool:
-    """Return whether a value is NaN: then the sum is, too, which is found 10 times faster (8 bits have no sum)."""
+    """Return whether any value is NaN. Checking their sum first is 10 times faster (8-bit types have no sum)."""
     if parameter.dtype.itemsize > 1 and not parameter.sum().isnan():
         return False
     return bool(parameter.isnan().any())  # the sum of inf and -inf is NaN as well
 
 
 class LoadingMixin:
-    """For a PreTrainedModel: names the damaged weights of a checkpoint, and keeps a user's subclass to itself."""
+    """Mixin for a PreTrainedModel: warn about damaged weights, and do not save the code of a user's subclass."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls._auto_class = None  # a subclass's file need not stand alone: it travels if it registers itself
+        cls._auto_class = None  # a subclass's file may not be self-contained: saved only if the class is registered
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:

@@ -1,4 +1,4 @@
-"""The losses of the heads: next tokens without the logits of all of them at once, and classes.
+"""Losses of the heads: next-token prediction without all logits in memory at once, and classification.
 
 Legend: N rows (tokens), E width of the head's input, V vocabulary, B rows of the batch, L labels.
 """
@@ -12,13 +12,14 @@ from transformers.utils.import_utils import is_tracing
 from .linear import linear
 from .observers import in_transform
 
-# At most this many logits exist at a time. At a vocabulary of 50,257 the logits of all tokens would be by far the
-# largest tensors of a small model's training step; at one of a few hundred characters this is the whole batch.
+# At most this many logits exist at a time on a CPU. With a vocabulary of 50,257, the logits of all tokens would be by
+# far the largest tensors of a small model's training step; with a few hundred characters, a piece is the whole batch.
 PIECE_ELEMENTS = 2**23
-# Elsewhere more: a piece is a dozen launches, and reads and writes the whole gradient of the head (256 MB in float32).
+# More on other devices (256 MB in float32): a piece takes a dozen kernel launches, and reads and writes the whole
+# gradient of the head.
 DEVICE_PIECE_ELEMENTS = 2**26
-# In float16 so many rows are summed at once, scaled by a power of 2: inputs up to 256 cannot overflow, and those down
-# to 0.001 keep all their digits.
+# In float16, sum at most this many rows at a time, and divide inputs by a power of 2 first: inputs below 255 cannot
+# overflow, and inputs down to 0.001 keep full precision.
 _HALF_ROWS, _HALF_SCALE = 4096, 16.0
 
 
@@ -31,19 +32,20 @@ def head_loss(
     shift_labels: Tensor | None = None,
     **kwargs,
 ) -> Tensor:
-    """Mean cross-entropy of the next tokens, as transformers' `ForCausalLMLoss` on `head(hidden_states)`.
+    """Compute the mean cross-entropy of the next tokens, as `ForCausalLMLoss` does on `head(hidden_states)`.
 
-    Loss and gradients are its, to rounding: the products run in autocast's type, the rest in float32. The gradients
-    are computed along with the loss, so that each piece's logits are made only once; those that are to be
-    differentiated again (`create_graph`) are computed anew, from all logits at a time.
+    Loss and gradients equal those of transformers' `ForCausalLMLoss` up to rounding: matrix products run in autocast's
+    dtype, the rest in float32. The gradients are computed along with the loss, so that the logits of each piece are
+    computed only once. Gradients that are to be differentiated again (`create_graph`) are recomputed from all logits
+    at once.
 
     Args:
         hidden_states: (B, T, E) inputs of the head.
         head: its weight (V, E), and its bias (V,) if it has one.
         labels: (B, T) token ids, predicted one position earlier; `ignore_index` leaves a position out.
-        num_items_in_batch: what the sum is divided by; None: the number of positions that count.
-        ignore_index: the label of positions that do not.
-        shift_labels: (B, T) labels of the positions themselves, instead of `labels`.
+        num_items_in_batch: number to divide the sum by. None: the number of positions that are not left out.
+        ignore_index: label of the positions to leave out.
+        shift_labels: (B, T) labels that are already shifted to the positions that predict them, instead of `labels`.
         **kwargs: ignored; callers pass all losses the same arguments.
 
     Returns:
@@ -57,7 +59,7 @@ def head_loss(
     if shift_labels.shape != hidden_states.shape[:-1]:
         raise ValueError(
             f"labels have the shape {tuple(shift_labels.shape)}, expected {tuple(hidden_states.shape[:-1])}: one for "
-            "each position that the head reads."
+            "each position that is passed to the head."
         )
     target = shift_labels.reshape(-1).to(hidden_states.device, torch.long)
     device = _autocast_device(hidden_states)
@@ -67,22 +69,22 @@ def head_loss(
     if num_items_in_batch is not None:
         return _share(loss, num_items_in_batch)
     count = (target != ignore_index).sum()
-    # The mean of nothing is NaN, its gradients are 0, as in torch: an infinite factor would make them NaN.
+    # As in torch, the mean of no losses is NaN and its gradients are 0; an infinite factor would make these NaN.
     return torch.where(count > 0, loss / count.clamp(min=1), torch.nan)
 
 
 def _share(loss: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """This batch's share of the mean over `num_items_in_batch`: its sum of losses () over their number."""
+    """Return this batch's share of the mean over `num_items_in_batch`: its sum of losses () divided by that."""
     return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 
 def _autocast_device(tensor: Tensor) -> str:
-    """The device type that autocast knows the tensor by; it knows no "meta", where programs count operations."""
+    """Return the device type to ask autocast about; it does not know "meta", which tools count operations on."""
     return "cpu" if tensor.is_meta else tensor.device.type
 
 
 def _cross_entropies(logits: Tensor, index: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropies (n, 1) of the targets (n, 1), and their gradients (n, V), in float32; `logits` may change."""
+    """Return float32 cross-entropies (n, 1) of the targets (n, 1), and their gradients (n, V); may alter `logits`."""
     if logits.is_cpu:
         p = logits.float()
         chosen = p.gather(1, index)
@@ -90,7 +92,7 @@ def _cross_entropies(logits: Tensor, index: Tensor, with_gradients: bool) -> tup
         total = p.sub_(top).exp_().sum(1, keepdim=True)
         losses = total.log() + top - chosen
         p = p.div_(total) if with_gradients else None
-    else:  # where passes over memory take the time, and exponentials none
+    else:  # on other devices memory traffic takes the time, and exponentials are free
         p = logits.log_softmax(1, dtype=torch.float32)
         losses = -p.gather(1, index)
         p = p.exp_() if with_gradients else None
@@ -108,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):
         counts = counts.unsqueeze(1)
         x, w = rows.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
-        exact = torch.promote_types(dtype, torch.float32)  # of sums over pieces
+        exact = torch.promote_types(dtype, torch.float32)  # dtype of sums over pieces
         loss = rows.new_zeros((), dtype=torch.float32)
         rows_grad = torch.empty_like(rows, dtype=_held(rows)) if need_rows else None
         weight_grad = torch.zeros_like(weight, dtype=exact) if need_weight else None
@@ -131,12 +133,12 @@ class _HeadLoss(torch.autograd.Function):
                 if need_weight and dtype == exact:
                     weight_grad.addmm_(p.t(), x[piece])
                 elif need_weight and dtype == torch.float16:
-                    # A sum over many rows may lie beyond the numbers of float16.
+                    # A sum over many rows may exceed the range of float16.
                     for part, x_part in zip(p.split(_HALF_ROWS), x[piece].split(_HALF_ROWS), strict=True):
                         weight_grad.add_(part.t() @ (x_part / _HALF_SCALE), alpha=_HALF_SCALE)
                 elif need_weight:
                     weight_grad += p.t() @ x[piece]
-                del p  # before there are other logits
+                del p  # before the next logits are computed
         ctx.save_for_backward(
             rows_grad,
             None if weight_grad is None else weight_grad.to(_held(weight)),
@@ -169,8 +171,8 @@ def _differentiable_gradients(
     ignore_index: int,
     dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """Gradients of the sum of cross-entropies for rows, weight and bias, as functions of these that autograd knows."""
-    # Views, since a tied weight is also what the rows were made of, and that way is not meant.
+    """Return gradients of the summed cross-entropies for rows, weight and bias that autograd can differentiate."""
+    # Views, since the rows may have been computed from a tied weight, and gradients by that path must not be included.
     rows, weight, bias = inputs = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     with torch.autocast(_autocast_device(rows), enabled=False):
         logits = F.linear(rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).float()
@@ -181,21 +183,22 @@ def _differentiable_gradients(
 
 
 def _held(tensor: Tensor) -> torch.dtype:
-    """The dtype of a gradient that still waits to be divided by the number of tokens: float16 may be too small."""
+    """Return the dtype of a gradient before it is divided by the number of tokens, which float16 may not hold."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def check_class_ids(labels: Tensor, config: PreTrainedConfig) -> None:
-    """Refuse class ids that are out of range, before a model runs and moves its state on.
+    """Raise a ValueError for class ids that are out of range, before a model runs and advances its state.
 
-    Not on a GPU, where looking would make the CPU wait: there it is a device-side assertion, as everywhere.
+    Class ids on a GPU are not checked, since this would make the CPU wait; there they cause a device-side assertion,
+    as usual in PyTorch.
 
     Args:
-        labels: as for `classification_loss`; other kinds than class ids are let pass.
-        config: of the model.
+        labels: as in `classification_loss`; labels that are not class ids are not checked.
+        config: configuration of the model.
 
     Raises:
-        ValueError: if one is out of range.
+        ValueError: if a class id is out of range.
     """
     if is_tracing(labels) or in_transform() or labels.device.type != "cpu" or labels.numel() == 0:
         return
@@ -216,26 +219,26 @@ def classification_loss(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> Tensor:
-    """Loss of a classifier of whole rows, as transformers' `ForSequenceClassificationLoss`.
+    """Compute the loss of a sequence classifier, as transformers' `ForSequenceClassificationLoss` does.
 
-    That one ignores `num_items_in_batch` for regression and for several labels a row, so that with gradients
-    accumulated over n batches their losses come out n times too large; this one divides in every case.
+    `ForSequenceClassificationLoss` ignores `num_items_in_batch` for regression and multi-label classification, so that
+    their losses are n times too large if gradients are accumulated over n batches. This function always divides by it.
 
     Args:
-        labels: (B,) class ids, -100 to leave a row out; (B, L) floats for several labels a row, or for regression;
+        labels: (B,) class ids, -100 to leave a row out; (B, L) floats for multi-label classification or regression;
             (B,) floats for regression with L = 1.
         pooled_logits: (B, L).
-        config: of the model; its `problem_type` is filled in if it is None.
-        num_items_in_batch: what a trainer counts in all the micro-batches of an update: the sum is divided by it, so
-            that their losses add up to the mean. None: the mean of this batch.
+        config: configuration of the model; its `problem_type` is filled in if it is None.
+        num_items_in_batch: number of items in all the micro-batches of an update, as a trainer counts them. The sum is
+            divided by it, so that the losses of the micro-batches add up to the mean. None: the mean of this batch.
         **kwargs: ignored; callers pass all losses the same arguments.
 
     Returns:
         () float32 or wider.
 
     Raises:
-        ValueError: if there is no problem type of that name, or the labels for regression or for several labels a row
-            do not fit the logits.
+        ValueError: if the problem type is unknown, or if the labels for regression or multi-label classification do
+            not fit the logits.
     """
     if config.problem_type is None:
         if pooled_logits.shape[-1] == 1:

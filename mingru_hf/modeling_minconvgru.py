@@ -30,15 +30,15 @@ from .scan import mingru_scan
 
 
 class MinConvGRUCache:
-    """What a stream of frames leaves behind: of one size, however many frames it has had.
+    """The state of a model after a stream of frames; its size does not depend on the number of frames.
 
-    Pass an empty one with the first frames of a stream and the same one with those that follow.
+    Pass an empty cache with the first frames of a stream, and the same cache with the frames that follow.
 
     Attributes:
-        states: one (B, 1, D, H, W) a recurrent layer, stage by stage, float32 (float64 for float64 models); empty
+        states: (B, 1, D, H, W) for each recurrent layer, stage by stage, float32 (float64 for float64 models); empty
             before the first frames.
         features: (B, F of all stages) pooled outputs at each clip's last real frame; None before the first frames.
-        seq_length: frames seen, padding included.
+        seq_length: number of frames seen, padding included.
     """
 
     def __init__(self) -> None:
@@ -46,36 +46,36 @@ class MinConvGRUCache:
 
     @property
     def batch_size(self) -> int:
-        """Clips held; -1 before the first frames."""
+        """Number of clips held; -1 before the first frames."""
         return -1 if self.features is None else self.features.shape[0]
 
     def get_seq_length(self) -> int:
-        """Frames seen, padding included."""
+        """Return the number of frames seen, padding included."""
         return self.seq_length
 
     def update(self, states: list[Tensor], features: Tensor, num_frames: int) -> None:
-        """Take over the states and features after `num_frames` more frames, shaped as in the attributes."""
-        # Copies: a slice would keep the states of all frames of the call in memory.
+        """Store the states and features after `num_frames` more frames, shaped as in the attributes."""
+        # Store copies: a slice would keep the states of all frames of the call in memory.
         self.states = [state.clone() for state in states]
         self.features = features.clone()
         self.seq_length += num_frames
 
     def snapshot(self) -> tuple:
-        """What `restore` goes back to."""
+        """Return the contents, for `restore`."""
         return self.states, self.features, self.seq_length
 
     def restore(self, snapshot: tuple) -> None:
-        """Take back all frames since `snapshot()`, after an exception among them."""
+        """Undo all updates since `snapshot()`, after an exception during a forward pass."""
         self.states, self.features, self.seq_length = snapshot
 
     def reset(self) -> None:
-        """Forget all frames: the next ones begin new clips."""
+        """Forget all frames: the next frames begin new clips."""
         self.states: list[Tensor] = []
         self.features: Tensor | None = None
         self.seq_length = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take clip beam_idx[i] for clip i."""
+        """Replace clip i with clip beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -87,7 +87,7 @@ class MinConvGRUCache:
         self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def to(self, device: torch.device | str) -> "MinConvGRUCache":
-        """Move the tensors to a device; returns itself."""
+        """Move the tensors to a device and return the cache."""
         self._map(lambda tensor: tensor.to(device))
         return self
 
@@ -98,14 +98,14 @@ class MinConvGRUCache:
 
 @dataclass
 class MinConvGRUModelOutput(ModelOutput):
-    """What MinConvGRUModel returns.
+    """Output of MinConvGRUModel.
 
     Args:
-        last_hidden_state: (B, T, F of all stages) pooled outputs for every frame; at padding those of the last real
-            frame before it (for backward stacks, after it), or zeros where there is none.
+        last_hidden_state: (B, T, F of all stages) pooled outputs for every frame. At padding they are those of the
+            last real frame before it (for backward stacks, after it), or zeros if there is none.
         pooler_output: (B, F of all stages) pooled outputs for the clips: those of the last real frame, and for
             backward stacks those of the first.
-        cache: the state to continue from, if one was asked for.
+        cache: the state to continue from, if requested.
         hidden_states: for each stage the feature map (B, T, C, H, W), then the output of each recurrent layer.
     """
 
@@ -117,13 +117,13 @@ class MinConvGRUModelOutput(ModelOutput):
 
 @dataclass
 class MinConvGRUVideoClassifierOutput(ModelOutput):
-    """What MinConvGRUForVideoClassification returns.
+    """Output of MinConvGRUForVideoClassification.
 
     Args:
         loss: a scalar, if labels are given.
         logits: (B, num_labels) for the clips.
-        frame_logits: (B, T, num_labels) after each frame, if asked for.
-        cache: the state to continue from, if one was asked for.
+        frame_logits: (B, T, num_labels) after each frame, if requested.
+        cache: the state to continue from, if requested.
         hidden_states: as in MinConvGRUModelOutput.
     """
 
@@ -135,7 +135,7 @@ class MinConvGRUVideoClassifierOutput(ModelOutput):
 
 
 class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
-    """A recurrent layer, norm -> convolution -> scan over time, and its residual branch."""
+    """A recurrent layer (norm -> convolution -> scan over time) with its residual branch."""
 
     def __init__(self, config: MinConvGRUConfig, input_size: int, hidden_size: int):
         super().__init__(
@@ -154,12 +154,12 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
     def forward(
         self, x: Tensor, state: Tensor | None, mask: Tensor | None, keep_state: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Run over the frames.
+        """Run the layer over the frames.
 
         Args:
             x: (B, T, C, H, W) feature maps or outputs of the layer below.
-            state: (B, 1, D, H_out, W_out) before the first frame; None for g(0) = 0.5.
-            mask: (B, T) False at padding, through which the state passes unchanged; None for no padding.
+            state: (B, 1, D, H_out, W_out) before the first frame; None starts from g(0) = 0.5.
+            mask: (B, T) False at padding, which leaves the state unchanged; None if there is no padding.
             keep_state: whether to return the state after the last frame.
 
         Returns:
@@ -175,7 +175,8 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
                 "it belongs to another model or to frames of another size."
             )
         gate_and_candidate, skip = self.project(x)
-        # The cache holds what a 16-bit state would round, so that a stream continues from the exact state.
+        # The scan returns the last state unrounded (float32 for 16-bit models), so that a stream continues from the
+        # exact state.
         states, last_state = mingru_scan(
             gate_and_candidate, state, mask, backend=self.config.scan_backend, return_last_state=True
         )
@@ -194,7 +195,7 @@ class MinConvGRUStack(nn.Module):
     def forward(
         self, x: Tensor, states: list[Tensor] | None, mask: Tensor | None, keep_states: bool
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """x (B, T, C, H, W) -> each layer's outputs (B, T, D, H_out, W_out) and, if asked for, its last state."""
+        """x (B, T, C, H, W) -> each layer's outputs (B, T, D, H_out, W_out) and last state (None if not kept)."""
         outputs, last_states = [], []
         for i, layer in enumerate(self.layers):
             x = x if i == 0 else self.dropout(x)
@@ -205,7 +206,7 @@ class MinConvGRUStack(nn.Module):
 
 
 class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
-    """What all MinConvGRU models share: configuration, initialisation and how a pretrained backbone is taken over."""
+    """Base class of all MinConvGRU models: configuration, initialisation and the use of pretrained backbones."""
 
     config: MinConvGRUConfig
     base_model_prefix = "model"
@@ -218,14 +219,17 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        # The recurrent layers' convolutions; the backbone initialises its own. torch's default, as in torch-mingru: no
-        # one deviation suits kernels of 16 and of 512 channels.
+        # These are the recurrent layers' convolutions; the backbone initialises its own. They use torch's default
+        # initialisation, as in torch-mingru: no single standard deviation suits kernels of both 16 and 512 channels.
         if isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=5**0.5)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> Self:
-        """As in PreTrainedModel, whose new parameters all ask for gradients; a frozen backbone stays frozen."""
+        """Load a model as PreTrainedModel does, and keep a frozen backbone frozen.
+
+        PreTrainedModel creates new parameters that all require gradients.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.freeze_backbone:
@@ -241,19 +245,20 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         out_features: list[str] | None = None,
         **kwargs,
     ) -> Self:
-        """Build a model on a pretrained image backbone; the recurrent layers and classifiers are newly drawn.
+        """Build a model on a pretrained image backbone; recurrent layers and classifiers are newly initialised.
 
-        The model is in evaluation mode, as from `from_pretrained`.
+        The model is returned in evaluation mode, as by `from_pretrained`.
 
         Args:
-            backbone_name_or_path: a checkpoint of an image model, on the Hub or in a directory; "timm/NAME" takes
+            backbone_name_or_path: a checkpoint of an image model, on the Hub or in a directory; "timm/NAME" loads
                 timm's weights of that name.
-            out_indices: stages whose feature maps are used, counted from the first. None: the checkpoint's choice.
-            out_features: the same by name; timm's backbones are chosen by index only.
+            out_indices: indices of the stages whose feature maps are used, counted from the first. None: the
+                checkpoint's choice, or for timm the last stage.
+            out_features: the same stages by name; stages of timm backbones are chosen by index only.
             **kwargs: fields of `MinConvGRUConfig`.
 
         Raises:
-            ValueError: if the checkpoint is no backbone or lacks a stage.
+            ValueError: if the checkpoint is not that of a backbone or lacks a stage.
             OSError: if the checkpoint is not found.
             ImportError: if timm is needed and not installed.
 
@@ -273,7 +278,7 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
                 raise ImportError(f"{backbone_name_or_path} needs timm: pip install timm.") from error
             name, out_indices = backbone_name_or_path.removeprefix("timm/"), out_indices or [-1]
             backbone_config = TimmBackboneConfig(backbone=name, out_indices=out_indices)
-            # Not by TimmBackbone.from_pretrained, which in transformers 5.24 forgets the batch norms' statistics.
+            # Avoid TimmBackbone.from_pretrained: in transformers 5.24 it loses the batch norms' running statistics.
             pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=out_indices)
             weights = {f"_backbone.{key}": tensor for key, tensor in pretrained.state_dict().items()}
         else:
@@ -294,10 +299,10 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
     """The bare video model: a backbone on every frame, recurrent stacks over its feature maps, pooled outputs.
 
     Args:
-        config: backbone, sizes and switches.
+        config: configuration of the model.
 
     Raises:
-        ValueError: if the backbone lacks one of the stages asked for.
+        ValueError: if the backbone lacks one of the requested stages.
     """
 
     def __init__(self, config: MinConvGRUConfig):
@@ -322,7 +327,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         self.backbone.requires_grad_(not config.freeze_backbone)
 
     def freeze_backbone(self) -> None:
-        """Keep the backbone as it is from now on: in evaluation mode, without gradients."""
+        """Freeze the backbone from now on: it stays in evaluation mode and gets no gradients."""
         self.config.freeze_backbone = True
         self.backbone.requires_grad_(False).eval()
 
@@ -332,7 +337,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         self.backbone.requires_grad_(True).train(self.training)
 
     def train(self, mode: bool = True) -> "MinConvGRUModel":
-        """As in nn.Module, but a frozen backbone stays in evaluation mode, so that its batch norms do not move."""
+        """Set the mode as nn.Module does, but keep a frozen backbone, and so its batch norms, in evaluation mode."""
         super().train(mode)
         if self.config.freeze_backbone:
             self.backbone.eval()
@@ -354,11 +359,11 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
 
         Args:
             pixel_values_videos: (B, T, C, H, W) frames as the video processor returns them, of any floating dtype.
-            attention_mask: (B, T) 0 at padding, on whichever side or in between. The backbone does not look at
-                padding and the states pass over it unchanged, so a padded clip gives the numbers of the clip alone.
-            cache: the state to continue from; it is updated in place. It keeps the graph of the frames behind it
-                unless they ran under `torch.no_grad()`.
-            use_cache: return the state after the last frame. A cache that is passed in comes back in any case.
+            attention_mask: (B, T) 0 at padding, on either side or in between. The backbone skips padding (except when
+                traced) and the states pass through it unchanged, so a padded clip gives the outputs of the clip alone.
+            cache: the state to continue from; it is updated in place. It keeps the autograd graph of the frames seen
+                so far unless they ran under `torch.no_grad()`.
+            use_cache: return the state after the last frame. A cache that is passed in is always returned.
             output_hidden_states: return feature maps and outputs of all layers. None: config.output_hidden_states.
             pixel_values: another name for pixel_values_videos.
             **kwargs: `return_dict`.
@@ -367,9 +372,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             last_hidden_state (B, T, F of all stages), pooler_output (B, F of all stages), cache, hidden_states.
 
         Raises:
-            ValueError: if the frames are missing, of a wrong shape or dtype, or too small for the layers; if the
-                mask does not fit or, without a cache, leaves a clip without a frame; if the cache belongs to another
-                model, batch or frame size, or the model is bidirectional.
+            ValueError: if the frames are missing, have a wrong shape or dtype, or are too small for the layers; if
+                the mask has a wrong shape or, without a cache, leaves a clip without a frame; if the cache belongs to
+                another model, batch or frame size; or if a bidirectional model is to use a cache.
             TypeError: if an argument is unknown.
         """
         refuse_unknown(kwargs)
@@ -377,7 +382,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             raise ValueError("Give exactly one of pixel_values_videos and pixel_values.")
         frames = pixel_values_videos if pixel_values is None else pixel_values
         self._check_frames(frames)
-        frames = frames.to(self._parameter_dtype(frames))  # from a processor, which knows float32 alone
+        frames = frames.to(self._parameter_dtype(frames))  # processors return float32 only
         use_cache = bool(use_cache) or cache is not None
         if use_cache and self.config.bidirectional:
             raise ValueError(
@@ -395,7 +400,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         num_layers = self.config.num_hidden_layers
         goes_on = use_cache and cache.batch_size != -1
         if goes_on and torch.is_grad_enabled() and not is_tracing(frames) and cache.features.is_inference():
-            cache._map(torch.clone)  # autograd saves nothing that inference_mode() has made
+            cache._map(torch.clone)  # autograd cannot save tensors that were created in inference_mode()
         past_features = cache.features.split(self.feature_sizes, dim=-1) if goes_on else [None] * len(self.stacks)
         features, clip_features, states, hidden_states = [], [], [], []
         for stage, maps in enumerate(self._feature_maps(frames, mask)):
@@ -423,7 +428,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         )
 
     def _parameter_dtype(self, frames: Tensor) -> torch.dtype:
-        """The model's dtype; that of the frames in replicas, where the parameters are plain tensors."""
+        """Return the model's dtype, or the frames' dtype in DataParallel replicas, whose parameters() is empty."""
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), frames.dtype)
 
     def _check_frames(self, frames: Tensor) -> None:
@@ -436,7 +441,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if not frames.is_floating_point():
             raise ValueError(
                 f"pixel_values_videos must be floating point, got {frames.dtype}: the video processor scales and "
-                "normalises frames of bytes."
+                "normalises uint8 frames."
             )
 
     def _check_cache(self, cache: MinConvGRUCache, batch: int) -> None:
@@ -445,16 +450,16 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if cache.batch_size == -1:
             return
         if cache.batch_size != batch:
-            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are those of {batch}.")
+            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are of {batch}.")
         num_states, num_features = len(self.stacks) * self.config.num_hidden_layers, sum(self.feature_sizes)
         if len(cache.states) != num_states or cache.features.shape[-1] != num_features:
             raise ValueError(
-                f"cache holds {len(cache.states)} states and {cache.features.shape[-1]} features a clip, this model "
+                f"cache holds {len(cache.states)} states and {cache.features.shape[-1]} features per clip, this model "
                 f"{num_states} and {num_features}: it belongs to another model."
             )
 
     def _padding_mask(self, attention_mask: Tensor | None, frames: Tensor, may_be_empty: bool) -> Tensor | None:
-        """(B, T) boolean; None where nothing is padding."""
+        """Return a (B, T) boolean mask, False at padding; None if there is no padding."""
         if attention_mask is None:
             return None
         if attention_mask.shape != frames.shape[:2]:
@@ -467,18 +472,22 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if mask.all():
             return None
         if not may_be_empty and not mask.any(1).all():
-            raise ValueError("attention_mask leaves a clip without a frame.")
+            raise ValueError("attention_mask masks every frame of a clip.")
         return mask.to(frames.device)
 
     def _feature_maps(self, frames: Tensor, mask: Tensor | None) -> list[Tensor]:
-        """frames (B, T, C, H, W) -> a feature map (B, T, C_i, H_i, W_i) a stage, zeros at padding."""
+        """frames (B, T, C, H, W) -> one feature map (B, T, C_i, H_i, W_i) per stage, zeros at padding.
+
+        When tracing, the backbone runs on padding too, so the maps there are not zeros.
+        """
         images = frames.flatten(0, 1)  # (N, C, H, W)
         real = None
         if mask is not None and not is_tracing(mask):
             real = mask.flatten().nonzero().squeeze(1)
-            real = real if len(real) else real.new_zeros(1)  # some frame must tell the size of the maps
+            real = real if len(real) else real.new_zeros(1)  # at least one frame, to find out the size of the maps
             images = images[real]
-        if images.device.type == "cpu":  # there, convolutions are faster in this order of memory, poolings many times
+        # On the CPU, convolutions are faster in this memory format, and poolings many times faster.
+        if images.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
         frozen = self.config.freeze_backbone
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -500,11 +509,16 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
             and not trains
             and getattr(self._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
         ):
-            stages = [maps.requires_grad_() for maps in stages]  # or the first layers get no gradient
+            # Reentrant checkpointing gives a layer gradients only if its input requires them.
+            stages = [maps.requires_grad_() for maps in stages]
         return stages
 
     def _checkpoint_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The same as `_run_backbone`, which runs once more in the backward pass; norms count the batch once."""
+        """Run `_run_backbone` with activation checkpointing.
+
+        The backward pass runs the backbone again and then restores its buffers, so that batch norms update their
+        running statistics only once per batch.
+        """
         first = True
 
         def run(images: Tensor, _: Tensor) -> tuple[Tensor, ...]:
@@ -515,16 +529,16 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
                 return self._run_backbone(images)
             finally:
                 for buffer, value in statistics:
-                    buffer.data.copy_(value)  # unseen by autograd, which has saved the buffers
+                    buffer.data.copy_(value)  # .data hides the write from autograd, which has saved the buffers
 
-        # Reentrant checkpoints give gradients only where an input has one.
+        # Reentrant checkpointing computes gradients only if an input requires one, hence the additional scalar.
         return self._gradient_checkpointing_func(run, images, images.new_zeros((), requires_grad=True))
 
     def _run_backbone(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images (N, C, H, W) -> a feature map (N, C_i, H_i, W_i) a stage."""
+        """images (N, C, H, W) -> one feature map (N, C_i, H_i, W_i) per stage."""
         stages = []
         outputs = self.backbone(images).feature_maps
-        if getattr(getattr(self.backbone, "_backbone", None), "output_fmt", "NCHW") == "NHWC":  # some of timm's
+        if getattr(getattr(self.backbone, "_backbone", None), "output_fmt", "NCHW") == "NHWC":  # some timm models
             outputs = [maps.movedim(3, 1) for maps in outputs]
         for maps, channels, pooling in zip(outputs, self.backbone.channels, self.feature_pooling, strict=True):
             if maps.dim() != 4 or maps.shape[1] != channels:
@@ -541,10 +555,10 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         return tuple(stages)
 
     def _pool(self, outputs: Tensor, mask: Tensor | None, past: Tensor | None = None) -> Tensor:
-        """Average to P x P cells, and hold the last real frame's features through padding.
+        """Average to P x P cells, and repeat the last real frame's features at padding.
 
         Args:
-            outputs: (B, T, D, H, W) of a stack.
+            outputs: (B, T, D, H, W) outputs of a stack.
             mask: (B, T) False at padding, or None.
             past: (B, F) features before the first frame; None for zeros.
 
@@ -556,14 +570,17 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if mask is None:
             return pooled
         steps = torch.arange(mask.shape[1], device=mask.device)
-        last_real = torch.where(mask, steps, -1).cummax(dim=1).values.unsqueeze(-1)  # (B, T, 1), -1 before any
+        last_real = torch.where(mask, steps, -1).cummax(dim=1).values.unsqueeze(-1)  # (B, T, 1); -1: none
         held = pooled.gather(1, last_real.clamp(min=0).expand_as(pooled))
         past = torch.zeros_like(pooled[:, :1]) if past is None else past.unsqueeze(1)
         return torch.where(last_real >= 0, held, past)
 
 
 def _order_channels_first(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Hook of a backbone's GroupNorm: torch 2.13 would crash in its backward pass, see MinConv2dGRULayer.project."""
+    """Copy a backbone GroupNorm's input into contiguous memory (forward pre-hook).
+
+    Otherwise torch 2.13 crashes in the backward pass of the norm, see MinConv2dGRULayer.project.
+    """
     images = args[0]
     if images.requires_grad or images.device.type != "cpu" or not torch.is_grad_enabled():
         return None
@@ -571,9 +588,9 @@ def _order_channels_first(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Te
 
 
 def _load_backbone(config: MinConvGRUConfig) -> nn.Module:
-    """The backbone with new weights; timm's complaints about stages that are not there put in words."""
+    """Build the backbone with new weights; replace timm's errors about missing stages by a clear message."""
     try:
-        # The dtype of the layers around it, whatever that of a checkpoint which the config is from.
+        # Use the dtype of the surrounding layers, even if the config comes from a checkpoint with another dtype.
         return AutoBackbone.from_config(config.backbone_config, dtype=torch.get_default_dtype())
     except (AssertionError, IndexError) as error:
         raise ValueError(
@@ -585,13 +602,14 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
     """The video model with a linear classifier on the pooled features of each stage; their logits are averaged.
 
     Args:
-        config: backbone, sizes and switches; `num_labels`, `id2label` and `problem_type` as all over transformers.
+        config: configuration of the model; `num_labels`, `id2label` and `problem_type` work as in any transformers
+            model.
 
     Example:
         >>> model = MinConvGRUForVideoClassification(MinConvGRUConfig(num_labels=6)).eval()
         >>> cache = MinConvGRUCache()
         >>> for frame in torch.randn(10, 1, 1, 3, 112, 112):  # (B, T, C, H, W) each
-        ...     logits = model(frame, cache=cache).logits  # those of the clip so far
+        ...     logits = model(frame, cache=cache).logits  # for the clip so far
     """
 
     def __init__(self, config: MinConvGRUConfig):
@@ -622,18 +640,18 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         Args:
             pixel_values_videos, attention_mask, cache, use_cache, output_hidden_states, pixel_values: as in
                 `MinConvGRUModel.forward`.
-            labels: (B,) class ids, -100 to leave a clip out; (B, num_labels) floats for several labels a clip, or for
-                regression; (B,) floats for regression with one label.
+            labels: (B,) class ids, -100 to leave a clip out; (B, num_labels) floats for several labels per clip, or
+                for regression; (B,) floats for regression with one label.
             output_frame_logits: return logits after every frame too.
 
         Returns:
             loss (if labels are given), logits (B, num_labels) after the last real frame so far, frame_logits
-            (B, T, num_labels) if asked for, cache, hidden_states. At padding, frame_logits are those of the last
-            real frame before it. A bidirectional model's logits for the clip join what either direction knows at
-            its own end, so no frame's logits need equal them.
+            (B, T, num_labels) if requested, cache, hidden_states. At padding, frame_logits are those of the last
+            real frame before it. The clip logits of a bidirectional model combine the forward features at the last
+            frame with the backward features at the first, so they need not equal the logits of any frame.
 
         Raises:
-            ValueError: as `MinConvGRUModel.forward`, `check_class_ids` and `classification_loss`.
+            ValueError: as in `MinConvGRUModel.forward`, `check_class_ids` and `classification_loss`.
         """
         if labels is not None:
             check_class_ids(labels, self.config)
@@ -666,7 +684,7 @@ class MinConvGRUForVideoClassification(MinConvGRUPreTrainedModel):
         return torch.stack(logits).mean(dim=0)
 
 
-# Saving one of these copies this file and those it imports beside the weights.
+# Saving one of these models copies this file and the files it imports next to the weights.
 MinConvGRUModel.register_for_auto_class("AutoModel")
 MinConvGRUForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
 

@@ -1,4 +1,4 @@
-"""The MinGRU text model, read top to bottom: convolution, recurrence, block, model, heads.
+"""The MinGRU text model, in this order: convolution, recurrence, block, model, heads.
 
 Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201.
 
@@ -50,19 +50,19 @@ def _norm(config: MinGRUConfig, size: int, bias: bool) -> nn.Module:
     return nn.Identity()
 
 
-# What transformers' collators tell of the documents in packed rows, besides position_ids.
+# Arguments by which transformers' collators describe the documents in packed rows, besides position_ids.
 _PACKING = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @calls_directly
 class _Taps(nn.Conv1d):
-    """Depthwise convolution; its weights are read in `forward` alone, because offloading hooks load them there.
+    """Depthwise convolution that reads its weights only in its own `forward`, for which offloading hooks load them.
 
     Args:
         size: channels E.
         kernel_size: taps K.
         bias: whether it has a bias.
-        scale: new weights are as large as PyTorch's default times this.
+        scale: factor on PyTorch's default bound for new weights.
     """
 
     def __init__(self, size: int, kernel_size: int, bias: bool, scale: float):
@@ -70,29 +70,32 @@ class _Taps(nn.Conv1d):
         self.initial_bound = scale / kernel_size**0.5
 
     def forward(self, padded: Tensor, document: Tensor | None = None) -> Tensor:
-        """padded (B, K - 1 + T, E), document (B, K - 1 + T) the number of each row's, or None -> (B, T, E)."""
+        """Convolve padded (B, K - 1 + T, E) to (B, T, E).
+
+        `document` (B, K - 1 + T) holds the number of each step's document; None if all steps are of one document.
+        """
         taps = self.kernel_size[0]
         steps = padded.shape[1] - taps + 1
         if document is None and steps > 1:
             return super().forward(padded.transpose(1, 2)).transpose(1, 2)
         weight, bias = self.weight[:, 0].t(), 0.0 if self.bias is None else self.bias  # (K, E), (E)
-        if document is None:  # a sum of products is ten times faster than a call of the convolution
+        if document is None:  # a sum of products is ten times faster than the convolution operator
             return (padded * weight).sum(1, keepdim=True) + bias
-        out = padded[:, taps - 1 :] * weight[-1] + bias  # a token is of its own document
+        out = padded[:, taps - 1 :] * weight[-1] + bias  # the current token, always in its own document
         for tap in range(taps - 1):
             same = (document[:, tap : tap + steps] == document[:, taps - 1 :]).unsqueeze(-1)
-            # The product inside: autograd then keeps slices of `padded`, and no tensor of that size for each tap.
+            # Multiply inside `where`: autograd then saves slices of `padded` instead of a tensor of that size per tap.
             out = out + torch.where(same, padded[:, tap : tap + steps] * weight[tap], 0.0)
         return out
 
 
 @calls_directly
 class MinGRUConv(nn.Module):
-    """Causal depthwise convolution over the last K real tokens of the same document, padding skipped."""
+    """Causal depthwise convolution over the last K real tokens of the same document, skipping padding."""
 
     def __init__(self, size: int, kernel_size: int, bias: bool, scale: float = 1.0):
         super().__init__()
-        self.kernel_size = kernel_size  # here too, where an adapter may stand in the convolution's place
+        self.kernel_size = kernel_size  # kept here too, since an adapter may replace `conv`
         self.conv = _Taps(size, kernel_size, bias, scale)
 
     def forward(
@@ -104,15 +107,15 @@ class MinGRUConv(nn.Module):
         num_recorded: int,
         call: Callable = module_call,
     ) -> tuple[Tensor, Tensor | None]:
-        """Convolve x (B, T, E) behind the inputs before it.
+        """Convolve x (B, T, E), preceded by the inputs in `window`.
 
         Args:
             x: (B, T, E) inputs.
             window: (B, K - 1, E) inputs before x, zeros where there were none; None means all zeros.
-            mask: (B, T) False where a token is to be skipped; None for all real.
-            reset: (B, T) True where a document starts; what lies before does not count.
-            num_recorded: R, the steps at the end for which the window after the step is returned; 0 for none.
-            call: how the modules within are called.
+            mask: (B, T) False where a token is to be skipped; None if all are real.
+            reset: (B, T) True where a document starts; inputs before it are ignored.
+            num_recorded: R, the number of steps at the end after each of which the window is returned; 0 for none.
+            call: function to call submodules with, `call(module, *args)`.
 
         Returns:
             (B, T, E) outputs, undefined at masked tokens, and (B, R, K - 1, E) windows or None.
@@ -121,14 +124,14 @@ class MinGRUConv(nn.Module):
         taps = self.kernel_size
         if window is not None and window.shape[1:] != (taps - 1, x.shape[2]):
             raise ValueError(
-                f"cache holds a window of {tuple(window.shape[1:])} (taps - 1, channels) where this model needs "
+                f"cache holds a window of {tuple(window.shape[1:])} (taps - 1, channels), but this model needs "
                 f"{(taps - 1, x.shape[2])}: it belongs to another model."
             )
-        if mask is not None:  # real tokens first, in order: then they are each other's neighbours
+        if mask is not None:  # move real tokens to the front, in order, so that they are adjacent
             num_real = mask.cumsum(1)  # (B, T)
             positions = torch.where(mask, num_real, num_real[:, -1:] + (~mask).cumsum(1)) - 1
             tokens = torch.arange(steps, device=x.device).expand_as(positions)
-            # A stable argsort, which ONNX does not have.
+            # Equivalent to a stable argsort, which ONNX does not have.
             order = torch.empty_like(positions).scatter(1, positions, tokens)
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             reset = None if reset is None else reset.gather(1, order)
@@ -139,21 +142,21 @@ class MinGRUConv(nn.Module):
 
         document = None
         if reset is not None:
-            document = F.pad(reset.cumsum(1), (taps - 1, 0))  # (B, K - 1 + T), 0 for what came before
+            document = F.pad(reset.cumsum(1), (taps - 1, 0))  # (B, K - 1 + T), 0 for the inputs before
         out = call(self.conv, padded, document)
 
         windows = None
         if num_recorded:
             windows = self._windows(padded, None if mask is None else num_real, document, num_recorded)
-        if mask is not None:  # back to the tokens' own positions
+        if mask is not None:  # move outputs back to the tokens' positions
             rank = (num_real - 1).clamp(min=0)
             out = out.gather(1, rank.unsqueeze(-1).expand_as(out))
         return out, windows
 
     def _windows(self, padded: Tensor, num_real: Tensor | None, document: Tensor | None, num_recorded: int) -> Tensor:
-        """(B, R, K - 1, E): the last K - 1 real inputs of the document after each of the last R steps.
+        """Return (B, R, K - 1, E): the document's last K - 1 real inputs after each of the last R steps.
 
-        `num_real` (B, T) counts the real tokens up to each step; None: all are.
+        `num_real` (B, T) counts the real tokens up to each step; None if all tokens are real.
         """
         length = self.kernel_size - 1
         if num_real is None and document is None:
@@ -179,7 +182,8 @@ class MinGRUMixer(nn.Module):
         super().__init__()
         state_size = int(config.expand * output_size)
         self.gate_hidden = nn.Linear(input_size, 2 * state_size, bias=config.use_bias)
-        # Here: of a model outside transformers it calls _init_weights only for modules with parameters of their own.
+        # Set on the linear map, not on the mixer: in models that are not part of transformers, _init_weights is called
+        # only for modules that have parameters of their own.
         self.gate_hidden.initial_memory = config.initial_memory
         self.register_module("out_proj", None)
         if config.use_out_proj:
@@ -198,25 +202,25 @@ class MinGRUMixer(nn.Module):
         """Run the recurrence over x (B, T, E) from state (B, 1, D).
 
         Returns:
-            (B, T, F) outputs, and the last R = `num_recorded` states (B, R, D) in at least float32, one if R = 0.
+            (B, T, F) outputs, and the last R = `num_recorded` states (B, R, D) in at least float32 (one if R = 0).
         """
         modules = self._modules
         gate_hidden, out_proj = modules["gate_hidden"], modules["out_proj"]
         parameters = plain_linear(gate_hidden) if adds_bias(backend, x) else None
         if parameters is None:
             gate_and_candidate, bias = call(gate_hidden, x), None  # (B, T, 2D)
-        else:  # the scan adds the bias on its way: a pass over all of (B, T, 2D) less
+        else:  # the scan adds the bias, which saves a pass over (B, T, 2D)
             weight, bias = parameters
             gate_and_candidate = linear(x, weight)
         width = gate_and_candidate.shape[-1]
         if width != getattr(gate_hidden, "out_features", width):
             raise ValueError(
-                f"gate_hidden gave {width} of its {gate_hidden.out_features} channels, the first half of which are "
-                "gates. If it is split over processes, gather its output (colwise_gather_output)."
+                f"gate_hidden returned {width} of its {gate_hidden.out_features} channels, the first half of which "
+                "are gates. If the layer is split over processes, gather its output (colwise_gather_output)."
             )
-        # With nothing behind it the state goes into the residual sum, and is best in its dtype, autocast or not.
+        # Without out_proj, the state enters the residual sum directly and takes the dtype of x, even under autocast.
         out_dtype = x.dtype if out_proj is None else gate_and_candidate.dtype
-        # The cache holds what a 16-bit state would round, so that decoding continues from the exact state.
+        # The cache holds the unrounded state even if out_dtype has 16 bits, so that decoding continues exactly.
         wide_dtype = torch.promote_types(out_dtype, torch.float32)
         if call is direct_call and mask is None and reset is None and x.shape[1] == 1:
             recorded = mingru_step(gate_and_candidate, state, bias=bias, backend=backend, dtype=wide_dtype)
@@ -267,7 +271,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         self.residual = config.residual
         self.register_module("conv", None)
         if config.conv_kernel:
-            # What it adds is not normed: at full size in many blocks, few channels would outgrow all others.
+            # conv(x) is added without a norm: at full scale in many blocks, a few channels would outgrow all others.
             scale = (layer_idx + 1) ** -0.5 if config.residual and config.num_hidden_layers > 6 else 1.0
             self.conv = MinGRUConv(input_size, config.conv_kernel, bias=config.use_bias, scale=scale)
         self.norm = _norm(config, input_size, config.norm_bias)
@@ -285,7 +289,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
         is_last = layer_idx == config.num_hidden_layers - 1
         self.block_dropout = nn.Dropout(0.0 if is_last else config.block_dropout)
         for module in self.modules():
-            if isinstance(module, nn.Linear):  # what it gives is as large as what it reads
+            if isinstance(module, nn.Linear):  # outputs start as large as inputs
                 module.initial_std = module.in_features**-0.5
 
     def forward(
@@ -304,15 +308,15 @@ class MinGRUBlock(GradientCheckpointingLayer):
             hidden_states: (B, T, E).
             mask: (B, T) False at padding; None for no padding.
             reset: (B, T) True at the first token of a document; None for none.
-            num_recorded: states that a cache recording its past is to keep at least; None: all of this call's.
-            backend: of the scan, as in `mingru_scan`.
-            call: how the modules within are called, `call(module, *args)`.
+            num_recorded: number of steps that a cache recording its past must be able to undo; None: all of this call.
+            backend: backend of the scan, as in `mingru_scan`.
+            call: function to call submodules with, `call(module, *args)`.
             cache: the model's cache, or None.
 
         Returns:
             (B, T, F) hidden states.
         """
-        modules = self._modules  # a look into it is a fraction of one through nn.Module.__getattr__
+        modules = self._modules  # a lookup here costs a fraction of one through nn.Module.__getattr__
         steps = hidden_states.shape[1]
         layer = state = window = windows = None
         if cache is None:
@@ -346,7 +350,7 @@ class MinGRUBlock(GradientCheckpointingLayer):
             call=call,
         )
         if layer is not None:
-            # The states may be the block's output, and whoever gets that may write to it.
+            # The states may be the block's output itself, which the caller may write to.
             layer.append(states.clone() if self.output_is_state else states, windows, num_steps=steps)
         mixed = call(modules["branch_dropout"], mixed)
         if self.residual:
@@ -355,21 +359,21 @@ class MinGRUBlock(GradientCheckpointingLayer):
         hidden_states = mixed
         if modules["mlp"] is not None:
             mlp, normed = modules["mlp"], call(modules["mlp_norm"], hidden_states)
-            # A user may have put another module in its place.
+            # A user may have replaced the MLP with another module.
             mlp = call(mlp, normed, call=call) if type(mlp) is MinGRUMLP else mlp(normed)
             hidden_states = hidden_states + call(modules["branch_dropout"], mlp)
         return call(modules["block_dropout"], hidden_states)
 
 
 class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
-    """What all MinGRU text models share: configuration, initialisation and what generate() may do with them."""
+    """Base class of the MinGRU text models: configuration, weight initialisation and support for generate()."""
 
     config: MinGRUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MinGRUBlock"]
     _skip_keys_device_placement = ["cache"]
-    _is_stateful = False  # the state can be rolled back, so nothing that generate() offers is closed to it
+    _is_stateful = False  # the state can be rolled back, so generate() need not refuse any mode
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MinGRUBlock}
 
@@ -382,7 +386,7 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
         if isinstance(module, _Taps):
-            # Drawn like the matrices, with a deviation of 0.02, four taps would add almost nothing.
+            # With transformers' default standard deviation of 0.02, four taps would add almost nothing.
             init.uniform_(module.weight, -module.initial_bound, module.initial_bound)
         memory = getattr(module, "initial_memory", 1)
         if memory > 1:
@@ -390,19 +394,19 @@ class MinGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
 
 
 def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
-    """The starts of documents (B, T), moved from padding to the document's first real token where `mask` has one."""
+    """Move document starts (B, T) from padding to the document's first real token, if `mask` has one."""
     if mask is None:
         return starts
     document = starts.long().cumsum(1)
-    last_seen = (document * mask).cummax(1).values  # of the real tokens up to each position
+    last_seen = (document * mask).cummax(1).values  # document of the last real token so far
     return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
 def _may_look(flags: Tensor) -> bool:
-    """Whether to look at the values of flags (B, T), which may save the masked path.
+    """Return whether to inspect the values of flags (B, T), which may avoid the masked path.
 
-    Not while tracing, in a transform (under vmap each sample has an answer of its own) or on the meta device, nor for
-    single steps on a GPU, where waiting for the answer costs more.
+    They are not inspected while tracing, inside a transform (under vmap the answer can differ between samples), on the
+    meta device, or for single steps on a GPU, where waiting for the answer costs more than it saves.
     """
     if is_tracing(flags) or in_transform() or flags.is_meta:
         return False
@@ -410,7 +414,7 @@ def _may_look(flags: Tensor) -> bool:
 
 
 def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None:
-    """Raise a ValueError unless there is one number per token (B, T), or per token of one row for all (1, T)."""
+    """Raise a ValueError unless `numbers` has the shape (B, T), or (1, T) for all rows."""
     if numbers.dim() != 2 or numbers.shape[0] not in (1, batch) or numbers.shape[1] != steps:
         or_one_row = f" or (1, {steps})" if batch > 1 else ""
         raise ValueError(f"{name} must have shape ({batch}, {steps}){or_one_row}, got {tuple(numbers.shape)}.")
@@ -419,7 +423,7 @@ def _check_positions(name: str, numbers: Tensor, batch: int, steps: int) -> None
 def _packed_starts(
     batch: int, steps: int, mask: Tensor | None, seq_idx: Tensor | None, cu_seq_lens_q: Tensor | None
 ) -> Tensor | None:
-    """(B, T) boolean, True at the first token of each document but the first of a row; None if none are told."""
+    """Return booleans (B, T), True where a document starts, except a row's first; None if no documents are given."""
     starts = None
     if seq_idx is not None:
         _check_positions("seq_idx", seq_idx, batch, steps)
@@ -427,7 +431,7 @@ def _packed_starts(
     if cu_seq_lens_q is not None:
         if cu_seq_lens_q.dim() != 1:
             raise ValueError(f"cu_seq_lens_q must have shape (documents + 1,), got {tuple(cu_seq_lens_q.shape)}.")
-        listed = torch.zeros(batch * steps + 1, dtype=torch.bool, device=cu_seq_lens_q.device)  # one may end a row
+        listed = torch.zeros(batch * steps + 1, dtype=torch.bool, device=cu_seq_lens_q.device)  # + 1 for an end offset
         listed.index_fill_(0, cu_seq_lens_q[1:-1].long().clamp(0, batch * steps), True)
         listed = F.pad(listed[:-1].view(batch, steps)[:, 1:], (1, 0))
         starts = listed if starts is None else starts | listed
@@ -444,7 +448,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
     def __init__(self, config: MinGRUConfig):
         super().__init__(config)
-        # No padding_idx: the mask hides padding, and the padding token may be a real one (end of text) elsewhere.
+        # No padding_idx: the mask excludes padding, and the padding token may also be a real token (end of text).
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(MinGRUBlock(config, i) for i in range(config.num_hidden_layers))
@@ -472,32 +476,32 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids.
-            attention_mask: (B, T), or (B, past + T) after the tokens that `cache` has seen; only the last T columns
-                are read. 0 marks padding, which may stand anywhere: the state passes over it unchanged.
-            position_ids: (B, T) or (1, T). A 0 starts a new document, unless it is that of padding: the state goes
-                back to g(0). Other positions change nothing. None: every row continues.
+            attention_mask: (B, T), or (B, past + T) including the tokens that `cache` has seen; only the last T
+                columns are read. 0 marks padding, which may be anywhere and leaves the state unchanged.
+            position_ids: (B, T) or (1, T). A 0 starts a new document, except at padding: the state is reset to g(0).
+                Other positions have no effect. None: every row continues its document.
             cache: the state to continue from; it is updated in place. In training, gradients flow through a
-                DynamicCache: a text is learned piece by piece with `layer.detach_()` for each of cache.layers after
-                every backward pass.
+                DynamicCache. For truncated backpropagation through time, call `layer.detach_()` for each layer in
+                cache.layers after every backward pass.
             inputs_embeds: (B, T, hidden_size) instead of input_ids.
-            use_cache: return the state after the last token. None: config.use_cache, but not in training. A cache
-                that is passed in comes back in any case.
-            num_recorded: with a cache that records its past, the steps at the end of this call that `crop` may take
-                back. None: all.
-            **kwargs: `output_hidden_states`, `return_dict`; `seq_idx` (B, T) and `cu_seq_lens_q` (documents + 1,),
-                offsets into the flattened rows, mark the documents of packed rows as transformers' collators
-                do; a document may begin with padding. Both describe this call only: with a cache the first document
-                of a row continues, whatever its number.
+            use_cache: whether to return the state after the last token. None: config.use_cache, but False in training.
+                A cache that is passed in is always returned.
+            num_recorded: with a cache that records its past, the number of steps at the end of this call that `crop`
+                must be able to undo. None: all.
+            **kwargs: `output_hidden_states`, `return_dict`, and the arguments by which transformers' collators mark
+                the documents of packed rows: `seq_idx` (B, T), and `cu_seq_lens_q` (documents + 1,), which holds
+                offsets into the flattened rows. A document may begin with padding. Both describe this call only: with
+                a cache, the first document of a row continues, whatever its number.
 
         Returns:
-            last_hidden_state (B, T, width of the last block), cache, hidden_states: the embeddings' and each
-            block's output, the last of them normed.
+            last_hidden_state (B, T, width of the last block), cache, and hidden_states: the embeddings and each
+            block's output, the last one after the final norm.
 
         Raises:
             ValueError: if both or neither of input_ids and inputs_embeds are given, a token id is out of range (on a
-                GPU that is a device-side assertion, as everywhere), an argument has a wrong shape or holds no token,
-                the cache belongs to another kind of model or batch, or a cache is passed in training with activation
-                checkpointing.
+                GPU this is a device-side assertion, as usual in PyTorch), an argument has a wrong shape or holds no
+                token, the cache belongs to another kind of model or batch, or a cache is passed in training with
+                activation checkpointing.
             TypeError: if an argument is unknown.
         """
         refuse_unknown(kwargs)
@@ -519,7 +523,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         num_recorded: int | None,
         **kwargs,
     ) -> tuple[Tensor, Cache | None]:
-        """The same as `forward`, as (last_hidden_state, cache): no output object, and none of the states between."""
+        """As `forward`, but return (last_hidden_state, cache), without an output object or intermediate states."""
         modules = self._modules
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -532,16 +536,17 @@ class MinGRUModel(MinGRUPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            use_cache = False  # the second forward would move the state on once more
+            use_cache = False  # the recomputed forward pass would advance the state a second time
             if cache is not None:
                 raise ValueError(
-                    "With activation checkpointing a training step cannot continue from a cache, whose state would "
-                    "move on twice: leave out the cache, or call model.activation_checkpointing_disable()."
+                    "With activation checkpointing, a training step cannot continue from a cache, since recomputation "
+                    "would advance its state twice: leave out the cache, or call "
+                    "model.activation_checkpointing_disable()."
                 )
         batch, steps = inputs_embeds.shape[:2]
         if steps == 0:
-            raise ValueError("The inputs hold no token, expected at least one.")
-        # Early-exit drafting lowers num_hidden_layers for a while: the norm and the head then read an earlier block.
+            raise ValueError("The inputs are empty, but at least one token is needed.")
+        # Early-exit drafting lowers num_hidden_layers temporarily: the norm and the head then read an earlier block.
         depth = self.config.num_hidden_layers
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
@@ -558,7 +563,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         hidden_states = call(modules["embedding_dropout"], inputs_embeds)
         backend = requested_backend(self.config.scan_backend)
         for block in islice(blocks.values(), depth):
-            # The cache by name: that is where transformers looks for it when activations are recomputed.
+            # Pass the cache by keyword: only there does transformers look for it when it recomputes activations.
             hidden_states = call(block, hidden_states, mask, reset, num_recorded, backend, call, cache=cache)
         return call(modules["norm"], hidden_states), cache
 
@@ -587,22 +592,22 @@ class MinGRUModel(MinGRUPreTrainedModel):
         adopt_layers(layers)
         if len(layers) != depth or not all(isinstance(layer, MinGRUCacheLayer) for layer in layers):
             raise ValueError(
-                f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; make "
-                "one with DynamicCache(config=model.config)."
+                f"cache is a {type(cache).__name__} that holds no state for each of this model's {depth} blocks; "
+                "create one with DynamicCache(config=model.config)."
             )
         if layers[0].batch_size not in (-1, batch):
             raise ValueError(f"cache holds {layers[0].batch_size} rows, but the inputs have {batch}.")
         places = [getattr(block, "layer_idx", 0) for block in self._modules["layers"]._modules.values()][:depth]
-        if 0 not in places or max(places) >= depth:  # the first place tells whether the cache has seen a token
+        if 0 not in places or max(places) >= depth:  # cache layer 0 tells whether a token was seen
             raise ValueError(
-                f"The blocks have the places {places} in a cache of {depth}. After taking blocks away set "
+                f"The blocks have layer_idx {places}, but the cache has {depth} layers. After removing blocks, set "
                 "config.num_hidden_layers, and each block's layer_idx to its position."
             )
 
     def _padding_mask(
         self, attention_mask: Tensor | None, batch: int, steps: int, begins: bool, device: torch.device
     ) -> Tensor | None:
-        """(B, T) boolean for this call's tokens; None where nothing is padding."""
+        """Return the boolean mask (B, T) of this call's tokens; None if there is no padding."""
         if attention_mask is None:
             return None
         shape = attention_mask.shape
@@ -626,7 +631,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
         steps: int,
         begins: bool,
     ) -> Tensor | None:
-        """(B, T) boolean, True at the first token of each document of this call; None where no state changes."""
+        """Return booleans (B, T), True where a document starts and the state is reset; None if no state is reset."""
         reset = None
         if position_ids is not None:
             _check_positions("position_ids", position_ids, batch, steps)
@@ -648,12 +653,12 @@ class MinGRUModel(MinGRUPreTrainedModel):
 
 
 class _EndedRows(StoppingCriteriaList):
-    """Stopping criteria that remember which rows they have stopped: what generate() appends there is padding."""
+    """Stopping criteria that remember which rows they have stopped: generate() appends only padding to those."""
 
     def __init__(self, criteria: StoppingCriteriaList):
         super().__init__(criteria)
         self.ended: Tensor | None = None  # (B,) rows stopped so far
-        self.padded: Tensor | None = None  # (B,) rows whose last token is padding: stopped before it was chosen
+        self.padded: Tensor | None = None  # (B,) rows whose last token is padding: they had stopped before it
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         done = super().__call__(input_ids, scores, **kwargs)
@@ -662,10 +667,10 @@ class _EndedRows(StoppingCriteriaList):
         return done
 
     def mask(self, always: bool) -> Tensor | None:
-        """(B, 1) False where the last token is padding; None if there is none, unless `always` asks for a mask."""
+        """Return a mask (B, 1), False where the last token is padding; None if there is none, unless `always`."""
         if self.padded is None:
             return torch.ones_like(self.ended).unsqueeze(1) if always else None
-        # Looking makes the CPU wait for the GPU, but generate() has just done that, except on Apple's GPUs.
+        # Reading the values makes the CPU wait for the GPU, but generate() has just done so too, except on MPS.
         if not always and self.padded.device.type != "mps" and not self.padded.any():
             return None
         return ~self.padded.unsqueeze(1)
@@ -674,9 +679,9 @@ class _EndedRows(StoppingCriteriaList):
 def _refuse_nothing_new(
     input_ids: Tensor, position_ids: Tensor | None, next_sequence_length: int | None, cache: Cache | None
 ) -> None:
-    """Refuse to generate from no new token.
+    """Raise a ValueError if there is no new token to generate from.
 
-    GenerationMixin would slice `[:, -0:]`, or chunk after chunk without positions: the state would read the whole
+    GenerationMixin would slice `[:, -0:]`, or prefill in chunks without positions, and the state would read the whole
     prompt a second time.
     """
     nothing_new = next_sequence_length is not None and next_sequence_length <= 0
@@ -686,12 +691,12 @@ def _refuse_nothing_new(
     seen = 0 if cache is None else cache.get_seq_length()
     if seen > 0:
         raise ValueError(
-            f"The cache has seen {seen} tokens, and the ids passed with it hold no further one. Pass all ids, at "
-            "least one more than the cache has seen; or only the new ids, with an attention_mask over both. A cache "
+            f"The cache has seen {seen} tokens, and the ids passed with it contain no further one. Pass all ids, at "
+            "least one more than the cache has seen, or only the new ids, with an attention_mask over both. A cache "
             "that recorded its past can go back: cache.crop(-1)."
         )
     if nothing_new:
-        raise ValueError("The prompt holds no token: give at least one, or leave input_ids out to begin with BOS.")
+        raise ValueError("The prompt is empty: give at least one token, or leave input_ids out to begin with BOS.")
     raise ValueError(
         f"position_ids has {position_ids.shape[-1]} columns, expected one for each of the {input_ids.shape[-1]} "
         "tokens."
@@ -716,7 +721,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MinGRUModel(config)
         self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=config.lm_head_bias)
-        self.loss_type = "ForCausalLM"  # of a subclass by another name, too
+        self.loss_type = "ForCausalLM"  # not derived from the class name, which a subclass may change
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -733,21 +738,21 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         ended_rows=None,
         **kwargs,
     ):
-        """As in GenerationMixin, less the positions after the prefill: there no document starts.
+        """As in GenerationMixin, but without position_ids after the prefill, where no document starts.
 
         Args:
-            prompt_length, ended_rows: from `_sample`: tokens behind the prompt are real, but for those that pad rows
-                which have ended.
+            prompt_length, ended_rows: from `_sample`. Tokens after the prompt are real, except those that pad rows
+                that have ended.
 
         Raises:
-            ValueError: if a cache is passed that has seen all of the ids already, or more; if the prompt holds no
-                token, or position_ids fewer than the prompt.
+            ValueError: if the cache has already seen all of the ids or more, if the prompt holds no token, or if
+                position_ids has fewer columns than the prompt.
         """
         if cache is not None and not is_first_iteration:
             position_ids = None
         if prompt_length is not None and input_ids.shape[1] > prompt_length and next_sequence_length == 1:
             attention_mask = None if ended_rows is None else ended_rows.mask(always=cache.is_compileable)
-        for name in ("tokenizer", "assistant_tokenizer"):  # generate() takes them for stop strings, and hands them on
+        for name in ("tokenizer", "assistant_tokenizer"):  # generate() takes them for stop strings and passes them on
             kwargs.pop(name, None)
         _refuse_nothing_new(input_ids, position_ids, next_sequence_length, cache)
         return super().prepare_inputs_for_generation(
@@ -762,7 +767,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
-        """As in GenerationMixin; packed documents go by position_ids, which it cuts to what a step reads."""
+        """As in GenerationMixin, but turn packing arguments into position_ids, which generate() slices per step."""
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         packing = {key: model_kwargs.pop(key, None) for key in _PACKING}
         if packing["seq_idx"] is not None or packing["cu_seq_lens_q"] is not None:
@@ -778,7 +783,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         return inputs, name, model_kwargs
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        """As in GenerationMixin; where the cache lives on, padding does not move the state of rows that have ended."""
+        """As in GenerationMixin, but if the cache outlives the call, padding does not change states of ended rows."""
         outlives = generation_config.return_dict_in_generate or getattr(kwargs.get("cache"), "_is_user_defined", False)
         if outlives and len(input_ids) > 1 and any(hasattr(item, "eos_token_id") for item in stopping_criteria):
             stopping_criteria = kwargs["ended_rows"] = _EndedRows(stopping_criteria)
@@ -786,16 +791,16 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def _assisted_decoding(self, input_ids, *args, generation_config, **kwargs):
-        """As in GenerationMixin; afterwards the cache is as constant in size, and the model as deep, as before."""
+        """As in GenerationMixin, but restore the cache's recording and the model's depth afterwards."""
         cache, mask = kwargs.get("cache"), kwargs.get("attention_mask")
         layers = [] if cache is None else cache.layers
         recorded = [layer.record_past for layer in layers]
-        # The first step reads all ids that it is given. A mask as long says that these are the whole text: then what
-        # the cache has seen of it comes once more. (generate() keeps the length of a mask that hides nothing.)
+        # The first step reads all ids that it is given. If the mask has the same length, the ids are the whole text,
+        # including what the cache has seen already. (generate() drops an all-ones mask, but keeps its length.)
         length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         if cache is not None and length == input_ids.shape[1]:
             cache.reset()
-        depth = self.config.num_hidden_layers  # which drafts of an early exit lower for a while
+        depth = self.config.num_hidden_layers  # which early-exit drafting lowers temporarily
         try:
             return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
         finally:
@@ -808,22 +813,22 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, cache, is_first_iteration=True, **kwargs
     ) -> Tensor | None:
-        """The mask of a step with a static cache: that of the step's own tokens, or None for a generated one."""
+        """Return the mask for a step with a static cache: its own tokens' columns, or None for generated tokens."""
         steps = inputs_embeds.shape[1]
         if attention_mask is None or (not is_first_iteration and attention_mask.shape[1] > steps):
             return None
         return attention_mask[:, -steps:]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """As in GenerationMixin; an assistant keeps as many states as it may have to take drafted tokens back.
+        """As in GenerationMixin, but an assistant model keeps enough states to undo all the tokens that it drafts.
 
         Raises:
-            ValueError: if inputs_embeds are to be read in chunks: GenerationMixin would cut the ids, and not these.
+            ValueError: if inputs_embeds are to be prefilled in chunks: GenerationMixin would split only the ids.
         """
         if generation_config.prefill_chunk_size is not None and model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
-                "prefill_chunk_size cuts input_ids into chunks, and cannot cut inputs_embeds: leave it out, or give "
-                "input_ids alone."
+                "prefill_chunk_size splits input_ids into chunks and cannot split inputs_embeds: leave it out, or "
+                "give only input_ids."
             )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache, drafts = model_kwargs.get("cache"), generation_config.max_new_tokens
@@ -831,12 +836,12 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             adopt_layers(cache.layers)
         if cache is not None and generation_config.is_assistant and drafts is not None:
             for layer in cache.layers:
-                # Twice: with another tokenizer than the main model's, more than the last round's may be taken back.
+                # Twice: if the main model has another tokenizer, more tokens than the last round's may be undone.
                 layer.min_recorded_steps = max(layer.min_recorded_steps, 2 * drafts)
 
     def init_continuous_batching(self, generation_config=None, continuous_batching_config=None, workload_hints=None):
-        """As in GenerationMixin, over recurrent states: what generate_batch() and servers go through."""
-        # Here, so that a transformers with other parts inside can still do all else.
+        """As in GenerationMixin, but with recurrent states; generate_batch() and servers call this method."""
+        # Imported here, so that all else still works with a transformers version that has other internals.
         from .continuous_batching import MinGRUBatchingManager
 
         manager = getattr(self, "_cached_continuous_batching_manager", None)
@@ -846,12 +851,12 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
         return manager
 
     def _get_static_cache_init_shape(self):
-        return None  # there are no heads: the layers make their tensors themselves
+        return None  # there are no attention heads: the layers create their tensors themselves
 
     def get_compiled_call(self, compile_config):
-        """As in PreTrainedModel, but not for the call in which the layers of a static cache make their tensors.
+        """As in PreTrainedModel, but run the call in which a static cache creates its tensors without compiling it.
 
-        Within a CUDA graph they would lie in its memory, which the next graph overwrites.
+        Tensors created within a CUDA graph would lie in its memory, which the next graph overwrites.
         """
         compiled = super().get_compiled_call(compile_config)
 
@@ -883,24 +888,26 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
             labels: (B, T) token ids, usually input_ids: the loss at position t is that of predicting labels[:, t + 1];
                 -100 leaves a position out.
-            logits_to_keep: compute logits for this many positions at the end, or for those in a tensor; 0: all;
-                below 0: all but that many at the start.
-            skip_logits: return the loss alone, computed a few rows at a time, so that all logits at once never take up
-                memory (unless the model was given another `loss_function`). None: in training with labels, if
-                config.skip_logits says so.
+            logits_to_keep: compute logits for this many positions at the end, or for the positions in a tensor.
+                0: all. Below 0: all but that many at the start.
+            skip_logits: return the loss without logits, and compute it a few rows at a time, so that the logits are
+                never all in memory (unless the model has another `loss_function` or a modified head). None:
+                config.skip_logits in training with labels, else False.
 
         Returns:
             loss (mean over the positions, in nats per token, if labels are given), logits (B, T, vocab_size) unless
             skipped, cache, hidden_states.
 
         Raises:
-            ValueError: as `MinGRUModel.forward`, or if logits are to be skipped and there are no labels.
+            ValueError: as `MinGRUModel.forward`, or if logits are to be skipped without labels.
         """
         if skip_logits is None:
             skip_logits = labels is not None and self.training and self.config.skip_logits
         if skip_logits and labels is None:
-            raise ValueError("skip_logits needs labels (shift_labels alone make no loss): pass them, or remove it.")
-        # generate() asks for the logits of the steps that it may take back, which bounds the states to keep.
+            raise ValueError(
+                "skip_logits needs labels (shift_labels alone give no loss): pass labels, or leave it out."
+            )
+        # generate() asks for the logits of the steps that it may undo, which limits the states to keep.
         num_recorded = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep > 0 else None
         arguments = {
             "input_ids": input_ids,
@@ -934,7 +941,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             logits = call(modules["lm_head"], hidden_states)  # (B, T, V)
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        fields = {  # every one: `direct_output` fills in none
+        fields = {  # all of them: `direct_output` adds no defaults
             "loss": loss,
             "logits": None if skip_logits else logits,
             "cache": cache,
@@ -980,18 +987,18 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`.
-            labels: (B,) class ids, -100 to leave a row out; (B, num_labels) floats for several labels a row, or for
+            labels: (B,) class ids, -100 to leave a row out; (B, num_labels) floats for multi-label classification or
                 regression; (B,) floats for regression with one label.
 
         Returns:
             loss (if labels are given), logits (B, num_labels) at each row's last real token, cache, hidden_states.
-            attention_mask tells which token that is, or else pad_token_id; for inputs_embeds without a mask it is the
-            last one.
+            attention_mask determines which token that is, or pad_token_id if there is no mask. It is the last token
+            for inputs_embeds without a mask, and for a single row with neither.
 
         Raises:
-            ValueError: as `MinGRUModel.forward`, `check_class_ids` and `classification_loss`; if the last real token
-                of several rows cannot be told, for lack of both an attention_mask and a pad_token_id; or if the mask
-                says that a row ended before this call.
+            ValueError: as `MinGRUModel.forward`, `check_class_ids` and `classification_loss`; if there are several
+                rows of ids, but neither an attention_mask nor a pad_token_id to find their last real tokens; or if the
+                mask says that a row ended before this call.
         """
         _refuse_ended_rows(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
         if labels is not None:
@@ -1017,7 +1024,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         )
 
     def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
-        """(B,) columns of this call; where nothing tells padding apart, the last one."""
+        """Return each row's column (B,) within this call; the last column if nothing identifies padding."""
         batch, steps = hidden.shape[:2]
         columns = torch.arange(steps, device=hidden.device)
         if attention_mask is not None:
@@ -1030,7 +1037,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
 
 
 def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> None:
-    """Refuse to classify a row at its padding: one that ended in an earlier call, by a mask over that one, too."""
+    """Raise a ValueError if a mask that covers earlier calls says that a row ended in one of them."""
     if inputs is None or attention_mask is None or inputs.dim() < 2 or attention_mask.dim() != 2 or in_transform():
         return
     steps = inputs.shape[1]
@@ -1039,7 +1046,7 @@ def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> 
     real = attention_mask.bool()
     if (real[:, :-steps].any(1) & ~real[:, -steps:].any(1)).any():
         raise ValueError(
-            "A row that continues from the cache has only padding in this call: its logits belong to an earlier one. "
+            "A row that continues from the cache has only padding in this call: its logits came with an earlier one. "
             "Remove the rows that have ended (cache.batch_select_indices)."
         )
 
@@ -1047,7 +1054,7 @@ def _refuse_ended_rows(inputs: Tensor | None, attention_mask: Tensor | None) -> 
 class MinGRUForTokenClassification(MinGRUPreTrainedModel):
     """MinGRU with a linear classifier on every token; each sees the tokens up to itself.
 
-    For both directions put the layer `Bidirectional(MinGRU(...))` behind embeddings of your own.
+    To use both directions, apply the layer `Bidirectional(MinGRU(...))` to embeddings of your own.
 
     Args:
         config: sizes and switches; `num_labels` as everywhere in transformers.
@@ -1059,7 +1066,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
         self.model = MinGRUModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.output_size, config.num_labels)
-        self.loss_type = "ForTokenClassification"  # of a subclass by another name, too
+        self.loss_type = "ForTokenClassification"  # not derived from the class name, which a subclass may change
         self.post_init()
 
     @can_return_tuple
@@ -1080,7 +1087,7 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: as in `MinGRUModel.forward`, but
-                the output has no place for a cache: pass one, and it is updated in place.
+                the output has no field for a cache: one that is passed in is updated in place.
             labels: (B, T) class ids; -100 leaves a token out.
 
         Returns:
@@ -1106,10 +1113,10 @@ class MinGRUForTokenClassification(MinGRUPreTrainedModel):
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-# By this table `Trainer` knows whose labels its label smoothing must shift.
+# `Trainer` looks up in this table for which models label smoothing must shift the labels.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MinGRUConfig.model_type] = MinGRUForCausalLM.__name__
 
-# Saving one of these copies this file and those it imports beside the weights.
+# Saving one of these models also saves this file, and the files that it imports, with the weights.
 MinGRUModel.register_for_auto_class("AutoModel")
 MinGRUForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MinGRUForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

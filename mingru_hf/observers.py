@@ -1,7 +1,8 @@
-"""Who has to see an operation besides its caller: torch's compilers, tracers, modes and transforms.
+"""Detect whether torch's compilers, tracers, modes or transforms need to see an operation.
 
-torch has no public names for some of them. This file travels with checkpoints, which have to load under a later torch
-that calls them otherwise: the answer is then that somebody may be watching, and operations go torch's own way.
+Some of these checks use private names of torch. This file is saved with checkpoints, which must also load under a
+later torch that has renamed them. Most checks then report that an operation may be observed, and the operation takes
+torch's regular path.
 """
 
 import contextlib
@@ -41,12 +42,12 @@ except (ImportError, AttributeError):
 
 
 def in_transform() -> bool:
-    """Whether torch.func or forward mode is at work."""
+    """Whether a torch.func transform or forward mode is active."""
     return not _KNOWN or maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def differentiates_in_transform() -> bool:
-    """Whether torch.func or forward mode differentiates; no, as far as this torch lets that be known."""
+    """Whether torch.func or forward mode is differentiating; False in a compiler, or if this torch does not tell."""
     if torch.compiler.is_compiling() or not _KNOWN:
         return False
     if forward_ad._current_level >= 0:
@@ -57,28 +58,28 @@ def differentiates_in_transform() -> bool:
 
 
 def differentiates_forward() -> bool:
-    """Whether forward mode is at work, torch's or torch.func's; no, as far as this torch lets that be known."""
-    return _KNOWN and forward_ad._current_level >= 0  # which torch.func.jvp raises, too
+    """Whether forward mode is active, torch's or torch.func's; False if this torch does not tell."""
+    return _KNOWN and forward_ad._current_level >= 0  # torch.func.jvp raises this level, too
 
 
 @torch.compiler.assume_constant_result
 def _compiles_derivative() -> bool:
-    # The compiler enters the levels of what it reads, and asks for the same ones before it uses what it has made.
+    # The compiler enters the transform levels of the code that it traces, and guards on these levels.
     stack = () if not _KNOWN or maybe_current_level() is None else get_interpreter_stack()
     return differentiates_forward() or any(level.key() in _DIFFERENTIATING for level in stack)
 
 
 def kernels_miss_derivative() -> bool:
-    """Whether a derivative is taken in which a kernel behind an operator has no part.
+    """Whether a derivative is being taken that the kernels behind an operator do not support.
 
-    That is forward mode and, in a compiled function, torch.func's reverse mode as well.
+    This is the case in forward mode and, in a compiled function, in torch.func's reverse mode as well.
     """
-    # Asked in this order the compiler takes note of the level, and compiles anew where it is another one.
+    # Evaluated in this order, the compiler guards on the forward mode level and recompiles if it changes.
     return differentiates_forward() or (torch.compiler.is_compiling() and _compiles_derivative())
 
 
 def is_observed() -> bool:
-    """Whether a compiler, a tracer, a mode or a transform may have to see what happens; autograd is not asked."""
+    """Whether a compiler, a tracer, a mode or a transform may need to see operations; autograd is not considered."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -89,14 +90,14 @@ def is_observed() -> bool:
 
 
 def is_profiled() -> bool:
-    """Whether torch's profiler is at work in this thread: it knows operators by their names."""
+    """Whether torch's profiler is active in this thread: it records operators by name."""
     return not _KNOWN or _profiler_enabled()
 
 
 def is_batched(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a batch of vmap, or of `torch.autograd.grad(..., is_grads_batched=True)`.
+    """Whether a tensor is batched by vmap or by `torch.autograd.grad(..., is_grads_batched=True)`.
 
-    For backward passes, which do not know of the transforms that they run in.
+    For backward passes, which do not know the transforms that they run under.
     """
     if tensor is None:
         return False
@@ -104,12 +105,12 @@ def is_batched(tensor: Tensor | None) -> bool:
 
 
 def has_tangent(tensor: Tensor | None) -> bool:
-    """Whether a tensor has a tangent, within forward mode; torch.func's do not show within an operator."""
+    """Whether a tensor has a tangent in forward mode; those of torch.func are not visible inside an operator."""
     return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_exporting() -> bool:
-    """torch.compiler.is_exporting(), which torch 2.9's compiler answers with yes whatever it compiles for."""
+    """Whether torch.export is running; in torch 2.9's compiler, torch.compiler.is_exporting() is always True."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 

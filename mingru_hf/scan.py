@@ -1,8 +1,8 @@
-"""The MinGRU recurrence, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t): every layer and model runs time through here.
+"""The MinGRU recurrence, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t), for all layers and models of the package.
 
-`mingru_scan` checks its inputs and chooses what runs: the definition in scan_reference.py, or a kernel that computes
-the same numbers faster and is tested against it (scan_torch.py, scan_numba.py, scan_triton.py), which
-scan_operator.py makes known to torch.
+`mingru_scan` checks its inputs and selects an implementation: the definition in scan_reference.py, or a faster kernel
+that is tested against the definition (scan_torch.py, scan_numba.py, scan_triton.py). scan_operator.py registers the
+kernels as torch operators.
 
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
 """
@@ -26,7 +26,7 @@ from .scan_torch import torch_backward, torch_forward
 from .scan_triton import unavailable_reason as triton_unavailable_reason
 
 BACKENDS = ("auto", "reference", "log", "torch", "numba", "triton")
-# What autograd and compilers look into; the others are kernels behind an operator.
+# Backends that autograd and compilers can see into; all others are kernels behind a custom operator.
 _IN_OPERATORS_OF_TORCH = {
     "compiled": scan_doubling,
     "exported": scan_exported,
@@ -91,39 +91,44 @@ def mingru_scan(
     """Run the MinGRU recurrence over time, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t).
 
     Args:
-        gate_and_candidate: (B, T, 2D, *) pre-activations, the gate half first, of any floating dtype.
+        gate_and_candidate: (B, T, 2D, *) pre-activations, the gate half first, of any floating-point dtype.
         h0: (B, 1, D, *) h_0, the state before the first step; g(0) = 0.5 if None.
         mask: (B, T) boolean; where False the state passes through the step unchanged.
-        reset: (B, T) boolean; where True the state is 0.5 before this step, whatever came earlier, and no gradient
-            flows back across it. It is applied before the mask: a masked reset step leaves 0.5.
-        bias: (2D,) added to the pre-activations. "numba" adds it while it reads them, which saves the pass over
-            memory that the projection in front would need for it.
-        backend: "auto" obeys the environment variable MINGRU_SCAN where that is set, and else takes the fastest one
-            that applies; under torch.export always torch's own operators, so that the program runs without this
-            package. "numba" (fused, CPU) and "triton" (fused, CUDA) need the package of that name, "torch" (blocks
-            of steps) runs anywhere. "reference" is a loop over time, "log" the scan in log space that other
-            implementations use, for states above 0; both are kept for comparison.
-        dtype: of the returned states; the inputs' dtype if None.
-        return_last_state: whether to return h_T beside the states as well: the `h0` of the steps that follow, which
-            16 bits do not round.
+        reset: (B, T) boolean; where True the state is set to 0.5 before this step, whatever came earlier, and no
+            gradient flows back across the reset. It is applied before the mask: a masked reset step returns 0.5.
+        bias: (2D,) added to the pre-activations. "numba" adds it while reading them, which saves the pass over memory
+            that the preceding projection would need to add it.
+        backend: "auto" uses the backend named by the environment variable MINGRU_SCAN if it is set, and otherwise the
+            fastest one that supports the inputs. It always uses torch's own operators under torch.export, so that the
+            exported program runs without this package, for a compiled single step, and for the derivatives that the
+            kernels do not support (see below). "numba" (fused, CPU) and "triton" (fused, CUDA) need the
+            package of that name; "torch" (blocks of steps) runs anywhere. "reference" is a loop over time, and "log"
+            the log-space scan that other implementations use, which needs positive states; both are kept for
+            comparison.
+        dtype: dtype of the returned states; the inputs' dtype if None.
+        return_last_state: whether to also return h_T, to be passed as `h0` for the following steps. Unlike the
+            states, it is not rounded to 16 bits.
 
     Returns:
-        (B, T, D, *) states h_1..h_T; with `return_last_state` these and (B, 1, D, *) the last one, in float32 for
-        16-bit inputs and else in the inputs' dtype, in memory of its own. Differentiable in `gate_and_candidate`,
-        `h0` and `bias`; the kernels in reverse mode alone, so that "auto" takes the loop of "reference" in forward
-        mode, and torch's own operators in what torch.compile makes of a transform of torch.func. Second and higher
-        derivatives come from the loop, too. Under `torch.vmap` all samples run as one batch.
+        (B, T, D, *) states h_1..h_T; with `return_last_state`, a tuple of these and the last state (B, 1, D, *), in
+        float32 for 16-bit inputs and otherwise in the inputs' dtype, which shares no memory with the states.
+        Differentiable with respect to `gate_and_candidate`, `h0` and `bias`. The kernels support reverse mode only:
+        in forward mode "auto" uses the loop of "reference", and where torch.compile compiles a torch.func derivative,
+        it uses torch's own operators. Second and higher derivatives also run through the loop. Under `torch.vmap` all
+        samples run as one batch.
 
     Raises:
-        ValueError: if a shape or dtype does not fit, or the backend is unknown or cannot do what is asked.
+        ValueError: if a shape, dtype or device does not fit, a flag on the CPU is neither 0 nor 1, or the backend is
+            unknown or does not support the inputs.
 
-    Precision: state and accumulation are float32 for 16-bit inputs, else the inputs' dtype. The state is a convex
-    combination of positive numbers, so it forgets errors as it forgets the past: the relative error is below 1e-5
-    after a million steps, about 1e-6 for gates around 0 (that of "log" grows with T). Where z stays tiny, 1 - z has
-    few of its digits: "numba" and "triton" add up what rounding leaves out, "torch" goes over to float64 on a CPU;
-    "reference", and "torch" on other devices, are off by up to 6e-8 / z there. From one call to the next the state
-    is handed on in float32: step by step the error is 1e-5 where z is 6e-6, and 3e-4 where it is 1e-7.
-    Cost: O(T) time; memory of the states alone, since the backward pass recomputes z and g.
+    Precision: the state is kept and accumulated in float32 for 16-bit inputs, otherwise in the inputs' dtype. The
+    state is a convex combination of positive numbers, so it forgets errors as it forgets the past: the relative error
+    is below 1e-5 after a million steps, and about 1e-6 for gates around 0 (the error of "log" grows with T). Where z
+    stays tiny, 1 - z keeps few digits of z: "numba" and "triton" use compensated summation, and "torch" switches to
+    float64 on a CPU; "reference", and "torch" on other devices, are off by up to 6e-8 / z there. Between calls the
+    state is passed on in float32: in decoding step by step, the error is 1e-5 where z is 6e-6, and 3e-4 where z is
+    1e-7.
+    Cost: O(T) time, and memory for the states only, since the backward pass recomputes z and g.
     """
     _check_inputs(gate_and_candidate, h0, mask, reset, bias, dtype)
     out_dtype = gate_and_candidate.dtype if dtype is None else dtype
@@ -140,7 +145,7 @@ def mingru_scan(
     reset = None if reset is None else _as_flags("reset", reset)
     if empty and backend != "exported":
         states, last = gate_and_candidate.chunk(2, dim=2)[0].to(out_dtype), first_state(gate_and_candidate, h0).clone()
-        if h0 is not None:  # its gradient is 0, not None
+        if h0 is not None:  # so that the gradient of h0 is 0, not None
             states = states + last[:, :0].sum().to(out_dtype)
     elif backend in _IN_OPERATORS_OF_TORCH:
         wide = _IN_OPERATORS_OF_TORCH[backend](gate_and_candidate, h0, mask, reset)
@@ -152,11 +157,11 @@ def mingru_scan(
 
 
 def _as_flags(name: str, flags: Tensor) -> Tensor:
-    """Booleans, from which numbers other than 0 and 1 are told apart where nobody has to wait for them."""
+    """Convert flags to booleans; reject floats other than 0 and 1 where checking them needs no synchronisation."""
     if type(flags) is Tensor and flags.is_floating_point() and flags.device.type == "cpu" and not is_observed():
         wrong = flags[(flags != 0) & (flags != 1)]
         if wrong.numel():
-            raise ValueError(f"{name} must hold booleans, or zeros and ones, got {wrong[0].item()}.")
+            raise ValueError(f"{name} must hold booleans, or only zeros and ones, got {wrong[0].item()}.")
     return flags.bool()
 
 
@@ -175,14 +180,14 @@ def mingru_step(
     backend: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`mingru_scan` over one token where nobody but the caller looks: no autograd, tracer or transform.
+    """Run `mingru_scan` over one token, for callers outside autograd, tracers and transforms.
 
     Args:
         gate_and_candidate: (B, 1, 2D, *) pre-activations.
         h0: (B, 1, D, *) state before the token; g(0) = 0.5 if None.
         bias: (2D,) added to the pre-activations.
-        backend: as in `mingru_scan`, but "auto" takes the fused step where there is one, without a look at the
-            environment: see `requested_backend`.
+        backend: as in `mingru_scan`, but "auto" uses the fused step where there is one, without reading the
+            environment variable MINGRU_SCAN: callers resolve it with `requested_backend`.
         dtype: as in `mingru_scan`.
 
     Returns:
@@ -191,7 +196,7 @@ def mingru_step(
     Raises:
         ValueError: as `mingru_scan`.
     """
-    # A caller who is not compiled may have compiled this part of it.
+    # A module may be compiled while the model that calls it is not.
     fused = (backend == "auto" or backend == "numba") and not torch.compiler.is_compiling()
     if fused and type(gate_and_candidate) is Tensor and gate_and_candidate.is_cpu:
         state = numba_step(gate_and_candidate, h0, bias, gate_and_candidate.dtype if dtype is None else dtype)
@@ -201,9 +206,10 @@ def mingru_step(
 
 
 def requested_backend(backend: str) -> str:
-    """The backend that was asked for: "auto" leaves it to the environment variable MINGRU_SCAN, where that is set.
+    """Return the requested backend: for "auto", the environment variable MINGRU_SCAN if it is set.
 
-    Not under torch.export: the program is for where neither the variable nor the kernels are.
+    Under torch.export the variable is ignored, since the exported program also runs where neither the variable nor
+    the kernels exist.
     """
     if backend != "auto" or is_exporting():
         return backend
@@ -211,24 +217,24 @@ def requested_backend(backend: str) -> str:
 
 
 def adds_bias(backend: str, x: Tensor) -> bool:
-    """Whether the scan adds a bias at no cost, so that the projection of x need not.
+    """Whether the scan adds a bias at no cost, so that the projection of x need not add it.
 
     Args:
         backend: "auto" or any other, as `requested_backend` returns it.
-        x: what the projection reads.
+        x: input of the projection.
     """
     fused = backend == "auto" or backend == "numba"
     return fused and NUMBA_AVAILABLE and x.is_cpu and not torch.compiler.is_compiling()
 
 
 def draw_memory_(bias: Tensor, num_steps: float) -> Tensor:
-    """Draw, in place, how many steps each channel remembers: m log-uniformly between 1 and `num_steps`.
+    """Draw in place the number of steps m that each channel remembers, log-uniformly between 1 and `num_steps`.
 
-    A gate bias of -log(m) makes z = sigmoid(-log(m)) = 1 / (1 + m) while the inputs say nothing: the chrono
-    initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
+    A gate bias of -log(m) makes z = sigmoid(-log(m)) = 1 / (1 + m) where the inputs contribute 0 to the gate. This is
+    the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
 
     Args:
-        bias: (2D,) of the projection to gate and candidate; the candidate half becomes 0.
+        bias: (2D,) bias of the projection to gate and candidate; the candidate half is set to 0.
         num_steps: the longest memory, in time steps; at least 1.
 
     Returns:
@@ -251,7 +257,7 @@ def _check_inputs(
     shape = x.shape
     if len(shape) < 3 or not x.is_floating_point():
         raise ValueError(
-            f"gate_and_candidate must be a floating-point tensor (B, T, 2D, *), got {x.dtype} {tuple(shape)}."
+            f"gate_and_candidate must be a floating-point tensor of shape (B, T, 2D, *), got {x.dtype} {tuple(shape)}."
         )
     if shape[2] % 2:
         raise ValueError(
@@ -279,11 +285,11 @@ def _check_inputs(
     device = x.device
     for name, tensor in (("h0", h0), ("mask", mask), ("reset", reset), ("bias", bias)):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} must be on {device}, where gate_and_candidate is, got {tensor.device}.")
+            raise ValueError(f"{name} must be on {device}, like gate_and_candidate, got {tensor.device}.")
 
 
 def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
-    """Choose what runs, or say why the choice made cannot."""
+    """Select the backend to run; raise a ValueError that says why if the requested one cannot."""
     backend = requested_backend(backend)
     if backend == "auto":
         fused = "triton" if x.device.type == "cuda" else "numba"
@@ -295,20 +301,22 @@ def _resolve_backend(backend: str, x: Tensor, dtype: torch.dtype) -> str:
         raise ValueError(f"Unknown {source} {backend!r}: choose one of {', '.join(BACKENDS)}.")
     problem = _why_not(backend, x, dtype)
     if problem is not None:
-        raise ValueError(f"The {source} {backend!r} cannot run here: {problem}. Use 'auto' to select another one.")
+        raise ValueError(f"The {source} {backend!r} cannot be used here: {problem}. Use 'auto' to select another one.")
     return backend
 
 
 def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot take these inputs; None where it can."""
+    """Return why a backend does not support these inputs, or None if it does."""
     if backend in KERNELS and kernels_miss_derivative():
-        return ("a compiled derivative" if torch.compiler.is_compiling() else "forward mode") + " cannot see into it"
+        return "it has no " + (
+            "compiled derivative" if torch.compiler.is_compiling() else "derivative in forward mode"
+        )
     if backend == "triton":
         return triton_unavailable_reason(x.device) or _fails_trial(x.device)
     if backend != "numba":
         return None
     if x.device.type != "cpu":
-        return f"it runs on the CPU, and the tensors are on {x.device}"
+        return f"it runs on the CPU, but the tensors are on {x.device}"
     if not numba_supports(x.dtype, dtype):
         return f"it has no kernel for {x.dtype} inputs and {dtype} states"
     return numba_unavailable_reason()
@@ -316,19 +324,19 @@ def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _fails_trial(device: torch.device) -> str | None:
-    """Why the Triton kernels must not be used on a device, found out at their first use there; None if they may.
+    """Try out the Triton kernels at their first use on a device; return why they must not be used, or None.
 
-    What a driver, a compiler or a card does to them shows at the first launch and not before.
+    Faults of a driver, a compiler or a GPU only show when a kernel is launched.
     """
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
-        return None  # fake tensors, and graphs: what they capture has run before, and must not be waited for
+        return None  # fake tensors; or a CUDA graph capture, which follows a warm-up and forbids synchronising
     return _trial(device)
 
 
 @functools.cache
 def _trial(device: torch.device) -> str | None:
-    # In one pass of wide and of narrow tiles, and in chunks, with and without all that is optional, in 32 and in 16
-    # bits: other kernels each. The interpreter is slow.
+    # Each case compiles different kernels: wide tiles, narrow tiles or chunks; with or without the optional inputs; in
+    # 32 or 16 bits. The sizes for the interpreter are smaller because it is slow.
     wide, narrow, chunked = ((15, 64), (20, 64), (521, 64)) if device.type == "cuda" else ((8, 4), (8, 4), (20, 4))
     problem = None
     with without_modes(), torch.inference_mode():
@@ -336,11 +344,11 @@ def _trial(device: torch.device) -> str | None:
             errors = [_trial_error(device, *sizes, torch.float32, False) for sizes in (wide, chunked)]
             errors.append(_trial_error(device, *narrow, torch.bfloat16, True))
         except torch.OutOfMemoryError:
-            raise  # no fault of the kernels
-        except Exception as error:  # the failures of Triton, the driver and the C compiler have no class in common
+            raise  # not the kernels' fault
+        except Exception as error:  # failures of Triton, the driver and the C compiler share no class
             problem = f"its kernels fail on {device} ({type(error).__name__}: {str(error).strip()[:200]})"
         else:
-            worst = torch.tensor(errors).max().item()  # NaN if one is
+            worst = torch.tensor(errors).max().item()  # NaN if any error is NaN
             if not worst < 1:
                 problem = (
                     f"its kernels give wrong numbers on {device} (off by {worst:.0f} times what rounding explains)"
@@ -351,9 +359,9 @@ def _trial(device: torch.device) -> str | None:
 
 
 def _trial_error(device: torch.device, steps: int, channels: int, dtype: torch.dtype, options: bool) -> float:
-    """How far the Triton kernels are from the torch scan, over what rounding explains."""
+    """Return the error of the Triton kernels relative to the torch scan, divided by the tolerance for rounding."""
     numbers = torch.arange(2 * steps * 2 * channels, dtype=torch.float32, device="cpu")
-    wave = (3.0 * numbers.sin()).to(dtype)  # the user's random numbers stay as they are
+    wave = (3.0 * numbers.sin()).to(dtype)  # not random: leaves the user's generator alone
     x, grad = wave.reshape(2, steps, -1), wave[::2].reshape(2, steps, -1)
     h0 = mask = reset = None
     if options:
@@ -371,10 +379,10 @@ def _trial_error(device: torch.device, steps: int, channels: int, dtype: torch.d
 
 
 def _warn_of_broken_packages() -> None:
-    """Once, at import: a package that is missing is a choice, one that is there and does not work a mistake."""
+    """Warn, once at import, about a package that is installed but does not work; a missing package is a choice."""
     for name, reason in (("numba", numba_unavailable_reason()), ("triton", triton_unavailable_reason())):
         broken = reason is not None and importlib.util.find_spec(name) is not None
-        # CUDA is asked last: on some machines the question alone keeps processes from being forked.
+        # CUDA is queried last: on some machines the query alone prevents processes from being forked afterwards.
         if broken and (name == "numba" or torch.cuda.is_available()):
             warnings.warn(f"MinGRU runs without its fused {name} scan: {reason}.", stacklevel=2)
 

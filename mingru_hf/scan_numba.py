@@ -1,14 +1,14 @@
-"""The MinGRU scan on a CPU, fused: one pass over memory forward, one backward, compiled by numba where it is there.
+"""The fused MinGRU scan for CPUs, compiled by numba if installed: one pass over memory forward, one backward.
 
     h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t),    z_t = sigmoid(gate_t)
 
-The equation is that of `scan_reference`, which the tests hold this against. A row of N states stays in the
-first-level cache while time passes over it; gates, candidates and results are touched once. Every thread takes one
-task after another: some channels of one batch row, and where rows and channels are fewer than threads, a piece of
-time (see `_repair_forward`). The result is the same to the last bit for any number of threads.
+The equation is that of `scan_reference`, with which the tests compare this scan. A row of N states stays in the L1
+cache throughout the loop over time; gates, candidates and results are read or written once. Each thread takes one task
+after another. A task is a block of channels of one batch row; if there are fewer of these than threads, time is also
+cut into pieces (see `_repair_forward`). The result is bitwise identical for any number of threads.
 
-A second kernel does the linear maps of a decoding step. It is in this file since numba's cache on disk looks at the
-file of a kernel alone: it would keep one whose loads and stores, in another file, have changed.
+A second kernel computes the linear maps of a decoding step. It is in this file because numba's on-disk cache only
+checks the file that defines a kernel: it would miss a change to loads and stores that are defined in another file.
 
 Legend: B batch, T time steps, N channels with all trailing axes flattened into them.
 """
@@ -43,8 +43,8 @@ try:
         raise RuntimeError("NUMBA_DISABLE_JIT is set")
     _REASON = None
 except ImportError as error:
-    numba, _REASON = None, f"numba cannot be imported ({error}); `pip install numba` adds it"
-except Exception as error:  # an installed numba that this NumPy or Python breaks must not break the package
+    numba, _REASON = None, f"numba cannot be imported ({error}); install it with `pip install numba`"
+except Exception as error:  # a numba that this NumPy or Python breaks must not break the package
     numba, _REASON = None, f"the installed numba cannot be used ({type(error).__name__}: {error})"
 
 NUMBA_AVAILABLE = numba is not None
@@ -53,12 +53,12 @@ NUMBA_AVAILABLE = numba is not None
 _SERIAL_ELEMENTS = 131_072
 # Narrower blocks of channels waste cache lines and the processor's prefetching.
 _MIN_BLOCK = 256
-# Shorter pieces of time are not worth the second look at their beginnings.
+# Shorter pieces of time are not worth the recomputation of their beginnings.
 _MIN_PIECE = 512
 
 
 def unavailable_reason() -> str | None:
-    """Why the numba scan cannot be used, in words for an error message; None where it can."""
+    """Return why the numba scan cannot be used, worded for an error message, or None if it can."""
     return _REASON
 
 
@@ -67,15 +67,15 @@ def numba_supports(input_dtype: torch.dtype, states_dtype: torch.dtype) -> bool:
     return (input_dtype, states_dtype, False) in _VARIANTS
 
 
-# --- Loads, stores and exp as LLVM instructions. Arrays are plain addresses (int64). Tags, values whose type alone
-# --- counts, say what lies there: float32, float64, or uint16 for the bits of bfloat16.
+# --- Loads, stores and exp as LLVM instructions. Arrays are plain addresses (int64). Tags, arguments of which only the
+# --- type matters, say what the elements are: float32, float64, or uint16 for the bits of bfloat16.
 
 _FLAGS = ("contract", "nsz", "arcp", "afn")  # not nnan and ninf: NaN and infinities keep their meaning
 _OPTIONS = {"fastmath": set(_FLAGS), "error_model": "numpy"}
 
 
 def _compiled(function):
-    """numba.njit with this file's options, or the function itself where numba is missing."""
+    """Apply numba.njit with this file's options; return the function unchanged if numba is missing."""
     if numba is None:
         return function
     return numba.njit(**_OPTIONS, nogil=True, forceinline=function.__name__.endswith("_row"))(function)
@@ -84,7 +84,7 @@ def _compiled(function):
 if numba is not None:
 
     class _BFloat16(ir.Type):
-        """LLVM's type bfloat, which llvmlite does not know; used where the processor can round to it."""
+        """LLVM's type bfloat, which llvmlite lacks; used where the processor can round to it."""
 
         def _to_string(self):
             return "bfloat"
@@ -95,14 +95,14 @@ if numba is not None:
         def __hash__(self):
             return hash(type(self))
 
-    # Older LLVM, and every LLVM on other processors, calls a function here that is not there.
+    # Older versions of LLVM, and all versions on other processors, round by a call to a function that does not exist.
     _ROUNDS_BFLOAT16 = (
         llvm.llvm_version_info[0] >= 20
         and (numba.config.CPU_NAME or numba.config.CPU_FEATURES) is None
         and llvm.get_host_cpu_features().get("avx512bf16", False)
     )
-    # LLVM keeps to 256 bits on Intel's processors, for the sake of the first ones that had 512 and slowed down by
-    # them. Those with this feature do not, and the kernels are up to a third faster.
+    # LLVM limits itself to 256-bit vectors on Intel processors because the first ones with 512-bit vectors slowed down
+    # when using them. Processors with this feature do not, and 512 bits make the kernels up to a third faster.
     _WIDE_VECTORS = bool(llvm.get_host_cpu_features().get("avx512vbmi2", False))
 else:
 
@@ -119,13 +119,13 @@ def _pointer(builder, base, index, tag):
     return builder.gep(builder.inttoptr(base, element.as_pointer()), [index])
 
 
-# What the arrays of a kernel are to one another: disjoint. LLVM is told so, and vectorises the loops without checks.
+# Alias scopes: they tell LLVM that the arrays of a kernel are disjoint, so that it vectorises loops without checks.
 _SCOPES = ("read", "state", "low", "write", "write2")
 
 
 def _declare_disjoint(builder, instruction, scope):
     if _WIDE_VECTORS:
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite does not know its name
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # llvmlite's own `add` rejects it
     module = builder.module
     domain = module.add_metadata(["mingru scan"])
     scopes = {name: module.add_metadata([f"mingru {name}", domain]) for name in _SCOPES}
@@ -135,7 +135,7 @@ def _declare_disjoint(builder, instruction, scope):
 
 @intrinsic(prefer_literal=True)
 def _load(typing_context, base, index, tag, scope):
-    """Element `index` of the array at `base`, widened from bfloat16 to float32."""
+    """Load element `index` of the array at `base`; bfloat16 is widened to float32."""
 
     def generate(context, builder, signature, args):
         value = builder.load(_pointer(builder, args[0], args[1], tag))
@@ -175,7 +175,7 @@ def _store(typing_context, base, index, value, tag, scope):
 
 @intrinsic
 def _biased(typing_context, value, base, index, tag):
-    """The value and element `index` of the bias at `base`; the value as it is where the tag is None."""
+    """Add element `index` of the bias at `base` to the value; return the value unchanged if the tag is None."""
 
     def generate(context, builder, signature, args):
         if tag == types.none:
@@ -220,7 +220,7 @@ def _next_task(typing_context, arguments):
 
 @intrinsic
 def _prefetch(typing_context, base, index, tag):
-    """Fetch the cache lines of _CHUNK elements, which need not exist, into the second-level cache."""
+    """Prefetch the cache lines of _CHUNK elements, which need not exist, into the L2 cache."""
 
     def generate(context, builder, signature, args):
         i8, i32 = ir.IntType(8), ir.IntType(32)
@@ -248,7 +248,7 @@ def _flag(typing_context, base, index):
 
 @intrinsic
 def _bits(typing_context, value):
-    """The bits of a float, so that equal means the same to the last one and NaN equals itself."""
+    """Return the bits of a float as an integer, so that equality is bitwise and NaN equals itself."""
     integer = {types.float32: types.int32, types.float64: types.int64}[value]
 
     def generate(context, builder, signature, args):
@@ -267,8 +267,8 @@ def _as(typing_context, number, like):
     return like(number, like), generate
 
 
-# 2^f on |f| <= 1/2, minimax for the relative error with the first coefficient held at 1: 2.8e-6 where states are
-# bfloat16 (4e-3 a rounding), 9.2e-8 for float32, 3.4e-18 for float64.
+# Minimax polynomials of 2^f on |f| <= 1/2, with the first coefficient fixed at 1. Their relative errors are 2.8e-6
+# where states are bfloat16 (one rounding is 4e-3), 9.2e-8 for float32 and 3.4e-18 for float64.
 _EXP_COEFFICIENTS = {
     16: (1.0, 0.6931241757403347512, 0.24024099789794774238, 0.055906582175125640703, 0.0095828378259887175631),
     32: (
@@ -281,16 +281,16 @@ _EXP_COEFFICIENTS = {
         *(1.0178199662568701272e-07, 7.0737907765681112895e-09, 4.4347670055222403247e-10),
     ),
 }
-# Mantissa bits, exponent bias, and where exp becomes 0.
+# Mantissa bits, exponent bias, and the x from which on exp(-x) is 0.
 _EXP_FORMAT = {32: (23, 127, 88.0), 64: (52, 1023, 709.0)}
 
 
 @intrinsic
 def _exp_minus(typing_context, x, tag):
-    """exp(-x) for x >= 0, without a branch; 0 where the true value is below the normal numbers, NaN for NaN.
+    """Compute exp(-x) for x >= 0 without a branch; 0 where the true value is subnormal, NaN for NaN.
 
-    exp(-x) = 2^n 2^f, n the integer nearest to -x / ln 2. Adding 1.5 times 2^mantissa rounds to that integer and
-    leaves it in the low bits, and the exponent's bias with it; moved up, they are the bits of 2^n, or of 0.
+    exp(-x) = 2^n 2^f, with n the integer nearest to -x / ln 2. Adding 1.5 * 2^mantissa plus the exponent bias rounds
+    to that integer and leaves n plus the bias in the low bits; shifted left, these are the bits of 2^n, or of 0.
     """
     bits = x.bitwidth
 
@@ -311,37 +311,37 @@ def _exp_minus(typing_context, x, tag):
 
         minus_log2_e = real(-1.4426950408889634)
 
-        # Ordered comparison: a NaN is not above, and stays.
+        # An ordered comparison is False for NaN, which therefore stays NaN.
         value = builder.select(builder.fcmp_ordered(">", args[0], real(highest)), real(highest), args[0])
         shifted = multiply_add(value, minus_log2_e, magic)
         n = builder.fsub(shifted, magic, flags=_FLAGS)
         f = multiply_add(value, minus_log2_e, builder.fneg(n, flags=_FLAGS))
         square = builder.fmul(f, f, flags=_FLAGS)
         even, odd = (horner(_EXP_COEFFICIENTS[tag.bitwidth][first::2], square) for first in (0, 1))
-        polynomial = multiply_add(odd, f, even)  # two short chains instead of a long one
+        polynomial = multiply_add(odd, f, even)  # two short dependency chains instead of a long one
         power = builder.bitcast(builder.shl(builder.bitcast(shifted, integer), integer(mantissa)), real)
         return builder.fmul(polynomial, power, flags=_FLAGS)
 
     return x(x, tag), generate
 
 
-# --- The kernels. Their arguments are one array of int64; these are its entries. Strides are in elements, those of
-# --- the last axis are 1, and 0 is the address of what is absent.
+# --- The kernels. Their arguments are one array of int64, with entries at these indices. Strides are in elements, the
+# --- last axis has stride 1, and an absent tensor has address 0.
 
 _COUNTER, _PHASE, _NUM_TASKS = 0, 1, 2
 _BATCH, _STEPS, _CHANNELS, _BLOCKS, _BLOCK, _PIECES, _PIECE = 3, 4, 5, 6, 7, 8, 9
 _X, _X_BATCH, _X_STEP = 10, 11, 12
 _STATES, _STATES_BATCH, _STATES_STEP = 13, 14, 15
 _H0, _MASK, _RESET = 16, 17, 18
-# carry: (pieces + 1, B, N), what one step hands to the next; low: elements from there to as many numbers again, what
-# rounding has left out of each.
+# carry: (pieces + 1, B, N), the values that one step passes to the next. The same number of elements follows, with the
+# rounding error of each value; low: the offset, in elements, from a value to its rounding error.
 _CARRY, _LOW = 19, 20
 _BIAS = 21  # (2N,), added to gates and candidates
-_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 22, 23, 24, 25, 26  # half: a row of N times 0.5
-_GRAD_LAST = 27  # (B, N), the gradient of the last state in its own right
+_GRAD, _GRAD_BATCH, _GRAD_STEP, _GRAD_X, _HALF = 22, 23, 24, 25, 26  # half: a row of N values 0.5
+_GRAD_LAST = 27  # (B, N), the gradient of the last state as a separate output
 
-# Rows are worked through in chunks of _CHUNK channels, and the same chunk _AHEAD steps ahead is prefetched: the
-# processor's own prefetcher starts anew with every row.
+# Rows are processed in chunks of _CHUNK channels, and the same chunk _AHEAD steps ahead is prefetched, because the
+# hardware prefetcher restarts at every row.
 _CHUNK = 64
 _AHEAD = 3
 _CACHE_LINE = 64  # bytes
@@ -349,7 +349,7 @@ _CACHE_LINE = 64  # bytes
 
 @_compiled
 def _fill(row, low_row, count, number, A):
-    """The number, to which rounding left nothing to add."""
+    """Fill a row with the number and its rounding errors with 0."""
     for c in range(count):
         _store(row, c, _as(number, A), A, "state")
         _store(low_row, c, _as(0.0, A), A, "low")
@@ -363,7 +363,7 @@ def _copy(source, target, count, A):
 
 @_compiled
 def _same(first, second, low, count, A):
-    """Whether two rows of carry are equal to the last bit, and what rounding left out of them is."""
+    """Whether two rows of the carry and their rounding errors are bitwise equal."""
     first_low, second_low = _address(first, low, A), _address(second, low, A)
     difference = _bits(A) ^ _bits(A)
     for c in range(count):
@@ -374,10 +374,11 @@ def _same(first, second, low, count, A):
 
 @_compiled
 def _forward_row(gate_row, candidate_row, gate_bias, candidate_bias, h_row, low_row, out_row, first, last, X, Y, A, W):
-    """One step of the equation. With e = exp(-|gate|) the sigmoids of gate and -gate are 1 and e over 1 + e.
+    """Compute one step of the recurrence.
 
-    g as a fraction, too, leaves one division. For a negative gate h + z (g - h) is computed, and what rounding leaves
-    out of the sum is added to the next one (Kahan): a state that changes by one part in 10^8 a step does change.
+    With e = exp(-|gate|), the sigmoids of |gate| and -|gate| are 1 / (1 + e) and e / (1 + e). With g as a fraction,
+    too, one division suffices. For a negative gate, the step is h + z (g - h), and the rounding error of this sum is
+    added to the next one (Kahan), so that even changes of one part in 10^8 per step accumulate.
     """
     for c in range(first, last):
         gate = _biased(_load(gate_row, c, X, "read"), gate_bias, c, W)
@@ -401,7 +402,7 @@ def _forward_row(gate_row, candidate_row, gate_bias, candidate_bias, h_row, low_
 
 @_compiled
 def _forward_step(a, b, t, first, count, h_row, X, Y, A, W):
-    """One step of channels first..first + count of batch row b: h_row goes from h_{t-1} to h_t, and is written out."""
+    """Update h_row, channels first..first + count of batch row b, from h_{t-1} to h_t and write it to the states."""
     flag = b * _argument(a, _STEPS) + t
     reset, mask = _argument(a, _RESET), _argument(a, _MASK)
     states = b * _argument(a, _STATES_BATCH) + t * _argument(a, _STATES_STEP) + first
@@ -431,7 +432,7 @@ def _forward_step(a, b, t, first, count, h_row, X, Y, A, W):
 
 @_compiled
 def _forward_piece(a, b, piece, first, count, X, Y, A, W):
-    """A piece of time from the true state if it is the first one, from a guess if not."""
+    """Run a piece of time: the first one from the true state, the others from a guess."""
     batch, channels, h0 = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _H0)
     h_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
     _fill(h_row, _address(h_row, _argument(a, _LOW), A), count, INITIAL_STATE, A)
@@ -444,15 +445,15 @@ def _forward_piece(a, b, piece, first, count, X, Y, A, W):
 
 @_compiled
 def _repair_forward(a, b, first, count, X, Y, A, W):
-    """Make pieces that began with a guess exact: run them again from the true state until nothing changes.
+    """Correct the pieces that began with a guess: run them again from the true state until both runs agree.
 
-    Two states under the same gates approach each other, and rounding makes them equal after some tens of steps for
-    usual gates. From there on the piece is right as it stands; where they never meet, all of it is done again. The
-    last state ends up in the last piece's carry.
+    Two states under the same gates converge, and rounding makes them equal after some tens of steps for typical gates.
+    From that step on the piece is already correct; if the states never become equal, the whole piece is recomputed.
+    The last state ends up in the last piece's carry.
     """
     batch, channels = _argument(a, _BATCH), _argument(a, _CHANNELS)
     carry = _argument(a, _CARRY)
-    h_row = _address(carry, b * channels + first, A)  # the true state; that of piece 0 is
+    h_row = _address(carry, b * channels + first, A)  # the true state, at first at the end of piece 0
     guess_row = _address(carry, (_argument(a, _PIECES) * batch + b) * channels + first, A)
     for piece in range(1, _argument(a, _PIECES)):
         _fill(guess_row, _address(guess_row, _argument(a, _LOW), A), count, INITIAL_STATE, A)
@@ -473,7 +474,7 @@ def _repair_forward(a, b, first, count, X, Y, A, W):
 
 @_compiled
 def _take_task(a):
-    """The next piece of work: whether there is one, batch row, piece of time, first channel, number of channels."""
+    """Take a task: return whether there is one, its batch row, piece of time, first channel and number of channels."""
     task = _next_task(a)
     pieces = _argument(a, _PIECES) if _argument(a, _PHASE) == 0 else 1
     row, piece = task // pieces, task % pieces
@@ -485,7 +486,7 @@ def _take_task(a):
 
 @_compiled
 def _forward(a, X, Y, A, W):
-    """Take tasks until none is left; as many threads at a time as like."""
+    """Run tasks until none is left; any number of threads may do so at the same time."""
     more, b, piece, first, count = _take_task(a)
     while more:
         if _argument(a, _PHASE) == 0:
@@ -515,8 +516,10 @@ def _backward_row(
     A,
     W,
 ):
-    """The gradients of one step, r from dL/dh_t to dL/dh_{t-1}, with dh the sum of r and the output's own gradient.
+    """Compute the gradients of one step.
 
+    r is the gradient that a state receives from later steps: that of h_t before the call, that of h_{t-1} after it.
+    With dh the sum of r and the output's own gradient:
     dL/dcandidate = dh z g', dL/dh_{t-1} = dh (1 - z), dL/dgate = dh z (1 - z) (g - h_{t-1}).
     """
     for c in range(first, last):
@@ -525,12 +528,13 @@ def _backward_row(
         one = _as(1.0, A)
         e = _exp_minus(abs(gate), Y)
         s = _exp_minus(abs(candidate), Y)
-        # As in the forward pass. 1 for a NaN candidate keeps it out of dL/dh_{t-1}, where the candidate has no part.
+        # As in the forward pass. For a NaN candidate g_denominator is 1, which keeps the NaN out of dL/dh_{t-1}: that
+        # does not depend on the candidate.
         gate_denominator = one + e
         g_denominator = one + s if candidate < 0 else one
         inverse = one / (gate_denominator * g_denominator)
         large = inverse * g_denominator  # sigmoid(|gate|)
-        s = s * (inverse * gate_denominator)  # sigmoid(candidate) where that is negative, NaN for NaN
+        s = s * (inverse * gate_denominator)  # sigmoid(candidate) for a negative one, NaN for NaN
         g = candidate + _as(0.5, A) if candidate >= 0 else s
         slope = one if candidate >= 0 else s - s * s
         r, more = _load(r_row, c, A, "state"), _load(grad_row, c, Y, "read") + _load(low_row, c, A, "low")
@@ -539,7 +543,7 @@ def _backward_row(
         dh_large = dh * large
         dh_small = dh_large * e
         dh_z = dh_large if gate >= 0 else dh_small
-        # As in the forward pass: dh - z dh where z is small, with what rounding leaves out of it.
+        # As in the forward pass: where z is small, r = dh - z dh, whose rounding error is kept.
         less = dh_small - low
         r = dh - less
         _store(low_row, c, _as(0.0, A) if gate >= 0 else (dh - r) - less, A, "low")
@@ -551,7 +555,7 @@ def _backward_row(
 
 @_compiled
 def _backward_step(a, b, t, first, count, r_row, X, Y, A, W):
-    """One step back: r_row goes from the gradient that h_t has from later steps to that of h_{t-1}."""
+    """Go back one step: update r_row from the gradient that h_t receives from later steps to that of h_{t-1}."""
     channels = _argument(a, _CHANNELS)
     flag = b * _argument(a, _STEPS) + t
     mask = _argument(a, _MASK)
@@ -602,7 +606,7 @@ def _backward_step(a, b, t, first, count, r_row, X, Y, A, W):
 
 @_compiled
 def _backward_piece(a, b, piece, first, count, X, Y, A, W):
-    """A piece of time, backwards; all but the last one begin with a guess, a gradient of 0 from later steps."""
+    """Run a piece of time backwards; all but the last one begin with a guess, a gradient of 0 from later steps."""
     batch, channels, grad_last = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _GRAD_LAST)
     r_row = _address(_argument(a, _CARRY), (piece * batch + b) * channels + first, A)
     _fill(r_row, _address(r_row, _argument(a, _LOW), A), count, 0.0, A)
@@ -615,7 +619,7 @@ def _backward_piece(a, b, piece, first, count, X, Y, A, W):
 
 @_compiled
 def _repair_backward(a, b, first, count, X, Y, A, W):
-    """As `_repair_forward`, from the last piece to the first; the gradient of h0 ends up in piece 0's carry."""
+    """Like `_repair_forward`, but from the last piece to the first; the gradient of h0 ends up in piece 0's carry."""
     batch, channels, pieces = _argument(a, _BATCH), _argument(a, _CHANNELS), _argument(a, _PIECES)
     carry = _argument(a, _CARRY)
     r_row = _address(carry, ((pieces - 1) * batch + b) * channels + first, A)
@@ -639,7 +643,7 @@ def _repair_backward(a, b, first, count, X, Y, A, W):
 
 @_compiled
 def _backward(a, X, Y, A, W):
-    """Take tasks until none is left; as many threads at a time as like."""
+    """Run tasks until none is left; any number of threads may do so at the same time."""
     more, b, piece, first, count = _take_task(a)
     while more:
         if _argument(a, _PHASE) == 0:
@@ -649,15 +653,15 @@ def _backward(a, X, Y, A, W):
         more, b, piece, first, count = _take_task(a)
 
 
-# --- A linear map of few rows. It reads every weight once, and so its time is that of reading memory. The arguments,
-# --- after those of every kernel:
+# --- A linear map of few rows. Every weight is read once, so the time is that of reading memory. Its arguments follow
+# --- the first three, which all kernels share:
 
 _ROWS, _INPUTS, _OUTPUTS, _OUTPUTS_PER_TASK, _INPUTS_AT_ONCE, _FETCHES_AHEAD = 3, 4, 5, 6, 7, 8
 _IN, _WEIGHT, _LINEAR_BIAS, _OUT = 9, 10, 11, 12
 
 
 def _compiled_sum(function):
-    """As `_compiled`, for loops that add up: the order is free, so that LLVM keeps a partial sum for each lane."""
+    """Like `_compiled`, but for sums: their order is free, so that LLVM can keep a partial sum per vector lane."""
     if numba is None:
         return function
     return numba.njit(**_OPTIONS | {"fastmath": {*_FLAGS, "reassoc"}}, nogil=True, forceinline=True)(function)
@@ -673,7 +677,7 @@ def _dot(weights, x, count, W, A):
 
 @_compiled_sum
 def _dot_four(weights, x, stride, count, W, A):
-    """With four rows of x, so that a weight is loaded once for them."""
+    """Like `_dot`, but for four rows of x, so that each weight is loaded once for all of them."""
     sum0 = sum1 = sum2 = sum3 = _as(0.0, A)
     for i in range(count):
         weight = _load(weights, i, W, "read")
@@ -686,20 +690,20 @@ def _dot_four(weights, x, stride, count, W, A):
 
 @_compiled
 def _add(out, index, sum_, first, start, W):
-    """Write the sum that begins with `first`, or go on with what stands there."""
+    """Add a partial sum to the output, or to `first` if it is the first partial sum (start 0)."""
     before = first if start == 0 else _load(out, index, W, "state")
     _store(out, index, before + sum_, W, "state")
 
 
 @_compiled
 def _linear_output(a, o, start, count, W, A):
-    """Add to output o of every row what comes of inputs start..start + count; the first ones add to the bias."""
+    """Add the contribution of inputs start..start + count to output o of every row; the first one adds to the bias."""
     rows, inputs, outputs = _argument(a, _ROWS), _argument(a, _INPUTS), _argument(a, _OUTPUTS)
     bias, out = _argument(a, _LINEAR_BIAS), _address(_argument(a, _OUT), o, W)
     x, weights = _address(_argument(a, _IN), start, A), _address(_argument(a, _WEIGHT), o * inputs + start, W)
     if _argument(a, _FETCHES_AHEAD) != 0:
         for i in range(0, count, _CHUNK):
-            _prefetch(weights, 2 * inputs + i, W)  # of the output after the next one, which need not exist
+            _prefetch(weights, 2 * inputs + i, W)  # for two outputs ahead, which need not exist
     first = _load(bias, o, W, "read") if bias != 0 else _as(0.0, A)
     whole = rows // 4 * 4
     for r in range(0, whole, 4):
@@ -715,7 +719,7 @@ def _linear_output(a, o, start, count, W, A):
 
 @_compiled
 def _linear(a, W, A):
-    """Take blocks of outputs until none is left; as many threads at a time as like."""
+    """Compute blocks of outputs until none is left; any number of threads may do so at the same time."""
     inputs, at_once = _argument(a, _INPUTS), _argument(a, _INPUTS_AT_ONCE)
     task = _next_task(a)
     while task < _argument(a, _NUM_TASKS):
@@ -727,8 +731,8 @@ def _linear(a, W, A):
         task = _next_task(a)
 
 
-# Each kernel for each kind of arrays. Tags give the types: of the inputs, of the states, of the state at work and of
-# the bias. The closures hold tags and nothing else, so that numba's cache on disk finds them again.
+# The kernels for each combination of dtypes. The tags X, Y, A and W give the types of the inputs, the states, the
+# accumulated state and the bias. The closures hold only tags, so that numba's on-disk cache finds them again.
 _F32, _F64, _BF16 = (
     kind(0) for kind in ((numba.float32, numba.float64, numba.uint16) if numba else (float, float, int))
 )
@@ -771,16 +775,16 @@ _VARIANTS = {
 
 
 class _Entry:
-    """A compiled kernel: calling it with the address of its arguments runs tasks, without Python's lock."""
+    """A compiled kernel: `call`, given the address of the arguments, runs tasks without holding the GIL."""
 
     def __init__(self, function):
-        # The kernels alone are kept on the disk, not what is compiled into them: here numba reads and writes its cache
-        # at once, and whatever is wrong with it shows.
+        # Only the kernels are cached on disk, not the functions inlined into them: here numba reads and writes its
+        # cache immediately, so that any problem with the cache is raised here.
         try:
             self.compiled = numba.cfunc("void(int64)", **_OPTIONS, cache=True)(function)
-        except Exception:  # the folder cannot be written, the disk is full, a file is damaged
+        except Exception:  # a folder without write access, a full disk, a damaged file
             self.compiled = numba.cfunc("void(int64)", **_OPTIONS)(function)
-            with contextlib.suppress(Exception):  # so that the next process writes it anew
+            with contextlib.suppress(Exception):  # so that the next process rewrites it
                 numba.core.caching.FunctionCache(function).flush()
         self.address = self.compiled.address
         self.call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
@@ -795,8 +799,9 @@ def _compiled_entry(function) -> _Entry:
     if entry is not None:
         return entry
     if threading.current_thread() is threading.main_thread():
-        # Handlers of signals run there alone. One that comes here, too, must not find itself within the compiler.
-        with contextlib.suppress(RuntimeError):  # at the interpreter's exit there are no new threads
+        # Signal handlers run on the main thread only. A handler that needs a kernel, too, must not interrupt the
+        # compiler, which therefore runs on another thread.
+        with contextlib.suppress(RuntimeError):  # no thread can be started at interpreter exit
             thread = threading.Thread(target=_try_to_compile, args=(function,))
             thread.start()
             thread.join()
@@ -804,19 +809,19 @@ def _compiled_entry(function) -> _Entry:
 
 
 def _try_to_compile(function) -> None:
-    with contextlib.suppress(Exception):  # it shows where the kernel is asked for
+    with contextlib.suppress(Exception):  # the caller compiles again, which raises it there
         _compile(function)
 
 
 def _compile(function) -> _Entry:
-    with _COMPILING:  # numba compiles on one thread at a time; from its cache on disk in 0.1 s
+    with _COMPILING:  # numba compiles on one thread at a time; loading from its on-disk cache takes 0.1 s
         entry = _entries.get(function) or _Entry(function)
         _entries[function] = entry
     return entry
 
 
-# --- Threads. torch's own OpenMP pool first: its threads are warm after a matrix product, and there are no others to
-# --- contend with. A pool of Python threads otherwise, and in a forked process, where OpenMP's threads are gone.
+# --- Threads. torch's own OpenMP pool is preferred: its threads are warm after a matrix product, and no other pool
+# --- contends with it. Otherwise, and in a forked process, where OpenMP's threads are gone, Python threads are used.
 
 _forked = False
 _pool: ThreadPoolExecutor | None = None
@@ -833,10 +838,10 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _gomp_parallel():
-    """GOMP_parallel(function, argument, number of threads, 0) of the GNU OpenMP library torch runs on, or None."""
+    """Return GOMP_parallel(function, argument, number of threads, 0) of the GNU OpenMP that torch uses, or None."""
     place = os.path.dirname(torch.__file__)
     with contextlib.suppress(OSError, AttributeError):
-        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())  # of any file: names need not be UTF-8
+        maps = os.fsdecode(Path("/proc/self/maps").read_bytes())  # names of mapped files need not be UTF-8
         for path in sorted({line.split(maxsplit=5)[-1] for line in maps.split("\n") if "libgomp" in line}):
             if path.startswith((place + os.sep, place + ".libs" + os.sep)):
                 function = ctypes.CDLL(path).GOMP_parallel
@@ -847,12 +852,12 @@ def _gomp_parallel():
 
 
 def _help(entry: _Entry, arguments: array, memory: tuple) -> None:
-    """What a thread of the pool runs; it keeps alive what it writes to, should the caller be interrupted."""
+    """Run tasks on a thread of the pool; `memory` keeps the tensors alive in case the caller is interrupted."""
     entry.call(arguments.buffer_info()[0])
 
 
 def _run(entry: _Entry, arguments: array, memory: tuple, phase: int, num_tasks: int, threads: int) -> None:
-    """Let the kernel work off its tasks on as many threads, this one among them; `memory` is what they work on."""
+    """Run all tasks of a kernel on `threads` threads, including this one; `memory` holds the tensors they access."""
     global _pool
     arguments[_COUNTER], arguments[_PHASE], arguments[_NUM_TASKS] = 0, phase, num_tasks
     threads = min(threads, num_tasks)
@@ -867,19 +872,20 @@ def _run(entry: _Entry, arguments: array, memory: tuple, phase: int, num_tasks: 
     if _pool is None:
         _pool = ThreadPoolExecutor(max(os.cpu_count() or 1, threads), thread_name_prefix="mingru_scan")
     helpers = []
-    with contextlib.suppress(RuntimeError):  # at the interpreter's exit there are no threads any more
+    with contextlib.suppress(RuntimeError):  # no thread can be started at interpreter exit
         for _ in range(threads - 1):
             helpers.append(_pool.submit(_help, entry, arguments, memory))
     entry.call(address)
     for helper in helpers:
-        if not helper.cancel():  # one that never began has nothing left to do; the others still use the arguments
+        if not helper.cancel():  # one that never started is not needed; the others still use the arguments
             helper.result()
 
 
 def _plan(batch: int, steps: int, channels: int, threads: int) -> tuple[int, int, int, int]:
-    """How many blocks of channels and their width, how many pieces of time and their length: enough for all threads.
+    """Choose number and width of the channel blocks, and number and length of the pieces of time, to use all threads.
 
-    Rows first, then channels, and time only for what is left, since a piece of time may have to be done again.
+    Threads are first given rows, then channels. Time is cut only if threads would still be idle, since a piece may
+    have to be computed twice.
     """
     blocks = pieces = 1
     if threads > 1 and batch % threads:
@@ -907,7 +913,7 @@ def _prepare(
     reset: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[array, Tensor, int, tuple]:
-    """Arguments that both kernels share, the carry, the number of threads, and the memory that is worked on."""
+    """Return the arguments that both kernels share, the carry, the number of threads and the tensors to keep alive."""
     batch, steps, channels = states.shape
     threads = torch.get_num_threads() if states.numel() >= _SERIAL_ELEMENTS else 1
     blocks, block, pieces, piece = (1, channels, 1, steps) if threads == 1 else _plan(batch, steps, channels, threads)
@@ -928,15 +934,15 @@ def _prepare(
 
 
 class _Scratch(threading.local):
-    """Memory of a thread that lives on from call to call."""
+    """Memory of each thread that is reused from call to call."""
 
-    kept: tuple[int, int, Tensor | None] = 0, 0, None  # in one piece: an interrupt must not part them
+    kept: tuple[int, int, Tensor | None] = 0, 0, None  # one tuple: an interrupt must not separate its parts
 
     def at_least(self, size: int) -> tuple[int, int, Tensor | None]:
-        """Size, address and owner of at least `size` bytes; they are there as long as the owner is held."""
+        """Return size, address and owner of at least `size` bytes; hold the owner as long as they are in use."""
         kept = self.kept
         if size > kept[0]:
-            memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")  # whatever the default device
             kept = self.kept = size, memory.data_ptr(), memory
         return kept
 
@@ -946,17 +952,16 @@ _step_calls: dict[tuple[torch.dtype, torch.dtype, bool], Callable] = {}
 
 
 def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`numba_forward` for one token, whose arithmetic takes less time than the preparations there.
+    """Run `numba_forward` for one token, without most of its setup, which takes longer than the arithmetic.
 
     Args:
         x: (B, 1, 2N) pre-activations on the CPU.
         h0: (B, 1, N) state before the step, or None.
         bias: (2N,) added to the pre-activations, or None.
-        dtype: of the state after it.
+        dtype: dtype of the state after the step.
 
     Returns:
-        (B, 1, N) state after the step; None if the arguments are not of the usual kind: `numba_forward` takes care
-        of the rest.
+        (B, 1, N) state after the step; None if the arguments need the general `numba_forward`.
     """
     kind = x.dtype, dtype, bias is not None
     call = _step_calls.get(kind)
@@ -983,7 +988,7 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
             return None
         bias = bias if bias.dtype == dtype else bias.to(dtype)
         bias_address = bias.data_ptr()
-    scratch = _scratch.at_least(16 * size)  # two rows of at most 8 bytes a number
+    scratch = _scratch.at_least(16 * size)  # state and rounding error, at most 8 bytes each
     sizes = 0, 0, batch, batch, 1, channels, 1, channels, 1, 1
     inputs = x.data_ptr(), shape[2], 0, states.data_ptr(), channels, 0, h0_address, 0, 0
     arguments = array("q", (*sizes, *inputs, scratch[1], size, bias_address))
@@ -991,20 +996,21 @@ def numba_step(x: Tensor, h0: Tensor | None, bias: Tensor | None, dtype: torch.d
     return states
 
 
-# Linear maps that gain (LOG.md has the measurements) have at least so many inputs, so many weights, and at most so
-# many rows. Beside oneDNN, torch's choice for bfloat16, smaller ones gain, since a call takes longer, and fewer rows.
+# The kernel is faster than torch (LOG.md has the measurements) from this many inputs and this many weights on, and up
+# to this many rows. For bfloat16 torch uses oneDNN: a call to it takes longer, so smaller maps gain as well, but only
+# with fewer rows.
 _MIN_INPUTS = 128
 _LINEAR_LIMITS = {torch.float32: (1 << 15, 16), torch.bfloat16: (1 << 14, 8)}
-# Numbers of all rows together: so many stay in the first-level cache while weights pass by, and from so many on the
-# processor does not fetch weights ahead by itself.
+# Inputs of all rows together: how many stay in the L1 cache while the weights stream through it, and above how many
+# the hardware prefetcher no longer fetches the weights.
 _NEAR_INPUTS, _PREFETCH_INPUTS = 6144, 3072
 _TASK_OUTPUTS = 512
-# From so many weights on, more than one thread gains.
+# From this many weights on, more than one thread is faster.
 _SERIAL_WEIGHTS = 1 << 18
 
 
 def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """A linear map of few rows, for up to four of them in about the time that reading the weights takes.
+    """Compute a linear map of few rows; up to four rows take about as long as reading the weights.
 
     Args:
         x: (*, E) on the CPU.
@@ -1012,10 +1018,10 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
         bias: (F,), or None.
 
     Returns:
-        (*, F) x weight^T + bias; None if the arguments are not of the usual kind (float32 or bfloat16 throughout,
-        parameters contiguous, few rows, many weights): F.linear takes care of the rest.
+        (*, F) x weight^T + bias; None if the arguments need F.linear, since they are not of the supported kind:
+        float32 or bfloat16 throughout, contiguous parameters, few rows, many weights.
 
-    Precision: sums in float32, one rounding for bfloat16.
+    Precision: sums are accumulated in float32 and, for bfloat16, rounded once.
     """
     dtype, shape, weight_shape = x.dtype, x.shape, weight.shape
     if numba is None or dtype not in _LINEAR_VARIANTS or not shape or len(weight_shape) != 2:
@@ -1029,10 +1035,10 @@ def numba_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     if bias is not None and (bias.dtype != dtype or bias.shape != (outputs,) or not bias.is_contiguous()):
         return None
     pieces = -(-size // _NEAR_INPUTS)
-    if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast, and sums would be rounded on the way
+    if pieces > 1 and dtype != torch.float32:  # oneDNN is as fast, and partial sums would be rounded
         return None
     weight_address, bias_address = weight.data_ptr(), _data_ptr(bias)
-    if not (x.data_ptr() and weight_address and (bias_address or bias is None)):  # sharding may have taken the memory
+    if not (x.data_ptr() and weight_address and (bias_address or bias is None)):  # sharding may have freed the memory
         return None
     entry = _compiled_entry(_LINEAR_VARIANTS[dtype])
     threads = torch.get_num_threads() if outputs * inputs >= _SERIAL_WEIGHTS else 1
@@ -1068,26 +1074,26 @@ def numba_forward(
     out: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """States h_1..h_T of the recurrence; the contract is that of `mingru_scan`.
+    """Compute the states h_1..h_T of the recurrence, as specified by `mingru_scan`.
 
     Args:
         gate_and_candidate: (B, T, 2N) pre-activations on the CPU, gates first; float32, bfloat16 or float64. Any
             strides between rows.
         h0: (B, 1, N) state before step 0; 0.5 if None.
         mask: (B, T) boolean; where False the state passes through.
-        reset: (B, T) boolean; where True the state is 0.5 before this step, before the mask is looked at.
-        dtype: of the states: the inputs' dtype, or float32 for bfloat16 inputs.
+        reset: (B, T) boolean; where True the state is set to 0.5 before this step, before the mask is applied.
+        dtype: dtype of the states: the inputs' dtype, or float32 for bfloat16 inputs.
         out: (B, T, N) tensor of that dtype to write to, last axis contiguous; a new one if None.
-        bias: (2N,) added to the pre-activations, unrounded; None for none.
+        bias: (2N,) added to the pre-activations in the accumulation dtype; no bias if None.
 
     Returns:
-        (B, T, N) states; (B, 1, N) the last one in float32 (float64 for float64), a tensor of its own.
+        (B, T, N) states; (B, 1, N) the last one in float32 (float64 for float64), as a separate tensor.
 
     Raises:
         ValueError: if numba is missing or the dtypes have no kernel.
 
-    Precision: state and accumulation float32 (float64 for float64), with compensated sums: the relative error is
-    about 1e-6 after a million steps, also where the state hardly changes from one to the next.
+    Precision: float32 (float64 for float64) with compensated sums: the relative error is about 1e-6 after a million
+    steps, even where the state hardly changes from one step to the next.
     Cost: O(B T N), one pass over memory.
     """
     forward, _ = _require_variant(gate_and_candidate, dtype, bias)
@@ -1100,7 +1106,7 @@ def numba_forward(
     _run(entry, arguments, memory, 0, batch * blocks * pieces, threads)
     if pieces > 1:
         _run(entry, arguments, memory, 1, batch * blocks, threads)
-    return states, carry[pieces - 1].unsqueeze(1).clone()  # without the rest of the carry
+    return states, carry[pieces - 1].unsqueeze(1).clone()  # a view would keep the whole carry
 
 
 def numba_backward(
@@ -1114,17 +1120,17 @@ def numba_backward(
     out: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the recurrence; z and g are computed again from the pre-activations.
+    """Compute the gradients of the recurrence; z and g are recomputed from the pre-activations.
 
     Args:
         grad: (B, T, N) gradient of the states, in their dtype.
-        grad_last: (B, 1, N) gradient of the last state that was returned beside them; None for 0.
+        grad_last: (B, 1, N) gradient of the separately returned last state; 0 if None.
         gate_and_candidate, h0, mask, reset, bias: as given to `numba_forward`.
-        states: (B, T, N) what it returned.
+        states: (B, T, N) states that `numba_forward` returned.
         out: (B, T, 2N) contiguous tensor of the inputs' dtype to write to; a new one if None.
 
     Returns:
-        (B, T, 2N) gradient of the pre-activations in their dtype, whose sum over B and T is that of the bias;
+        (B, T, 2N) gradient of the pre-activations in their dtype, whose sum over B and T is the gradient of the bias;
         (B, 1, N) gradient of the initial state in float32 (float64 for float64).
 
     Raises:
@@ -1145,7 +1151,7 @@ def numba_backward(
     _run(entry, arguments, memory, 0, batch * blocks * pieces, threads)
     if pieces > 1:
         _run(entry, arguments, memory, 1, batch * blocks, threads)
-    return grad_x, carry[0].unsqueeze(1).clone()  # without the rest of the carry
+    return grad_x, carry[0].unsqueeze(1).clone()  # a view would keep the whole carry
 
 
 __all__ = [

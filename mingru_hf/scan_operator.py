@@ -1,7 +1,7 @@
-"""The kernels as operators of torch: what compiles, exports or checks sees one node with rules for shapes, gradients
-and batching.
+"""The kernels as custom torch operators, with rules for shapes, gradients and batching.
 
-`run_kernel` is what scan.py calls; it leaves the operator out where nobody but the caller looks.
+Compilers, exporters and checkers see each operator as a single node. `run_kernel` is the function that scan.py calls;
+it bypasses the operator where nothing observes the call.
 
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
 """
@@ -31,15 +31,15 @@ KERNELS = {
     "triton": (triton_forward, triton_backward),
 }
 
-# Where the result would have no tangent, without a word.
+# Raised where the result would otherwise silently have no tangent.
 _FORWARD_MODE_BEGAN_LATER = (
     "Forward mode (torch.func.jvp, forward_ad) cannot see into the kernels of a MinGRU scan that was traced or "
     "compiled before it began: use the function itself, or trace or compile it with backend='reference'."
 )
 
-# What follows takes the arguments of the operators, whose types and order the schemas in `_register` give.
-# The version names the contract. A second copy of this file in one process (code loaded from a Hub beside the
-# installed package) finds the operator and uses it.
+# The functions below take the arguments of the operators; the schemas in `_register` give their types and order.
+# The version in the namespace identifies this interface. A second copy of this file in the same process (code loaded
+# from the Hub in addition to the installed package) finds the operators and uses them.
 _NAMESPACE = "mingru_hf_v4"
 _OPERATORS = getattr(torch.ops, _NAMESPACE)
 
@@ -49,7 +49,7 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _bias_argument(bias: Tensor | None, x: Tensor) -> dict[str, Tensor]:
-    """The bias for the kernels that take one, repeated over the trailing axes of x (B, T, 2D, *)."""
+    """Return the bias as a keyword argument, if there is one, repeated over the trailing axes of x (B, T, 2D, *)."""
     if bias is None:
         return {}
     return {"bias": bias if x.dim() == 3 else bias.repeat_interleave(math.prod(x.shape[3:]))}
@@ -72,7 +72,7 @@ def _scan_impl(x, bias, h0, mask, reset, backend, dtype, with_last=True):
 
 
 def _as_own(states, sizes):
-    """States (B, T, N) as (B, T, *sizes) that autograd takes for no view, so that they can be written to."""
+    """Reshape states (B, T, N) to (B, T, *sizes), hiding the view from autograd: in-place changes must be possible."""
     if len(sizes) == 1 and not states._is_view():
         return states
     return torch.ops.aten._unsafe_view(states, (*states.shape[:2], *sizes))
@@ -105,15 +105,15 @@ def _setup_context(ctx, inputs, output):
     gate_and_candidate, bias, h0, mask, reset, backend, _ = inputs
     ctx.save_for_backward(gate_and_candidate, bias, h0, mask, reset, output[0])
     ctx.backend = backend
-    ctx.set_materialize_grads(False)  # the last state's is seldom there
+    ctx.set_materialize_grads(False)  # the last state rarely has a gradient
 
 
 def _backward_through_loop(grad, grad_last, x, bias, h0, mask, reset):
-    """What `scan_backward` returns, from torch's own operators in torch.func's terms: to be differentiated any way."""
+    """Compute what `scan_backward` returns by torch.func.vjp of the loop, which can be differentiated in any mode."""
     wide = x.to(accumulation_dtype(x))
     wide = wide if bias is None else add_bias(wide, bias)
     start = initial_state(wide, grad[:, :1].shape) if h0 is None else h0
-    # A list of states, not a stack: see `reference_states` about indices.
+    # A list of states, not a stacked tensor, for the reason that `reference_states` gives for its unbind.
     _, pull = torch.func.vjp(lambda x, h0: reference_states(x, h0, mask, reset), wide, start)
     of_states = list(grad.to(wide.dtype).unbind(1))
     if grad_last is not None:
@@ -126,13 +126,13 @@ def _autograd_backward(ctx, grad, grad_last, backward=None):
     gate_and_candidate, bias, h0, mask, reset, states = ctx.saved_tensors
     backward = _OPERATORS.scan_backward if backward is None else backward
     grad = torch.zeros_like(states) if grad is None else grad
-    if differentiates_forward():  # what ran before that began
+    if differentiates_forward():  # the forward pass ran before forward mode began
         grad_x, grad_h0 = _backward_through_loop(grad, grad_last, gate_and_candidate, bias, h0, mask, reset)
     else:
         grad_x, grad_h0 = backward(grad, grad_last, gate_and_candidate, bias, h0, states, mask, reset, ctx.backend)
     grad_bias = None
     if bias is not None and ctx.needs_input_grad[1]:
-        # torch sums a matrix by columns faster than the first two axes of three; and flatten has no batching rule.
+        # torch sums the rows of a matrix faster than the first two axes of three. flatten would have no batching rule.
         rows = grad_x.reshape(-1, *grad_x.shape[2:])
         grad_bias = rows.sum([axis for axis in range(rows.dim()) if axis != 1]).to(bias.dtype)
     return grad_x, grad_bias, None if h0 is None else grad_h0.to(h0.dtype), None, None, None, None
@@ -144,7 +144,7 @@ def _setup_second(ctx, inputs, output):
 
 
 def _second_backward(ctx, *grads):
-    """The gradients of `scan_backward`'s results, the states' dependence on its inputs included, through the loop."""
+    """Differentiate `scan_backward` through the loop, including the dependence of the states on its inputs."""
     *inputs, mask, reset = ctx.saved_tensors
 
     wanted = [i for i, t in enumerate(inputs) if t is not None and ctx.needs_input_grad[i]]
@@ -160,7 +160,7 @@ def _second_backward(ctx, *grads):
 
 
 class _ScanBackward(torch.autograd.Function):
-    """The operator `scan_backward` for torch.func's transforms, which do not see the formula registered with it."""
+    """The operator `scan_backward` for torch.func's transforms, which ignore the autograd formula it registers."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_second)
@@ -187,7 +187,7 @@ class _Scan(torch.autograd.Function):
 
 
 class _PlainScan(torch.autograd.Function):
-    """The kernels without the operator around them."""
+    """The kernels, called without the operator."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -197,7 +197,7 @@ class _PlainScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_last):
-        # Gradients are enabled where these are to be differentiated again.
+        # Grad mode is enabled here if these gradients are to be differentiated again.
         seen = torch.is_grad_enabled() or is_observed() or is_profiled()
         seen = seen or is_batched(grad) or is_batched(grad_last)
         plain = not seen and _holds_numbers(grad) and _holds_numbers(grad_last)
@@ -205,18 +205,18 @@ class _PlainScan(torch.autograd.Function):
 
 
 def _fold(args, in_dims, size, bias_at):
-    """The arguments of the operator, or of its gradient, under vmap: the axis mapped over becomes rows of the batch.
+    """Fold the axis that vmap maps over into the batch axis of the arguments of the operator or of its gradient.
 
     Args:
-        args, in_dims: as vmap hands them on.
-        size: of the axis.
-        bias_at: where the bias is, behind the pre-activations.
+        args, in_dims: as vmap passes them.
+        size: size of the mapped axis.
+        bias_at: index of the bias in `args`, directly after the pre-activations.
     """
     args, in_dims = list(args), list(in_dims)
     for i, (arg, axis) in enumerate(zip(args, in_dims, strict=True)):
         if isinstance(arg, Tensor) and (axis is not None or i != bias_at):
             args[i] = arg.expand(size, *arg.shape) if axis is None else arg.movedim(axis, 0)
-    if in_dims[bias_at] is not None:  # each sample has its own, which no kernel takes
+    if in_dims[bias_at] is not None:  # each sample has its own bias, which no kernel supports
         x, bias = args[bias_at - 1], args[bias_at]
         args[bias_at - 1] = x + bias.to(x.dtype).reshape(size, 1, 1, -1, *[1] * (x.dim() - 4))
         args[bias_at] = None
@@ -224,7 +224,7 @@ def _fold(args, in_dims, size, bias_at):
 
 
 def _vmap(name, bias_at):
-    """The rule for an operator."""
+    """Return the batching rule of an operator."""
 
     def rule(info, in_dims, *args):
         results = getattr(_OPERATORS, name.partition("::")[2])(*_fold(args, in_dims, info.batch_size, bias_at))
@@ -234,7 +234,7 @@ def _vmap(name, bias_at):
 
 
 def _not_compiled(kernel):
-    """The kernel with its own Python left out of what torch.compile reads where it has given up on a caller."""
+    """Wrap a kernel so that torch.compile does not trace its Python code after a graph break in a caller."""
 
     @functools.wraps(kernel)
     def call(*args):
@@ -268,7 +268,7 @@ def _register() -> torch.library.Library | None:
     return library
 
 
-_LIBRARY = _register() or globals().get("_LIBRARY")  # importlib.reload leaves what was there
+_LIBRARY = _register() or globals().get("_LIBRARY")  # importlib.reload keeps the existing library
 
 
 def run_kernel(
@@ -281,15 +281,16 @@ def run_kernel(
     dtype: torch.dtype,
     with_last: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run one of KERNELS.
+    """Run one of the kernels in KERNELS.
 
     Args:
-        gate_and_candidate, bias, h0, mask, reset, dtype: as in `mingru_scan`, checked; the bias for "numba" alone.
+        gate_and_candidate, bias, h0, mask, reset, dtype: as in `mingru_scan`, already checked; bias only for "numba".
         backend: "torch", "numba" or "triton".
         with_last: whether the last state is wanted.
 
     Returns:
-        The states and the last one, as `mingru_scan` with `return_last_state`; of no meaning if not wanted.
+        The states and the last state, as from `mingru_scan` with `return_last_state`; if `with_last` is False, the
+        second result has no meaning.
     """
     inputs = gate_and_candidate, bias, h0, mask, reset, backend, dtype
     seen = is_observed() or is_profiled()
@@ -302,7 +303,7 @@ def run_kernel(
 
 
 def _holds_numbers(t: Tensor | None) -> bool:
-    """Whether this is nothing, or a plain tensor with data: no subclass, not meta, no lazy negation (`is_neg`)."""
+    """Whether t is None or a plain tensor with data: no subclass, not meta, no lazy negation (`is_neg`)."""
     return t is None or (type(t) in _PLAIN and not (t.is_meta or t.is_neg()))
 
 

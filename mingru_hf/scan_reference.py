@@ -1,13 +1,13 @@
-"""The MinGRU recurrence as it is defined, and its slower ways: what all kernels are tested against.
+"""The definition of the MinGRU recurrence, against which all kernels are tested, and other slow implementations.
 
     z_t = sigmoid(gate_t)
     g_t = candidate_t + 0.5 where candidate_t >= 0, sigmoid(candidate_t) elsewhere
     h_t = (1 - z_t) h_{t-1} + z_t g_t
 
 Source: Feng et al. 2024, "Were RNNs All We Needed?", arXiv:2410.01201, section 3.1 and appendix B.
-`scan_reference` is the definition, a loop over time. `scan_log` is what other implementations run, `scan_exported` one
-for torch.export and `scan_doubling` one for derivatives under torch.compile. All are made of torch's own operators,
-which autograd and compilers see.
+`scan_reference` is the definition, a loop over time. `scan_log` is the algorithm that other packages use,
+`scan_exported` serves torch.export, and `scan_doubling` serves derivatives under torch.compile. All consist of torch's
+own operators, so autograd and compilers can see into them.
 
 Legend: B batch, T time steps, D channels, * any trailing axes (the H x W of a frame).
 """
@@ -21,12 +21,12 @@ INITIAL_STATE = 0.5
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """What the state is kept and summed in: float64 for float64 inputs, float32 for all others."""
+    """Return the dtype in which the state is kept and accumulated: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def first_state(x: Tensor, h0: Tensor | None) -> Tensor:
-    """(B, 1, D, *) the state before the first step of x (B, T, 2D, *), in the accumulation dtype."""
+    """Return the state (B, 1, D, *) before the first step of x (B, T, 2D, *), in the accumulation dtype."""
     if h0 is None:
         shape = [x.shape[0], 1, x.shape[2] // 2, *x.shape[3:]]
         return x.new_full(shape, INITIAL_STATE, dtype=accumulation_dtype(x))
@@ -34,12 +34,15 @@ def first_state(x: Tensor, h0: Tensor | None) -> Tensor:
 
 
 def initial_state(like: Tensor, shape: list[int], value: float = INITIAL_STATE) -> Tensor:
-    """g(0) = 0.5 everywhere, in the dtype and on the device of `like`; TorchScript takes the value as a default."""
+    """Return g(0) = 0.5 everywhere, in the dtype and on the device of `like`.
+
+    The value is a default argument because TorchScript functions cannot read a global.
+    """
     return like.new_full(shape, value)
 
 
 def add_bias(x: Tensor, bias: Tensor) -> Tensor:
-    """(B, T, 2D, *) + (2D,), in the dtype of x."""
+    """Add a bias (2D,) to x (B, T, 2D, *), in the dtype of x."""
     return x + bias.to(x.dtype).reshape(-1, *[1] * (x.dim() - 3))
 
 
@@ -49,9 +52,9 @@ def scan_reference(
     mask: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Tensor:
-    """The recurrence as a loop over time that autograd differentiates: the definition all else is compared with.
+    """Run the recurrence as a loop over time that autograd differentiates, the definition for all comparisons.
 
-    Also the path inside TorchScript, so a scripted layer holds only torch's own operators.
+    TorchScript uses this path as well, so a scripted layer contains only torch's own operators.
 
     Args:
         gate_and_candidate, h0, mask, reset: as in `mingru_scan`.
@@ -63,12 +66,12 @@ def scan_reference(
 
 
 def _zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """x (B, T, *) with 0 where the mask (B, T) is False: NaN there would come back in gradients, as 0 times NaN."""
+    """Set x (B, T, *) to 0 where the mask (B, T) is False: a NaN there would reach the gradients as 0 times NaN."""
     return torch.where(mask.reshape(list(mask.shape) + [1] * (x.dim() - 2)), x, torch.zeros_like(x))
 
 
 def reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> list[Tensor]:
-    """The states (B, D, *) of `scan_reference`, one a step."""
+    """Return the states (B, D, *) of `scan_reference`, one per step."""
     if x.dtype == torch.bfloat16 or x.dtype == torch.float16:
         x = x.float()
     if mask is not None:
@@ -83,10 +86,10 @@ def reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: T
         h = initial_state(x, gate[:, 0].shape)  # (B, D, *)
     else:
         h = h0[:, 0].to(x.dtype)
-    row = [x.shape[0]] + [1] * (x.dim() - 2)  # (B, 1, ...): one flag a row
+    row = [x.shape[0]] + [1] * (x.dim() - 2)  # (B, 1, ...): one flag per row
 
     states: list[Tensor] = []
-    # Taken apart at once: the backward pass of an index into all steps would fill a tensor of all steps for each.
+    # Unbind once: if each step indexed the whole tensor, its backward pass would fill a tensor of all steps each time.
     decays, drives = one_minus_z.unbind(1), zg.unbind(1)
     for t in range(x.shape[1]):
         if reset is not None:
@@ -100,13 +103,13 @@ def reference_states(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: T
 
 
 def decay_and_drive(gate_and_candidate: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence as h_t = decay_t h_{t-1} + drive_t: 1 - z and z g, for scans that compute no gates.
+    """Return 1 - z and z g, the terms of h_t = decay_t h_{t-1} + drive_t, for scans that do not compute the gates.
 
     Args:
         gate_and_candidate: (B, T, 2D, *) pre-activations.
 
     Returns:
-        (B, T, D, *) each.
+        Decay and drive, (B, T, D, *) each.
     """
     gate, candidate = gate_and_candidate.chunk(2, dim=2)
     return torch.sigmoid(-gate), torch.sigmoid(gate) * torch.maximum(candidate + 0.5, torch.sigmoid(candidate))
@@ -115,7 +118,7 @@ def decay_and_drive(gate_and_candidate: Tensor) -> tuple[Tensor, Tensor]:
 def _decay_and_drive(
     x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`decay_and_drive` (B, T, D, *) with mask and reset in them, and the first state (B, 1, D, *)."""
+    """Return decay and drive (B, T, D, *) with mask and reset applied, and the first state (B, 1, D, *)."""
     x = x.to(accumulation_dtype(x))
     if mask is not None:
         x = _zero_padding(x, mask)
@@ -133,9 +136,9 @@ def _decay_and_drive(
 
 
 def scan_doubling(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
-    """The recurrence in log T rounds over all steps, each joining spans of twice the length.
+    """Run the recurrence in log2(T) rounds over all steps, each of which joins spans to spans of twice the length.
 
-    For compilers, which a loop over time would give a graph of T times as many nodes.
+    For compilers: a loop over time would give them a graph with separate nodes for each of the T steps.
     """
     decay, drive, h0 = _decay_and_drive(x, h0, mask, reset)
     drive = torch.cat([drive[:, :1] + decay[:, :1] * h0, drive[:, 1:]], dim=1)
@@ -151,29 +154,30 @@ def scan_doubling(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tens
 
 
 def scan_exported(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
-    """The recurrence in torch's own operators for any T, so that an exported program runs without this package.
+    """Run the recurrence in torch's own operators for any T, so that an exported program runs without this package.
 
-    One node of the graph whatever T is: torch's scan over h_t = decay_t h_{t-1} + drive_t.
+    The loop is a single node of the graph, whatever T is: torch's scan over h_t = decay_t h_{t-1} + drive_t.
     """
     from torch._higher_order_ops.scan import scan
 
     if isinstance(x.shape[1], int) and x.shape[1] == 1:
         return scan_reference(x, h0, mask, reset)
     decay, drive, h0 = _decay_and_drive(x, h0, mask, reset)
-    # Torch 2.9's scan gives wrong gradients where its inputs require them and its initial state does not.
+    # torch 2.9's scan returns wrong gradients if its inputs require gradients and its initial state does not.
     h0 = h0 + 0.0 * decay[:, :1]
 
     def step(h, inputs):
         h = inputs[0] * h + inputs[1]
-        return h, h.clone()  # a scan's results must not be one and the same tensor
+        return h, h.clone()  # torch's scan does not accept the same tensor twice
 
-    # Contiguous as the states that `step` returns are: torch's scan asks for the same strides. Over the first axis:
-    # from any other, torch 2.9 returns the results along the first and later versions along that one.
+    # The initial state is made contiguous because torch's scan requires the strides of the states that `step` returns.
+    # Time is moved to the first axis because for any other one torch 2.9 returns the results along the first axis, and
+    # later versions along the given one.
     return scan(step, h0[:, 0].contiguous(), (decay.movedim(1, 0), drive.movedim(1, 0)))[1].movedim(0, 1)
 
 
 def scan_log(x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None) -> Tensor:
-    """The scan as a cumulative log-sum-exp (arXiv:2410.01201, appendix B): what the peers compute.
+    """Run the recurrence as a cumulative log-sum-exp (arXiv:2410.01201, appendix B), as other packages do.
 
     Its error grows with T, and a reset (log 0) cannot be expressed.
     """

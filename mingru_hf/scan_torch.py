@@ -1,11 +1,11 @@
 """The MinGRU scan in torch's own operators: runs on any device and needs no other package.
 
-The equation is that of `scan_reference`. Blocks of steps are copied time first into buffers that stay in
-cache from one block to the next, so that each step is one in-place operator on a contiguous row.
+The equation is that of `scan_reference`. Blocks of steps are copied, with the time axis first, into buffers that stay
+in cache from one block to the next, so that each step is one in-place operator on a contiguous row.
 
 Where a row is so small that calling an operator takes longer than its arithmetic, time is cut into chunks that run
-side by side, as if they were more rows of the batch. Arrays are (steps, B, chunks, N) and flags (steps, B, chunks, 1)
-below; one chunk is all of the time.
+side by side, as if they were more rows of the batch. Below, arrays are (steps, B, chunks, N) and flags
+(steps, B, chunks, 1); if time is not cut, there is one chunk.
 
 Legend: B batch, T time steps, N channels (trailing axes flattened into them).
 """
@@ -17,23 +17,23 @@ from torch import Tensor
 
 from .scan_reference import INITIAL_STATE, accumulation_dtype, first_state
 
-# Elements of a buffer: on a CPU, for each thread, few enough for its cache, so many that Python's cost does not show.
+# Elements of a buffer. On a CPU (per thread): few enough for the thread's cache, and enough to hide Python's overhead.
 _BLOCK_ELEMENTS = 1 << 17
 _DEVICE_BLOCK_ELEMENTS = 1 << 22
-# Rows (B x N) of at most _SMALL_ROW elements are cut into about sqrt(T) chunks of time that run side by side; for
-# longer rows the second look at every step costs more than it saves. Chunks x row stays within _CHUNKED_ROW. On a
-# device a launch takes as long as some 100,000 elements, and few launches are all that counts.
+# If a row (B x N) has at most _SMALL_ROW elements, time is cut into about sqrt(T) chunks that run side by side; for
+# longer rows the second pass over all steps costs more than it saves. Chunks x elements of a row stay within
+# _CHUNKED_ROW. On a device a launch takes as long as some 100,000 elements, so only the number of launches matters.
 _SMALL_ROW, _CHUNKED_ROW = 1 << 9, 1 << 14
 _DEVICE_SMALL_ROW, _DEVICE_CHUNKED_ROW = 1 << 17, 1 << 22
 _MIN_CHUNKS = 4
-# A channel has a long memory where its z is below that on average of some steps: 16 are looked at, up to 17 steps
-# apart (an odd number: inputs may have a period).
+# A channel has a long memory if the average of its z over some window is below this threshold. A window samples
+# up to 16 steps, at most 17 steps apart (an odd number, since inputs may be periodic).
 _LONG_MEMORY_Z = 1 / 128
 _LOOKS, _FARTHEST = 16, 17
 
 
 class _Layout:
-    """One piece of time as views (steps, B, chunks, ...)."""
+    """A range of time steps, which its methods view as (steps, B, chunks, ...)."""
 
     def __init__(self, start: int, stop: int, chunks: int):
         self.start, self.stop, self.chunks = start, stop, chunks
@@ -52,7 +52,10 @@ class _Layout:
 
 
 def _layouts(states: Tensor) -> list[_Layout]:
-    """All of the time of (B, T, N), or the longest part that divides into chunks, and the rest."""
+    """Return one layout for all steps of (B, T, N), or one for the steps that form equal chunks and one for the rest.
+
+    The rest, if there is one, is not cut into chunks.
+    """
     batch, steps, channels = states.shape
     small, chunked = (_SMALL_ROW, _CHUNKED_ROW) if states.is_cpu else (_DEVICE_SMALL_ROW, _DEVICE_CHUNKED_ROW)
     row = batch * channels
@@ -66,15 +69,15 @@ def _layouts(states: Tensor) -> list[_Layout]:
 
 
 def _fill(array: Tensor, flags: Tensor | None, number: float) -> None:
-    """Write the number into the rows that are flagged, whatever lies there."""
-    if flags is not None and not array.is_cpu:  # where the rows would have to be waited for
+    """Write the number into the flagged rows, whatever they hold."""
+    if flags is not None and not array.is_cpu:  # nonzero would synchronise with the device
         array.masked_fill_(flags, number)
     elif flags is not None:
         array.view(-1, array.shape[-1]).index_fill_(0, flags.flatten().nonzero().squeeze(1), number)
 
 
 class _Block:
-    """Gates of some steps, each (steps, B, chunks, N) in the accumulation dtype; decay and drive in `dtype`."""
+    """Gates of a block of steps, each (steps, B, chunks, N) in the accumulation dtype; decay and drive in `dtype`."""
 
     def __init__(self, steps: int, like: Tensor, dtype: torch.dtype):
         shape = (2, steps, *like.shape[2:])
@@ -85,7 +88,7 @@ class _Block:
         self.is_wide = dtype != self.z.dtype
         if self.is_wide:
             self.decay, self.drive = like.new_empty(shape, dtype=dtype).unbind(0)
-        # A row each step, so that the loops over time need not make them anew for every block.
+        # One row per step, unbound here so that the loops over time need not do it again for every block.
         self.decay_rows, self.drive_rows = self.decay.unbind(0), self.drive.unbind(0)
         self.cuts: list[Tensor | None] = [None] * steps
         self.passing: Tensor | None = None
@@ -106,9 +109,9 @@ class _Block:
 def _blocks(x, mask, reset, dtype, *, backwards=False, decay_only=False):
     """Yield slices of time and their gates, in buffers that the next block overwrites.
 
-    decay_t = 1 - z_t is the factor of h_{t-1}, in `dtype`, 1 where the step is masked (`passing`). `cuts` holds for
-    each step the rows that a reset cuts off from their past, None where it cuts none: a factor of 0 would let NaN and
-    Inf through.
+    decay_t = 1 - z_t is the factor of h_{t-1}, in `dtype`, and 1 where the step is masked (`passing`). `cuts` holds
+    for each step the flags of the rows that are reset, or None if no row is (known on a CPU only). A reset is not
+    expressed as a decay of 0, which would let NaN and Inf through.
     """
     steps, row_elements = x.shape[1], x[0, 0].numel()
     block_elements = _BLOCK_ELEMENTS * torch.get_num_threads() if x.is_cpu else _DEVICE_BLOCK_ELEMENTS
@@ -125,7 +128,7 @@ def _blocks(x, mask, reset, dtype, *, backwards=False, decay_only=False):
 
 
 def _forward_steps(x, mask, reset, h, states, product=None):
-    """Write the states, beginning with h (B, chunks, N); return the last one. Multiply `product` by all decays."""
+    """Write the states that follow h (B, chunks, N) and return the last one; multiply `product` by all decays."""
     for now, block in _blocks(x, mask, reset, h.dtype):
         # g(v) = max(v + 0.5, sigmoid(v)): the two curves touch at v = 0 and nowhere else.
         drive = block.sigmoid_candidate
@@ -145,7 +148,7 @@ def _forward_steps(x, mask, reset, h, states, product=None):
 
 
 def _add_start(x, mask, reset, start, states):
-    """Add to states that began with 0 what comes from another start (B, chunks, N)."""
+    """Add the contribution of the start (B, chunks, N) to states that were computed from a start of 0."""
     negligible = torch.finfo(states.dtype).eps / 8
     for now, block in _blocks(x, mask, reset, start.dtype, decay_only=True):
         for decay_t, cut in zip(block.decay_rows, block.cuts, strict=True):
@@ -153,7 +156,7 @@ def _add_start(x, mask, reset, start, states):
                 start = torch.where(cut, 0.0, start)
             start = decay_t.mul_(start)
         states[now] += block.decay
-        # Its share of the state only falls, and rounding swallows it from here on.
+        # The share of the start in the state never grows, so from here on rounding absorbs it.
         if x.is_cpu and (start.abs() <= states[now.stop - 1] * negligible).all():
             return
         start = start.clone()
@@ -164,9 +167,9 @@ def _copy(array: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _flow_back(block, grad, inflow):
-    """Turn gradients of the outputs into those of the states, in place; return what flows to the step before.
+    """Turn gradients of the outputs into full gradients of the states in place; return what flows to earlier steps.
 
-    With r_t = dL/dh_t in full, r_t = grad_t + decay_{t+1} r_{t+1}: the same scan, run backwards.
+    The full gradient r_t = dL/dh_t satisfies r_t = grad_t + decay_{t+1} r_{t+1}: the same scan, run backwards.
     """
     r = grad.unbind(0)
     r_next = r[-1].add_(inflow)
@@ -180,7 +183,7 @@ def _flow_back(block, grad, inflow):
 
 
 def _outflows(grad, x, mask, reset, inflow):
-    """What flows (B, chunks, N) to the state before the first step, and the product of all decays."""
+    """Return the gradient (B, chunks, N) of the state before the first step, and the product of all decays."""
     product = torch.ones_like(inflow)
     for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True, decay_only=True):
         inflow = _flow_back(block, _copy(grad[now], inflow.dtype), inflow)
@@ -189,7 +192,7 @@ def _outflows(grad, x, mask, reset, inflow):
 
 
 def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
-    """Write the gradients of the inputs; return what flows (B, chunks, N) to the state before the first step."""
+    """Write the gradients of the inputs; return the gradient (B, chunks, N) of the state before the first step."""
     for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True):
         r = _copy(grad[now], inflow.dtype)
         inflow = _flow_back(block, r, inflow)
@@ -202,7 +205,7 @@ def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
         rising = torch.ge(block.candidate, 0.0, out=block.z)
         sigmoid = block.sigmoid_candidate
         difference = torch.maximum(sigmoid, block.candidate.add_(0.5), out=block.candidate).sub_(previous)
-        # g' = 1 for v >= 0, else s - s^2, which is less.
+        # g' = 1 for v >= 0, otherwise s - s^2, which is less than 1.
         slope = torch.maximum(sigmoid.addcmul_(sigmoid, sigmoid, value=-1.0), rising, out=sigmoid)
 
         slope.mul_(dz)
@@ -214,9 +217,9 @@ def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
 
 
 def _chain(first, ends, products, cut):
-    """The recurrence h = end + product h from chunk to chunk, from `first` (B, N) on; a chunk that is cut forgets h.
+    """Iterate h = end + product h from chunk to chunk, starting with `first` (B, N); a chunk with a reset forgets h.
 
-    Returns what comes into each chunk (B, chunks, N) and out of the last (B, N).
+    Returns the values that enter each chunk (B, chunks, N) and the value that leaves the last one (B, N).
     """
     starts = [first]
     for chunk, (end, product) in enumerate(zip(ends.unbind(1), products.unbind(1), strict=True)):
@@ -226,10 +229,10 @@ def _chain(first, ends, products, cut):
 
 
 def _recurrence_dtype(x: Tensor, mask: Tensor | None) -> torch.dtype:
-    """float64 if a channel of x (B, T, 2N) has a long memory, else the accumulation dtype.
+    """Return float64 if a channel of x (B, T, 2N) has a long memory, otherwise the accumulation dtype.
 
-    In float32, 1 - z has few of the digits of a small z, and a state that hardly changes forgets the error no faster
-    than all else. Not on other devices, where the answer would have to be waited for.
+    In float32, 1 - z keeps few digits of a small z, and a state that hardly changes also hardly forgets errors.
+    Devices other than the CPU always use the accumulation dtype, since the check would have to synchronise with them.
     """
     accumulate, steps = accumulation_dtype(x), x.shape[1]
     if not x.is_cpu or accumulate == torch.float64:
@@ -248,11 +251,11 @@ def _recurrence_dtype(x: Tensor, mask: Tensor | None) -> torch.dtype:
 def torch_forward(
     x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x (B, T, 2N), h0 (B, 1, N) or None -> states (B, T, N) in `dtype`, the last one (B, 1, N) unrounded."""
+    """Return the states (B, T, N) for x (B, T, 2N) and h0 (B, 1, N), in `dtype`, and the last (B, 1, N) unrounded."""
     channels = x.shape[2] // 2
     h = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
     layouts = _layouts(x[..., :channels])
-    # Chunks come back to their states, which must not be rounded until then.
+    # With chunks, `_add_start` still has to add to the states, which must not be rounded before that.
     states = x.new_empty((*x.shape[:2], channels), dtype=accumulation_dtype(x) if layouts[0].chunks > 1 else dtype)
     for layout in layouts:
         inputs = layout.halves_first(x), layout.flags(mask), layout.flags(reset)
@@ -276,7 +279,7 @@ def torch_backward(
     mask: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, T, 2N) and (B, 1, N) for the pre-activations and the initial state; z and g are recomputed."""
+    """Return the gradients of the pre-activations (B, T, 2N) and of h0 (B, 1, N); z and g are recomputed."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     first = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
     inflow = torch.zeros_like(first) if grad_last is None else grad_last.squeeze(1).to(first.dtype)

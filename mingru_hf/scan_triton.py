@@ -1,32 +1,33 @@
 """The MinGRU scan fused into Triton kernels for CUDA, forward and backward, in parallel over rows, channels and time.
 
-The equation is that of `scan_reference`. Each step is a map of the state, h -> decay h + drive, and the
-composition of two such maps is another: that is all the algorithm. A program owns one row, a block of channels and a
-chunk of the steps, and walks through its chunk in tiles of (BLOCK_T, BLOCK_N): load, compute the gates, compose the
-maps along the tile's time axis, apply them to the state before the tile.
+The equation is that of `scan_reference`. Each step is a map of the state, h -> decay h + drive, and the composition of
+two such maps is another such map, so the states follow from an associative scan over the maps. A program owns one row,
+a block of channels and a chunk of the steps, and processes its chunk in tiles of (BLOCK_T, BLOCK_N): it loads a tile,
+computes the gates, composes the maps along the tile's time axis and applies them to the state before the tile.
 
-Where rows x channels alone fill the card, the chunk is the whole sequence: one pass, each byte moved once. Where they
-do not (long sequences, small batches), time is cut into chunks: a first pass composes the maps of each chunk into
-one, a second runs through these summaries for the state at each boundary, a third is the pass above from there.
+If rows x channels alone fill the GPU, the chunk is the whole sequence: a single pass moves each byte once. Otherwise
+(long sequences, small batches) time is cut into chunks: a first pass composes the maps of each chunk into one summary,
+a second pass scans these summaries for the state at each chunk boundary, and a third is the pass described above,
+started from these states.
 
-What a card needs most is many bytes on their way at a time. Triton keeps the next tiles of a loop on their way in
-shared memory (cp.async) if the loop says `num_stages`; and only where no step of a tile is masked does the compiler
-leave a tile's loads together. So the last tile of a chunk, where it is not whole, is run by itself.
+A GPU needs many bytes in flight. Triton copies the next tiles of a loop ahead into shared memory (cp.async) if the
+loop sets `num_stages`, and the compiler keeps the loads of a tile together only if no step of the tile is masked. So
+an incomplete last tile of a chunk is processed outside the loop.
 
-Where z is small, decay = 1 - z has few of its digits left, and a state that hardly changes forgets the error no
-faster than all else. So a map also holds less = 1 - decay, as precise as z itself; the state moves by drive - less h
-from tile to tile, and what rounding leaves out of the sum is added to the next one (Kahan). Within a tile
-decay h + drive is precise enough: a few roundings, which the next tile does not inherit.
+Where z is small, decay = 1 - z keeps few digits of z, and a state that hardly changes also hardly forgets errors. So a
+map also holds less = 1 - decay, as precise as z itself. From tile to tile the state changes by drive - less h, and the
+rounding error of this sum is added to the next one (Kahan). Within a tile decay h + drive is precise enough: it rounds
+only a few times, and the next tile does not inherit these errors.
 
-A reset is a map that forgets its input. It is marked by decay = -1, which no sigmoid gives, and selected instead of
-multiplied, so that not even a NaN crosses it.
+A reset is a map that ignores its input. It is marked by decay = -1, which no sigmoid returns, and is applied by
+selection instead of multiplication, so that not even a NaN crosses it.
 
 State and accumulation are float32 (float64 for float64 inputs); the backward pass recomputes z and g and runs the
 same scan in reverse. Offsets are 64 bits wide.
 
-Tested: the results under Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 and
-copies ahead; the compiled PTX ran in an emulator once (LOG.md). Block sizes come from arithmetic, the compiler's
-registers and a simulation of its instructions: nothing here has been run or timed on a card yet.
+Tests check the results in Triton's interpreter on CPU tensors, and that every kernel compiles for sm_80 and sm_90 and
+copies tiles ahead; the compiled PTX was run once in an emulator (LOG.md). Block sizes come from arithmetic, the
+compiler's register counts and a simulation of its instructions: nothing here has been run or timed on a GPU yet.
 
 Legend: B batch, T time steps, N channels (trailing axes flattened into them), C chunks of time.
 """
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from .scan_reference import accumulation_dtype
 
-_OLDEST_TRITON = (3, 5)  # what torch 2.9 comes with
+_OLDEST_TRITON = (3, 5)  # the version that comes with torch 2.9
 
 try:
     import triton
@@ -58,43 +59,43 @@ except Exception as error:  # a broken installation fails in many ways, and none
 
 _AVAILABLE = _import_problem is None
 
-# A tile of (steps, channels) is 512 elements, 8 by 64 where there are as many channels: each thread of the one warp
-# has two neighbouring channels and all steps of the tile, so that composing the maps needs no other thread. AMD's
-# accelerators have 64 threads where NVIDIA's have 32.
+# A tile of (steps, channels) has 512 elements, 8 x 64 if there are that many channels: each thread of the program's
+# single warp holds two neighbouring channels and all steps of the tile, so that composing the maps involves no other
+# thread. A warp has 64 threads on AMD's GPUs and 32 on NVIDIA's.
 _TILE_ELEMENTS = 512
 _MAX_BLOCK_T = 64
 _MAX_BLOCK_N, _MIN_BLOCK_T = (128, 4) if torch.version.hip else (64, 8)
-# Where there are few programs and too little time to cut, what counts is how long one program takes for a step. Tiles
-# of fewer channels have fewer instructions a step, though more of them in all, so they are not for a busy card: below
-# two programs of wide tiles to a multiprocessor they are 1.3 to 4 times as fast in a simulation. The narrowest, which
-# load short pieces of memory, are for cards that run all programs at a time, four warps to a multiprocessor.
+# With few programs and sequences too short to cut, the time that one program takes per step matters. Tiles of fewer
+# channels need fewer instructions per step, though more in total, so they do not suit a busy GPU: with fewer than two
+# programs of wide tiles per multiprocessor they are 1.3 to 4 times as fast in a simulation. The narrowest tiles, which
+# load short pieces of memory, are used only if the GPU can run all programs at once, four warps per multiprocessor.
 _NARROW_BLOCK_T = 16
 _NARROW_BLOCKS_N = (8, 16)
 _PROGRAMS_PER_PROCESSOR_IF_NARROW = 2
 _WARPS_AT_A_TIME = 4
-# Tiles in flight, counting the one at work: the next ones are copied into shared memory meanwhile. Two where a
-# multiprocessor has less shared memory than eight backward programs of three take.
+# Tiles in flight, including the one being processed, during which the next ones are copied into shared memory. Two if
+# a multiprocessor has less shared memory than eight backward programs with three tiles each take.
 _STAGES = 3
 _SHARED_MEMORY_FOR_STAGES = 160_000  # bytes
 # Programs, of one warp each, that keep one multiprocessor busy.
 _PROGRAMS_PER_PROCESSOR = 12
-# Cutting time costs two kernels and three values a channel and chunk, and the first pass reads the inputs once more:
-# so neither short sequences nor two chunks are a gain, and a chunk has some tiles.
+# Cutting time costs two more kernels and three values per channel and chunk, and the first pass reads the inputs once
+# more. So it does not pay for short sequences or for only two chunks, and a chunk must have several tiles.
 _MIN_TILES_TO_CUT = 64
 _MIN_TILES_PER_CHUNK = 4
 _MIN_CHUNKS = 3
-# Tiles (chunks, channels) of the pass over the summaries, from few chunks to many: it has only rows x channels to run
-# in parallel, and of these there are the fewer the more chunks there are.
+# Tiles (chunks, channels) of the pass over the summaries, from few chunks to many: only rows x channels run in
+# parallel in this pass, and the more chunks there are, the fewer rows x channels there are.
 _SUMMARY_BLOCKS = ((32, 32), (128, 8), (512, 2))
-# Said aloud because Triton 3.9 warns where it is left open.
+# Set explicitly because Triton 3.9 warns if it is not.
 _OPTIONS = {"enable_fp_fusion": True}
 
 
 def unavailable_reason(device: torch.device | None = None) -> str | None:
-    """Why the kernels cannot run, in a sentence for the user, or None if they can.
+    """Return why the kernels cannot run, worded for an error message, or None if they can.
 
     Args:
-        device: where the tensors are; left out, only the installation is looked at.
+        device: device of the tensors; if None, only the installation is checked.
     """
     if not _AVAILABLE:
         return _import_problem
@@ -109,10 +110,10 @@ def _interpreted() -> bool:
 
 
 def _jit(function):
-    """triton.jit, or the bare function where there is no triton.
+    """Apply triton.jit; return the function unchanged if Triton is not available.
 
-    Another length in time causes no compilation anew, unless channels are no multiple of 16: there the strides of the
-    rows, which decide how data are loaded, may cause one or two.
+    A new sequence length does not cause a recompilation, unless the number of channels is not a multiple of 16: then
+    the strides of the rows, which determine how data are loaded, may cause one or two.
     """
     if not _AVAILABLE:
         return function
@@ -120,19 +121,19 @@ def _jit(function):
     return triton.jit(function, do_not_specialize=lengths)
 
 
-# --- Pieces of the kernels: all tiles are (BLOCK_T, BLOCK_N), time first. A tile is WHOLE if no step of it lies behind
-# --- the chunk's end: then nothing is masked in time, and the compiler keeps the loads of a tile together.
+# --- Building blocks of the kernels. All tiles are (BLOCK_T, BLOCK_N), time first. A tile is WHOLE if no step of it
+# --- lies beyond the chunk's end: then no step is masked, and the compiler keeps the loads of the tile together.
 
 
 @_jit
 def _exp_minus(x):
-    """exp(-x); 0 where that is below the normal numbers, which saves three instructions of four."""
+    """Compute exp(-x); returning 0 where the result is subnormal saves three instructions of four."""
     return tl.exp2(x * -1.4426950408889634)
 
 
 @_jit
 def _update_gate(gate):
-    """z = sigmoid(gate) and 1 - z, from one exponential: without overflow, and without subtracting from 1."""
+    """Compute z = sigmoid(gate) and 1 - z from one exponential, without overflow and without subtracting from 1."""
     e = _exp_minus(tl.abs(gate))
     large = 1.0 / (1.0 + e)
     small = e * large
@@ -141,7 +142,7 @@ def _update_gate(gate):
 
 @_jit
 def _candidate(value):
-    """g(value) = value + 0.5 where value >= 0, sigmoid(value) elsewhere, and its derivative."""
+    """Compute g(value) = value + 0.5 where value >= 0, sigmoid(value) elsewhere, and its derivative."""
     e = _exp_minus(tl.abs(value))
     inverse = 1.0 / (1.0 + e)
     small = e * inverse
@@ -150,13 +151,13 @@ def _candidate(value):
 
 @_jit
 def _compose(decay_1, less_1, drive_1, decay_2, less_2, drive_2):
-    """The map of step 1 and then step 2."""
+    """Compose the map of step 1 with that of step 2, which follows."""
     return decay_1 * decay_2, decay_1 * less_2 + less_1, decay_2 * drive_1 + drive_2
 
 
 @_jit
 def _compose_reset(decay_1, less_1, drive_1, decay_2, less_2, drive_2):
-    """The map of step 1 and then step 2, where a negative decay marks a map that forgets its input."""
+    """Compose the map of step 1 with that of step 2, where a negative decay marks a map that ignores its input."""
     decay, less, drive = _compose(decay_1, less_1, drive_1, decay_2, less_2, drive_2)
     forgets = decay_2 < 0
     decay = tl.where(decay_1 < 0, decay_1, decay)
@@ -165,7 +166,7 @@ def _compose_reset(decay_1, less_1, drive_1, decay_2, less_2, drive_2):
 
 @_jit
 def _scan(decay, less, drive, HAS_RESET: tl.constexpr):
-    """Maps from before the tile to after each of its steps."""
+    """Return the maps from the state before the tile to the state after each of its steps."""
     if HAS_RESET:
         decay, less, drive = tl.associative_scan((decay, less, drive), 0, _compose_reset)
     else:
@@ -175,7 +176,7 @@ def _scan(decay, less, drive, HAS_RESET: tl.constexpr):
 
 @_jit
 def _apply(decay, drive, state, HAS_RESET: tl.constexpr):
-    """The maps of a tile's steps, applied to the state before the tile."""
+    """Apply the maps of a tile's steps to the state before the tile."""
     result = decay * state + drive
     if HAS_RESET:
         result = tl.where(decay < 0, drive, result)
@@ -184,7 +185,7 @@ def _apply(decay, drive, state, HAS_RESET: tl.constexpr):
 
 @_jit
 def _advance(decay, less, drive, state, low, HAS_RESET: tl.constexpr):
-    """The map of a tile, applied to the state before it and what rounding has left out of that (BLOCK_N)."""
+    """Apply the map of a tile to the state before it and the rounding error `low` of that state (BLOCK_N)."""
     slow = decay >= 0.5
     change = drive - less * state + low
     moved = state + change
@@ -194,11 +195,11 @@ def _advance(decay, less, drive, state, low, HAS_RESET: tl.constexpr):
 
 @_jit
 def _append(total_decay, total_less, total_drive, low, decay, less, drive, HAS_RESET: tl.constexpr):
-    """The map of all tiles so far and then one more; `low` is what rounding has left out of the drive."""
+    """Compose the map of all tiles so far with that of the next one; `low` is the rounding error of the drive."""
     total_drive, low = _advance(decay, less, drive, total_drive, low, HAS_RESET)
     forgets = (decay < 0) | (total_decay < 0)
     total_less = total_decay * less + total_less
-    # As long as it has them, `less` knows the digits that a long product loses.
+    # As long as `total_less` is small, it holds the digits that a long product of decays loses.
     product = tl.where(decay >= 0.5, total_decay - total_decay * less, total_decay * decay)
     total_decay = tl.where(total_less <= 0.5, 1.0 - total_less, product)
     if HAS_RESET:
@@ -208,40 +209,40 @@ def _append(total_decay, total_less, total_drive, low, decay, less, drive, HAS_R
 
 @_jit
 def _last(tile, BLOCK_T: tl.constexpr):
-    """The last row of a tile (a sum over it and zeros, whatever the other rows hold)."""
+    """Return the last row of a tile, as a sum with zeros in place of the other rows, whatever these hold."""
     is_last = tl.arange(0, BLOCK_T) == BLOCK_T - 1
     return tl.sum(tl.where(is_last[:, None], tile, 0.0), axis=0)
 
 
 @_jit
 def _locate(num_chunks, num_blocks):
-    """Row (64 bits, as all offsets that follow from it), chunk and channel block of this program."""
+    """Return row (64 bits wide, as are all offsets computed from it), chunk and channel block of this program."""
     pid = tl.program_id(0)
     return (pid // num_blocks // num_chunks).to(tl.int64), pid // num_blocks % num_chunks, pid % num_blocks
 
 
 @_jit
 def _channels(block, BLOCK_N: tl.constexpr):
-    """The channels of a block; no more than two neighbours go to a thread, see _TILE_ELEMENTS."""
+    """Return the channels of a block, with at most two neighbours per thread: see _TILE_ELEMENTS."""
     return tl.max_contiguous(block * BLOCK_N + tl.arange(0, BLOCK_N), [2])
 
 
 @_jit
 def _load(pointer, t, stride_t, n, inside, ACCUMULATE: tl.constexpr):
-    """A tile of steps t and channels n, zero where it is not `inside`."""
+    """Load a tile of steps t and channels n, with zeros where `inside` is False."""
     offsets = t.to(tl.int64)[:, None] * stride_t + n[None, :]
     return tl.load(pointer + offsets, mask=inside, other=0.0).to(ACCUMULATE)
 
 
 @_jit
 def _flags(pointer, t, stride_t, valid):
-    """Flags of steps t (BLOCK_T, 1), False where the step is not valid."""
+    """Load the flags of steps t (BLOCK_T, 1), False where the step is not valid."""
     return (tl.load(pointer + t.to(tl.int64) * stride_t, mask=valid, other=0) != 0)[:, None]
 
 
 @_jit
 def _initial(start, n, inside, HAS_START: tl.constexpr, DEFAULT: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """What a scan begins with, n's shape: g(0) = 0.5 by default where it is a state, 0 where it is a gradient."""
+    """Load the initial value of a scan in the shape of n; DEFAULT is g(0) = 0.5 for a state, 0 for a gradient."""
     if HAS_START:
         state = tl.load(start + n, mask=inside, other=0.0).to(ACCUMULATE)
     else:
@@ -266,7 +267,7 @@ def _maps(
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The steps of a tile as maps h -> decay h + drive, less = 1 - decay; steps from `stop` on are the identity."""
+    """Return the steps of a tile as maps h -> decay h + drive, less = 1 - decay; from `stop` on, the identity."""
     valid = WHOLE | (t < stop)
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
@@ -301,7 +302,7 @@ def _decays(
     HAS_RESET: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    """The decays alone, and less = 1 - decay; 1 and 0 where a step is not valid, though it is there if WHOLE."""
+    """Return only decay and less = 1 - decay: 1 and 0 where a step is not valid (if WHOLE, its data exist anyway)."""
     keep = valid[:, None]
     inside = (WHOLE | valid)[:, None] & (n < num_channels)[None, :]
     z, one_minus_z = _update_gate(_load(x, t, x_stride_t, n, inside, ACCUMULATE))
@@ -337,7 +338,7 @@ def _forward_tile(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Write the states of a tile; give the last of them and what rounding has left out of it."""
+    """Write the states of a tile; return the last of them and its rounding error."""
     t = t_0 + tl.arange(0, BLOCK_T)
     decay, less, drive = _maps(
         x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, t, stop, n, num_channels,
@@ -417,7 +418,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """States (B, T, N) of one chunk, from the state at its boundary; and the last of all, (B, N), as it is."""
+    """Write the states (B, T, N) of one chunk from the state before it, and the last state of all (B, N) unrounded."""
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
     x += row * x_stride_b
@@ -473,7 +474,7 @@ def _forward_summary_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One map for each chunk, state before it to state after it: decays, lesses and drives (B, C, N)."""
+    """Write the map of each chunk from the state before it to the state after it: decays, lesses, drives (B, C, N)."""
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
     x += row * x_stride_b
@@ -520,7 +521,7 @@ def _boundary_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What crosses the boundaries of the chunks, (B, C + 1, N): states, or gradients from the end to the start."""
+    """Write the values at the chunk boundaries (B, C + 1, N): states, or gradients from the end to the start."""
     row, _, block = _locate(1, num_blocks)
     n = _channels(block, BLOCK_N)
     decays += row * num_chunks * num_channels
@@ -531,7 +532,7 @@ def _boundary_kernel(
     state = _initial(start, n, n < num_channels, HAS_START, 0.0 if REVERSE else 0.5, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     for first in range(0, num_chunks + 1, BLOCK_C):
-        done = first + tl.arange(0, BLOCK_C)  # chunks behind us at this boundary, so the last of them is done - 1
+        done = first + tl.arange(0, BLOCK_C)  # chunks processed at this boundary, so the last of them is done - 1
         valid = (done > 0) & (done <= num_chunks)
         inside = valid[:, None] & (n < num_channels)[None, :]
         if REVERSE:
@@ -578,15 +579,18 @@ def _backward_tile(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Write the gradients of a tile's pre-activations; give what flows to the state before it, and its rounding."""
+    """Write the gradients of a tile's pre-activations.
+
+    Returns the gradient that flows to the state before the tile, and its rounding error.
+    """
     index = tl.arange(0, BLOCK_T)
     t = t_0 + BLOCK_T - 1 - index
     valid = WHOLE | (t < stop)
     keep = valid[:, None]
     inside = keep & (n < num_channels)[None, :]
 
-    # The decay of the step after, from the tile itself: a second load that finds its data in the cache. For the
-    # tile's latest step it is in `flow` already.
+    # The decay of the following step, by a second load of the same tile, whose data are in the cache. For the tile's
+    # latest step, `flow` already includes this decay.
     after = tl.minimum(t + 1, num_steps - 1)
     decay, less = _decays(
         x, mask, reset, x_stride_t, mask_stride_t, reset_stride_t, after, (index > 0) & (WHOLE | (t + 1 < stop)), n,
@@ -661,9 +665,9 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients (B, T, 2N) of one chunk's pre-activations, from what flows back across its end.
+    """Write the gradients (B, T, 2N) of one chunk's pre-activations, from the gradient that flows back across its end.
 
-    With r_t = dL/dh_t in full, r_t = grad_t + decay_{t+1} r_{t+1}; rows of a tile go back in time.
+    The full gradient r_t = dL/dh_t satisfies r_t = grad_t + decay_{t+1} r_{t+1}; rows of a tile go back in time.
     """
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
@@ -677,7 +681,7 @@ def _backward_kernel(
     initial = _initial(h0 + row * h0_stride_b, n, channel, HAS_H0, 0.5, ACCUMULATE)
     if CHUNKED:
         boundaries += (row * (num_chunks + 1) + chunk + 1) * num_channels
-        flow = tl.load(boundaries + n, mask=channel, other=0.0)  # dL/dh_{t-1} less grad_{t-1}, for the last t done
+        flow = tl.load(boundaries + n, mask=channel, other=0.0)  # dL/dh_t - grad_t for the chunk's last step t
     else:
         flow = _initial(grad_last + row * num_channels, n, channel, HAS_GRAD_LAST, 0.0, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
@@ -724,7 +728,7 @@ def _backward_summary_tile(
     ACCUMULATE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Append the map of a tile, back in time, to that of the steps after it."""
+    """Append the map of a tile, backwards in time, to that of the steps after it."""
     t = t_0 + BLOCK_T - 1 - tl.arange(0, BLOCK_T)
     valid = WHOLE | (t < stop)
     inside = valid[:, None] & (n < num_channels)[None, :]
@@ -771,7 +775,10 @@ def _backward_summary_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One map for each chunk, of what flows into its end to what leaves its start: (B, C, N) as in the one before."""
+    """Write the map of each chunk from the gradient that enters at its end to the gradient that leaves at its start.
+
+    The results are (B, C, N), as in `_forward_summary_kernel`.
+    """
     row, chunk, block = _locate(num_chunks, num_blocks)
     n = _channels(block, BLOCK_N)
     grad += row * grad_stride_b
@@ -802,7 +809,7 @@ def _backward_summary_kernel(
     tl.store(drives + offsets, total_drive, mask=n < num_channels)
 
 
-# --- What calls them.
+# --- The functions that launch the kernels.
 
 
 def triton_forward(
@@ -812,20 +819,20 @@ def triton_forward(
     reset: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """States of the MinGRU recurrence, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t), fused into one to three kernels.
+    """Compute the states, h_t = (1 - z_t) h_{t-1} + z_t g(candidate_t), in one to three fused kernels.
 
     Args:
-        gate_and_candidate: (B, T, 2N) pre-activations, the gate half first, float16, bfloat16, float32 or float64;
-            any strides over rows and steps, and a copy is made where channels are not contiguous.
+        gate_and_candidate: (B, T, 2N) pre-activations, the gate half first, float16, bfloat16, float32 or float64.
+            Rows and steps may have any strides; if channels are not contiguous, a copy is made.
         h0: (B, 1, N) state before step 0; g(0) = 0.5 if None.
         mask: (B, T) boolean; where False the state passes through the step unchanged.
-        reset: (B, T) boolean; where True the state is 0.5 before this step, and then the mask applies.
-        dtype: of the returned states.
+        reset: (B, T) boolean; where True the state is set to 0.5 before this step, before the mask is applied.
+        dtype: dtype of the returned states.
 
     Returns:
         (B, T, N) states h_1..h_T, contiguous; (B, 1, N) the last one in float32 (float64 for float64 inputs).
 
-    Cost: reads the inputs once and writes the states once; time in chunks reads the inputs once more.
+    Cost: reads the inputs once and writes the states once; if time is cut into chunks, reads the inputs once more.
     """
     x = _channels_last(gate_and_candidate)
     states = x.new_empty((x.shape[0], x.shape[1], x.shape[2] // 2), dtype=dtype)
@@ -858,20 +865,20 @@ def triton_backward(
     mask: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the recurrence; z and g are recomputed from the pre-activations.
+    """Compute the gradients of the recurrence; z and g are recomputed from the pre-activations.
 
     Args:
         grad: (B, T, N) gradient of the states.
-        grad_last: (B, 1, N) gradient of the last state that was returned beside them; None for 0.
+        grad_last: (B, 1, N) gradient of the separately returned last state; 0 if None.
         gate_and_candidate, h0, mask, reset: as given to `triton_forward`.
-        states: (B, T, N) what it returned.
+        states: (B, T, N) states that `triton_forward` returned.
 
     Returns:
         Gradient (B, T, 2N) of the pre-activations in their dtype, contiguous, and (B, 1, N) of the initial state in
         float32 (float64 for float64 inputs).
 
-    Cost: reads inputs, states and gradient once and writes the gradient once; time in chunks reads gates and gradient
-    once more.
+    Cost: reads inputs, states and gradient once and writes the gradient once; if time is cut into chunks, reads gates
+    and gradient once more.
     """
     x, grad, states = (_channels_last(tensor) for tensor in (gate_and_candidate, grad, states))
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -902,7 +909,7 @@ def triton_backward(
 
 
 class _Call:
-    """What both directions pass to their kernels; an absent tensor is replaced by one that is never read."""
+    """The arguments that both directions pass to kernels; an absent tensor is replaced by one that is never read."""
 
     def __init__(self, x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None):
         self.x = x
@@ -936,7 +943,7 @@ class _Call:
         self.device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
     def summaries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Memory for the maps of the chunks, (B, C, N) three times, and for what crosses boundaries, (B, C + 1, N)."""
+        """Allocate the maps of the chunks, three times (B, C, N), and the values at the boundaries, (B, C + 1, N)."""
         batch, channels = self.x.shape[0], self.x.shape[2] // 2
         maps = self.x.new_empty((3, batch, self.num_chunks, channels), dtype=self.dtype)
         return *maps, self.x.new_empty((batch, self.num_chunks + 1, channels), dtype=self.dtype)
@@ -944,7 +951,7 @@ class _Call:
     def boundaries(
         self, decays: Tensor, lesses: Tensor, drives: Tensor, start: Tensor | None, boundaries: Tensor, reverse: bool
     ) -> None:
-        """Fill `boundaries` from the maps of the chunks and what the scan starts with, (B, 1, N) or None."""
+        """Fill `boundaries` from the maps of the chunks and the initial value of the scan, (B, 1, N) or None."""
         batch, chunks, channels = decays.shape
         block_c, block_n = _summary_blocks(chunks, channels, decays.dtype)
         num_blocks = triton.cdiv(channels, block_n)
@@ -958,7 +965,7 @@ class _Call:
 
 @functools.lru_cache(1024)
 def _plan(batch: int, steps: int, channels: int, processors: int, accumulate: torch.dtype) -> tuple[int, int, int]:
-    """Steps and channels of a tile (powers of 2), and steps of a chunk (all of them: a single pass)."""
+    """Choose the steps and channels of a tile (powers of 2), and the steps of a chunk (all of them for one pass)."""
     shrink = 4 if accumulate == torch.float64 else 1  # a double is two registers, and its exp needs more of them
     block_n = min(_MAX_BLOCK_N // shrink, triton.next_power_of_2(channels))
     block_t = min(max(_TILE_ELEMENTS // shrink // block_n, _MIN_BLOCK_T), _MAX_BLOCK_T) if steps > 1 else 1
@@ -977,7 +984,7 @@ def _plan(batch: int, steps: int, channels: int, processors: int, accumulate: to
 
 
 def _summary_blocks(chunks: int, channels: int, accumulate: torch.dtype) -> tuple[int, int]:
-    """Chunks and channels of a tile of the pass over the summaries, whose boundaries are one more than the chunks."""
+    """Choose chunks and channels of a tile of the pass over the summaries, which has one boundary more than chunks."""
     block_c, block_n = next((sizes for sizes in _SUMMARY_BLOCKS if chunks < sizes[0]), _SUMMARY_BLOCKS[-1])
     shrink = 2 if accumulate == torch.float64 else 1
     return block_c, min(max(block_n // shrink, 1), triton.next_power_of_2(channels))
@@ -985,7 +992,7 @@ def _summary_blocks(chunks: int, channels: int, accumulate: torch.dtype) -> tupl
 
 @functools.cache
 def _processors(device: torch.device) -> tuple[int, int]:
-    """How many multiprocessors there are, and the tiles that one can have in flight for a program."""
+    """Return the number of multiprocessors and the number of tiles that a program can have in flight on one."""
     if device.type != "cuda":
         return 1, _STAGES
     properties = torch.cuda.get_device_properties(device)
@@ -994,7 +1001,7 @@ def _processors(device: torch.device) -> tuple[int, int]:
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its channels do not lie side by side."""
+    """Return the tensor, or a copy if its channels are not contiguous."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -1,8 +1,7 @@
-"""MinConvGRUVideoProcessor: from a video to the clip of frames the model takes, as in training.
+"""MinConvGRUVideoProcessor: turn a video into the clip of frames that the model takes, as in training.
 
-`read_video` and `clip_indices` are the two halves of it that training uses by itself: which frames, and how
-they are decoded. Decoding needs PyAV or, for the processor alone, torchcodec; frames that are decoded already
-need neither.
+`clip_indices` chooses the frames of a clip, and `read_video` decodes them; training uses `read_video` directly.
+Decoding needs PyAV or, for the processor only, torchcodec; frames that are already decoded need neither.
 
 T frames of the video; N frames of a clip; H x W pixels.
 """
@@ -33,9 +32,10 @@ def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1
     """Return the indices of one clip's frames: N of them, every `frame_stride`-th.
 
     Args:
-        total_num_frames: frames T of the video.
-        num_frames: frames N of the clip.
-        frame_stride: frames from one to the next; fractions are rounded down frame by frame.
+        total_num_frames: number T of frames in the video.
+        num_frames: number N of frames in the clip.
+        frame_stride: distance between consecutive frames of the clip, in frames of the video; with a fractional
+            stride, the offset of each frame from the first is rounded down.
         position: where the clip lies, from 0 (at the beginning) to 1 (at the end).
 
     Returns:
@@ -55,10 +55,10 @@ def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1
 
 
 def decode_frames(container) -> Iterator:
-    """Decode the frames of a container of PyAV; what is damaged is skipped, as players do.
+    """Decode the frames of a PyAV container; skip damaged packets, as video players do.
 
     Yields:
-        Frames of PyAV, of the first video stream.
+        PyAV frames of the first video stream.
     """
     for packet in container.demux(video=0):
         try:
@@ -68,19 +68,21 @@ def decode_frames(container) -> Iterator:
 
 
 def upright(pixels: np.ndarray, frame) -> np.ndarray:
-    """Turn a frame as players do: a phone stores it as its sensor saw it, and beside it how the phone was held.
+    """Rotate a frame upright, as video players do.
+
+    A phone stores frames in the orientation of its sensor, and records separately how it was held.
 
     Args:
-        pixels: (H, W, 3) of the frame, as stored.
-        frame: of PyAV, which tells the turn.
+        pixels: (H, W, 3) pixels of the frame, as stored.
+        frame: the PyAV frame, which holds the rotation.
 
     Returns:
-        (H, W, 3), or (W, H, 3) after a quarter turn.
+        (H, W, 3) pixels, or (W, H, 3) after a quarter turn.
     """
     if not frame.rotation:
         return pixels
     a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
-    if a * d < b * c:  # mirrored before it is turned
+    if a * d < b * c:  # the frame is mirrored before it is rotated
         pixels = pixels[::-1]
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
@@ -90,22 +92,26 @@ def read_video(
     choose: Callable[[VideoMetadata], np.ndarray],
     fit: Callable[[np.ndarray], np.ndarray] = lambda frame: frame,
 ) -> tuple[np.ndarray, VideoMetadata]:
-    """Decode the frames of a video that `choose` names, with PyAV.
+    """Decode the frames of a video that `choose` selects, with PyAV.
 
-    Frames are counted as they are decoded, from the first to the last that is wanted: exact for any file, at the
-    cost of decoding what lies before. Where fewer frames can be decoded than the file says, `choose` is asked again.
+    Frames are decoded and counted from the beginning of the video to the last selected one. This is exact for any
+    file, at the cost of decoding all earlier frames. If fewer frames can be decoded than the file declares, `choose`
+    is called again with the actual number.
 
     Args:
         video: a path, or the bytes of a file.
-        choose: from the metadata (`total_num_frames`, `fps`, `height`, `width`) to indices, in any order.
-        fit: called once with each frame wanted, (H, W, 3) uint8, as it is decoded, to return a smaller one; all frames
-            of the result are in memory at once.
+        choose: function from the metadata (`total_num_frames`, `fps`, `height`, `width`) to the indices of the
+            selected frames, in any order.
+        fit: function that is called once with each selected frame, (H, W, 3) uint8, as soon as it is decoded. It can
+            return a smaller frame to save memory: all returned frames are held in memory at once.
 
     Returns:
-        (N, H, W, 3) uint8 RGB frames, `upright`, in the order of the indices, and the metadata with `frames_indices`.
+        (N, H, W, 3) uint8 RGB frames, rotated `upright`, in the order of the indices, and the metadata with
+        `frames_indices`.
 
     Raises:
-        VideoReadError: if the file cannot be decoded, has no video stream or frame, or too few for `choose`.
+        VideoReadError: if the file cannot be decoded, has no video stream or no frame, or has too few frames for
+            `choose`.
         ImportError: if PyAV is missing.
     """
     if av is None:
@@ -115,10 +121,10 @@ def read_video(
         while True:
             with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
                 stream = container.streams.video[0]
-                stream.codec_context.thread_count = 1  # DataLoader workers are the parallel part
+                stream.codec_context.thread_count = 1  # DataLoader workers already decode in parallel
                 reformatter = av.video.reformatter.VideoReformatter()
                 decoded = decode_frames(container)
-                first = next(decoded, None)  # only frames say how they are turned
+                first = next(decoded, None)  # only decoded frames hold the rotation
                 if first is None:
                     raise VideoReadError(f"0 frames of {total} can be decoded")
                 height, width, _ = upright(np.empty((stream.height, stream.width, 0)), first).shape
@@ -149,14 +155,14 @@ def read_video(
 
 
 def _count_frames(video: str | bytes) -> int:
-    """Return the number of frames from the file's header or, where it says none, by counting its packets.
+    """Return the number of frames from the file's header or, if the header has none, by counting the packets.
 
     Raises:
         VideoReadError: if the file has no video stream.
     """
     with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
         if not container.streams.video:
-            raise VideoReadError("it has no video stream: expected a video, not sound alone")
+            raise VideoReadError("it has no video stream: expected a video, not an audio file")
         stream = container.streams.video[0]
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
@@ -170,7 +176,7 @@ def _check_sampling(num_frames: int, frame_stride: float, fps: float | None) -> 
 
 
 class MinConvGRUVideoProcessorKwargs(VideosKwargs, total=False):
-    """Adds `frame_stride` to what video processors take: frames from one frame of the clip to the next."""
+    """Arguments of video processors and `frame_stride`, the distance between consecutive frames of the clip."""
 
     frame_stride: int | float | None
 
@@ -178,18 +184,19 @@ class MinConvGRUVideoProcessorKwargs(VideosKwargs, total=False):
 class MinConvGRUVideoProcessor(BaseVideoProcessor):
     """Turn videos into clips for MinConvGRU: sample, resize, crop, rescale, normalise.
 
-    A clip is `num_frames` frames, every `frame_stride`-th or `fps` a second, from the middle of the video. The
-    shorter edge is resized to `size`, the middle `crop_size` cut out, and pixels brought from 0..255 to
-    (x / 255 - `image_mean`) / `image_std`. `do_sample_frames=False` keeps all frames: pass that with a single
+    A clip is `num_frames` frames from the middle of the video: every `frame_stride`-th frame, or `fps` frames per
+    second. The shorter edge is resized to `size`, the centre is cropped to `crop_size`, and pixel values x in 0..255
+    become (x / 255 - `image_mean`) / `image_std`. `do_sample_frames=False` keeps all frames: pass it with a single
     frame of a stream.
 
     Args:
-        num_frames: frames of a clip.
-        frame_stride: frames of the video from one frame of the clip to the next, 1 or more; without effect
-            beside `fps`.
-        fps: frames of the clip per second instead; then `video_metadata` must hold the video's `fps`, as it does
-            for files. Above the video's own rate every frame is taken once. The video's rate is taken as constant.
-        kwargs: all that transformers' video processors take.
+        num_frames: number of frames per clip.
+        frame_stride: distance between consecutive frames of the clip, in frames of the video, 1 or more; ignored if
+            `fps` is given.
+        fps: frames of the clip per second of video, instead of `frame_stride`; `video_metadata` must then hold the
+            video's `fps`, as it does for files. If `fps` exceeds the video's own rate, consecutive frames are taken.
+            The video's rate is assumed to be constant.
+        kwargs: all arguments of transformers' video processors.
 
     Raises:
         VideoReadError: if a video is too short for the clip, or cannot be decoded (a ValueError).
@@ -229,13 +236,13 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         """Return the indices of a clip's frames.
 
         Args:
-            metadata: of the video; `total_num_frames`, and `fps` where frames a second are asked for.
-            num_frames, frame_stride, fps: as for the class; None: the processor's own.
+            metadata: metadata of the video: `total_num_frames`, and `fps` if frames per second are requested.
+            num_frames, frame_stride, fps: as for the class; None for the processor's own values.
             position: where the clip lies, from 0 (at the beginning) to 1 (at the end).
 
         Raises:
             VideoReadError: if the video is too short.
-            ValueError: if a number is out of range, or frames per second are asked for and the video's are not known.
+            ValueError: if a number is out of range, or `fps` is requested and the video's own rate is not known.
         """
         num_frames = self.num_frames if num_frames is None else num_frames
         frame_stride = self.frame_stride if frame_stride is None else frame_stride
@@ -244,22 +251,23 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         if fps is not None:
             if not metadata.fps:
                 raise ValueError(
-                    f"a clip of {fps} frames a second was asked for, but the video's own rate is not known: pass "
+                    f"a clip of {fps} frames per second was requested, but the video's own rate is unknown: pass "
                     "video_metadata with its fps, or use frame_stride"
                 )
             frame_stride = max(1.0, metadata.fps / fps)
         return clip_indices(metadata.total_num_frames, num_frames, frame_stride, position)
 
     def fetch_videos(self, video_url_or_urls, sample_indices_fn=None):
-        """Decode files or URLs: by torchcodec where it works, as the base class does, else by PyAV.
+        """Decode files or URLs with torchcodec if it works, as the base class does, and otherwise with PyAV.
 
         Raises:
-            ValueError: if they are neither: the base class takes frames without a channel axis for that.
+            ValueError: if given frames instead, as the base class does with frames that have no channel axis; or if
+                PyAV cannot decode a file.
         """
         if hasattr(video_url_or_urls, "shape"):
             raise ValueError(
                 f"a video of shape {tuple(video_url_or_urls.shape)} has no channel axis: give (T, H, W, C) or "
-                "(T, C, H, W), and images of PIL as image.convert('RGB')"
+                "(T, C, H, W), and convert images of PIL with image.convert('RGB')"
             )
         if is_torchcodec_usable(decode="video"):
             return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)
@@ -274,6 +282,6 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
             raise VideoReadError(f"{video_url_or_urls}: {error}") from None
 
 
-MinConvGRUVideoProcessor.register_for_auto_class("AutoVideoProcessor")  # its code is saved beside a checkpoint
+MinConvGRUVideoProcessor.register_for_auto_class("AutoVideoProcessor")  # its code is saved with a checkpoint
 
 __all__ = ["MinConvGRUVideoProcessor"]

@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""Measure what generate() can do with a model's cache, how fast it decodes, and that its memory stays flat.
+"""Measure which features of generate() work with a model's cache, the speed of decoding, and memory use.
 
     python scripts/benchmark_generate.py --parts features
     python scripts/benchmark_generate.py --parts speed --threads 2 --rounds 9
     python scripts/benchmark_generate.py --parts batch --threads 2
     python scripts/benchmark_generate.py --parts memory --tokens 1000000 --threads 1
 
-features: a table of MinGRU, Mamba2, RWKV and GPT-2, tiny and random, in Markdown. Every cell is tried out and
-compared with the same model run over the whole text without a cache: "exact" (the same greedy tokens),
-"wrong" (others, and no error), "refused" (an error), "none" (nothing there to ask for). Scores are compared
-where no tokens are generated.
-speed: a decoding step against the model's matrix products alone, generate() against a raw loop, and the
-prefill of a long prompt, beside the log-space scan's model and transformers' Mamba and GPT-2. All take turns;
-medians are shown.
-batch: requests of unequal length by MinGRU and GPT-2, with continuous batching and with generate() in groups.
-memory: a model reads and writes very many tokens; the memory of the process and the time per token are
-printed on the way.
+features: a Markdown table for tiny random models: MinGRU, Mamba2, RWKV and GPT-2. Every cell is the result of
+a run, compared with the same model run over the whole text without a cache: "exact" (the same greedy tokens),
+"wrong" (other tokens, and no error), "refused" (an error), "none" (the model has no such feature). Where no
+tokens are generated, logits are compared.
+speed: a decoding step compared with the model's matrix products alone, generate() compared with a raw loop, and
+the prefill of a long prompt, compared with a log-space scan model and transformers' Mamba and GPT-2. The
+measurements take turns; medians are shown.
+batch: MinGRU and GPT-2 serve requests of unequal length, with continuous batching and with generate() in groups.
+memory: a model reads and then writes very many tokens; the memory of the process and the time per token are
+printed along the way.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--device", type=device_name, default="cpu", help="speed: where to measure: cpu, cuda, cuda:1, ..."
     )
     parser.add_argument(
-        "--rounds", type=at_least_one, default=5, help="speed: rounds per measurement; the median is shown"
+        "--rounds", type=at_least_one, default=5, help="speed, batch: rounds per measurement; the median is shown"
     )
     parser.add_argument("--decode_steps", type=at_least_one, default=100, help="speed: tokens decoded per round")
     parser.add_argument("--prompt_length", type=at_least_one, default=8192, help="speed: tokens of the prefill")
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def tiny_models(names: list[str] | None) -> dict[str, PreTrainedModel]:
-    """Random models with weights large enough that each writes 5 to 11 different tokens of 12."""
+    """Make random models with weights large enough that each writes 5 to 11 different tokens among 12."""
     common = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
     makers: dict[str, Callable[[], PreTrainedModel]] = {
         "MinGRU": lambda: MinGRUForCausalLM(
@@ -117,26 +117,26 @@ def tiny_models(names: list[str] | None) -> dict[str, PreTrainedModel]:
 
 
 def whole(model: PreTrainedModel, ids: Tensor, **kwargs) -> Tensor:
-    """(B, T, V) logits of one pass without a cache."""
+    """Return the logits (B, T, V) of one pass without a cache."""
     return model(ids, use_cache=False, **kwargs).logits
 
 
 def greedy(model: PreTrainedModel, ids: Tensor, count: int = NEW_TOKENS) -> Tensor:
-    """`ids` and `count` greedy tokens, each from a pass over the whole text."""
+    """Return `ids` followed by `count` greedy tokens, each computed by a pass over the whole text."""
     for _ in range(count):
         ids = torch.cat([ids, whole(model, ids)[:, -1:].argmax(-1)], dim=1)
     return ids
 
 
 def generate(model: PreTrainedModel, ids: Tensor | None, **kwargs):
-    """generate() with a mask, since it would take padding tokens that the model wrote for padding."""
+    """Call generate() with an attention mask, or it would treat pad tokens that the model wrote as padding."""
     if ids is not None:
         kwargs.setdefault("attention_mask", torch.ones_like(ids))
     return model.generate(ids, **{"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs)
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
-    """Whether logits agree up to rounding, or tokens exactly."""
+    """Return whether logits agree up to rounding, or tokens agree exactly."""
     if not actual.is_floating_point():
         return torch.equal(actual, expected)
     return bool((actual - expected).abs().max() <= 1e-4 * expected.abs().max())
@@ -145,10 +145,11 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 def served(
     prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int
 ) -> tuple[list[list[int]], float]:
-    """Greedy tokens, counts[i] of them behind prompts[i], by continuous batching over `rows` requests at a time.
+    """Generate counts[i] greedy tokens after prompts[i] by continuous batching, with up to `rows` requests at a time.
 
     Returns:
-        The tokens, and the seconds from the first request to the last result; starting and stopping is not counted.
+        The tokens, and the seconds from the first request to the last result; starting and stopping the service is
+        not counted.
     """
     pages = 2 * rows * (max(map(len, prompts)) + max(counts)) // 16 + rows
     config = ContinuousBatchingConfig(
@@ -169,11 +170,11 @@ def served(
 
 
 class NothingThere(Exception):
-    """The model has nothing that could be asked for."""
+    """The model lacks what a feature needs, such as a cache in its output."""
 
 
 def state_arguments(output) -> dict:
-    """What a forward pass hands on to the next one, as its argument."""
+    """Return the state in a forward pass's output as keyword arguments for the next pass."""
     for name in ("cache", "state"):
         if getattr(output, name, None) is not None:
             return {name: getattr(output, name)}
@@ -231,7 +232,7 @@ def turn_with_all_ids(model, ids):
 
 
 def turn_after_an_early_end(model, ids):
-    """The next turn of a batch whose rows did not end together; the mask hides the padding behind those that did."""
+    """Continue a batch in which some rows ended early; the attention mask hides the padding after their end."""
     written = generate(model, ids)[:, ids.shape[1] :]
     candidates = written[:, 1:4].flatten().tolist()
     end = next(token for token in candidates if not (written == token).any(1).all())
@@ -305,7 +306,7 @@ def embeddings(model, ids):
 
 
 def cache_bytes(value) -> int:
-    """Bytes of all tensors in a cache or a list of states."""
+    """Return the bytes of all tensors in a cache or a list of states."""
     if isinstance(value, Tensor):
         return value.untyped_storage().nbytes()
     if isinstance(value, (list, tuple)):
@@ -343,7 +344,7 @@ FEATURES = {
 
 
 def try_out(feature, model: PreTrainedModel, seed: int) -> tuple[str, str]:
-    """The cell of the table and the error behind it, if there was one."""
+    """Return the table cell for a feature, and the error if the cell is "refused"."""
     torch.manual_seed(seed)
     ids = torch.randint(2, VOCABULARY, (4, 16))
     try:
@@ -353,7 +354,7 @@ def try_out(feature, model: PreTrainedModel, seed: int) -> tuple[str, str]:
             return result if isinstance(result, str) else ("exact" if same(*result) else "wrong"), ""
     except NothingThere:
         return "none", ""
-    except Exception as error:  # whatever a model raises, its user cannot have the feature
+    except Exception as error:  # whichever error a model raises, the feature is unusable
         return "refused", f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
@@ -377,7 +378,7 @@ def print_features(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 
 class Products(nn.Module):
-    """The matrix products of a step alone: the six linears of a 6-layer model, one after the other."""
+    """Only the matrix products of a decoding step: the linear layers of the blocks, one after the other."""
 
     def __init__(self, hidden_size: int, num_layers: int):
         super().__init__()
@@ -391,7 +392,7 @@ class Products(nn.Module):
 
 
 def raw_loop(model: PreTrainedModel, cache_of: Callable, first: Tensor, steps: int) -> Callable[[], None]:
-    """`steps` greedy tokens after `first` (B, 1), with nothing around the model."""
+    """Return a function that decodes `steps` greedy tokens after `first` (B, 1) by calling the model directly."""
 
     @torch.inference_mode()
     def run() -> None:
@@ -403,7 +404,7 @@ def raw_loop(model: PreTrainedModel, cache_of: Callable, first: Tensor, steps: i
 
 
 def print_speed(args: argparse.Namespace) -> None:
-    """Decoding steps and prefill of models 384 wide with 6 layers, vocabulary 96."""
+    """Time decoding steps and prefill of models with width 384, 6 layers and a vocabulary of 96."""
     size, depth, steps, device = 384, 6, args.decode_steps, args.device
     common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = MinGRUConfig(**common, hidden_size=size, num_hidden_layers=depth, expand=1, conv_kernel=0, use_mlp=False)
@@ -413,7 +414,7 @@ def print_speed(args: argparse.Namespace) -> None:
     gpt2 = GPT2LMHeadModel(gpt2_config).eval().to(device)
     mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval().to(device)
     products = Products(size, depth).to(device)
-    graphs = {"triton.cudagraphs": is_cuda(device)}  # as generate() compiles it there
+    graphs = {"triton.cudagraphs": is_cuda(device)}  # generate(), too, uses CUDA graphs on a GPU
     compiled, unguarded = (
         torch.compile(MinGRUForCausalLM(config).eval().to(device), fullgraph=True, dynamic=False, options=options)
         for options in (
@@ -424,7 +425,7 @@ def print_speed(args: argparse.Namespace) -> None:
     print(f"{machine(device)}; {depth} layers, {size} wide, float32")
 
     for batch_size in (1, 16):
-        torch._dynamo.reset()  # a graph without guards is taken for any batch
+        torch._dynamo.reset()  # a graph without guards would be reused for another batch size
         x = torch.randn(batch_size, 1, size, device=device)
         prompt = torch.ones(batch_size, 1, dtype=torch.long, device=device)
 
@@ -440,7 +441,7 @@ def print_speed(args: argparse.Namespace) -> None:
 
         def static_cache(prompt=prompt) -> StaticCache:
             cache = StaticCache(config=config, max_cache_len=steps + 1)
-            mingru(prompt, cache=cache)  # makes its tensors
+            mingru(prompt, cache=cache)  # allocates its tensors
             return cache
 
         def dynamic(model):
@@ -485,7 +486,7 @@ def print_speed(args: argparse.Namespace) -> None:
 def in_groups(
     prompts: list[list[int]], counts: list[int], model: PreTrainedModel, rows: int
 ) -> tuple[list[Tensor], float]:
-    """The same requests by generate(): `rows` at a time, padded to the longest and run until the last has ended."""
+    """Serve requests with generate(): `rows` at a time, padded to the longest and run until the last one has ended."""
     began, results = time.perf_counter(), []
     for first in range(0, len(prompts), rows):
         group = prompts[first : first + rows]
@@ -497,7 +498,7 @@ def in_groups(
 
 
 def print_batch(args: argparse.Namespace) -> None:
-    """Tokens a second over requests of 16 to 256 tokens that ask for 16 to 256 more; models as in `print_speed`."""
+    """Print tokens per second for prompts and outputs of 16 to 256 tokens each; models as in `print_speed`."""
     common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = MinGRUConfig(**common, hidden_size=384, num_hidden_layers=6, expand=1, conv_kernel=0, use_mlp=False)
     gpt2_config = GPT2Config(**common, n_embd=384, n_layer=6, n_head=6, n_positions=1024)
@@ -524,10 +525,10 @@ def print_batch(args: argparse.Namespace) -> None:
 def measure_memory(
     tokens: int, pieces: int = 10, piece_length: int = 1000
 ) -> dict[str, list[tuple[int, float, float]]]:
-    """Read `tokens` tokens in pieces of at most `piece_length`, then write as many; a few more or less, rounded.
+    """Read about `tokens` tokens in chunks of at most `piece_length`, then write as many; the number is rounded.
 
     Returns:
-        (tokens so far, MB of the process, us per token) at every of `pieces` stations, read and written.
+        For "read" and "written": (tokens so far, MB of the process, us per token) after each of `pieces` parts.
     """
     config = MinGRUConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()

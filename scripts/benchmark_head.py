@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Measure what a language model's head costs in training: peak memory and time, all logits at once or in pieces.
+"""Measure the peak memory and time of a language model's head in training: all logits at once or in pieces.
 
     python scripts/benchmark_head.py --vocab_size 50257
     python scripts/benchmark_head.py --vocab_size 50257 --dtype bfloat16 --batch_size 16
 
-Memory is what a forward and backward pass adds to the process, or to what is in use on the card: activations,
-logits and gradients. The process's is known on Linux only.
+Memory is the amount that a forward and backward pass adds to the process, or to the allocated memory of a GPU:
+activations, logits and gradients. The memory of the process is known on Linux only.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = {"all logits": make_step(False), "in pieces": make_step(True)}
     memory = {}
     for name, step in steps.items():
-        step()  # what only the first step allocates is not counted
+        step()  # allocations that only the first step makes do not count
         model.zero_grad()
         memory[name] = peak_megabytes(step, args.device)
     seconds = interleave(steps, args.rounds, args.device)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure the linear maps of a decoding step on the CPU: torch's, and the kernel for few rows.
+"""Measure the linear maps of a decoding step on the CPU: torch's, and this package's kernel for few rows.
 
     python scripts/benchmark_linear.py --threads 1
     python scripts/benchmark_linear.py --dtype bfloat16 --inputs 768 --outputs 3072 50257 --rows 1 4
 
-A pass multiplies by enough different matrices to fill --megabytes, so that they come from memory as in a
-model: more than the last cache holds. Beside it stands `torch.sum` over the same weights, which does little
-more than read them.
+A pass multiplies by enough different matrices to fill --megabytes, more than the last-level cache holds, so
+that the weights are read from memory as in a model. For comparison, `torch.sum` over the same weights does
+little more than read them.
 """
 
 import argparse
@@ -26,12 +26,12 @@ COLUMNS = "{:>7} {:>8} {:>5} {:>10} {:>10} {:>14} {:>12} {:>12} {:>14}"
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--rows", type=at_least_one, nargs="+", default=[1, 2, 4, 8, 16], help="sequences in a step")
-    parser.add_argument("--inputs", type=at_least_one, nargs="+", default=[384, 1536], help="channels that come in")
-    parser.add_argument(
-        "--outputs", type=at_least_one, nargs="+", default=[384, 1536, 50257], help="channels that go out"
-    )
+    parser.add_argument("--inputs", type=at_least_one, nargs="+", default=[384, 1536], help="input channels")
+    parser.add_argument("--outputs", type=at_least_one, nargs="+", default=[384, 1536, 50257], help="output channels")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
-    parser.add_argument("--megabytes", type=at_least_one, default=50, help="weights in a pass, one matrix at least")
+    parser.add_argument(
+        "--megabytes", type=at_least_one, default=50, help="MB of weights in a pass, at least one matrix"
+    )
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
     parser.add_argument("--rounds", type=at_least_one, default=15, help="rounds per measurement; the median is shown")
     args = parser.parse_args(argv)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.no_grad()
 def measure(x: Tensor, weights: list[Tensor], bias: Tensor, rounds: int) -> None:
-    """Print one line: microseconds of a map, bytes of weights per second; "-" where the kernel leaves it to torch."""
+    """Print one line: us per linear map, GB/s of weights read; "-" where the kernel leaves the map to torch."""
 
     def over_weights(function: Callable[[Tensor], Tensor | None]) -> Callable[[], list]:
         return lambda: [function(weight) for weight in weights]

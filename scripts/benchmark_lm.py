@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Time a MinGRU language model beside others of the same width and depth: training and decoding.
+"""Time training and decoding of a MinGRU language model and of others of the same width and depth.
 
     python scripts/benchmark_lm.py --dtype float32
     python scripts/benchmark_lm.py --dtype bfloat16 --threads 1 --json runs/lm.json
     python scripts/benchmark_lm.py --dtype bfloat16 --device cuda
 
 The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
-"MinGRU" has neither MLP nor convolution, like torch-mingru's; "MinGRU, default block" is what MinGRUConfig
-makes. Freed memory is kept for all of them, as in the training scripts. The log-scan model is torch-mingru's
-text model, rebuilt here over the log-space scan that it uses. Where this package multiplies few rows with a
-kernel of its own, decoding is shown without it, too.
+"MinGRU" has neither MLP nor convolution, like torch-mingru's model; "MinGRU, default block" uses the defaults
+of MinGRUConfig. The process keeps freed memory for all models, as in the training scripts. The log-scan model
+is torch-mingru's text model, rebuilt here on the log-space scan that it uses. Where this package multiplies few
+rows with its own kernel, decoding is also timed without the kernel.
 """
 
 import argparse
@@ -40,7 +40,7 @@ MODELS = ("MinGRU", "MinGRU, default block", "log scan", "torch.nn.GRU", "GPT-2"
 
 
 class LogScanLM(nn.Module):
-    """torch-mingru's text model as its users run it: LayerNorm, log-space scan, residual, a layer at a time."""
+    """torch-mingru's text model as its users run it: in each layer LayerNorm, log-space scan and residual sum."""
 
     def __init__(self, vocab_size: int, hidden_size: int, num_layers: int):
         super().__init__()
@@ -73,9 +73,9 @@ class GRULM(nn.Module):
 
 
 class MatrixProducts(nn.Module):
-    """The matrix products of the MinGRU model alone, each from an input of its own: the roofline.
+    """Only the matrix products of the MinGRU model, each with its own input: the roofline.
 
-    `call` is how they are called: by torch, or as the model does.
+    `call` applies a linear layer to its input: as torch does, or as the model does.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, num_layers: int, call: Callable[..., Tensor]):
@@ -89,7 +89,7 @@ class MatrixProducts(nn.Module):
 
 
 def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """Make the models to compare, by name; ours comes first."""
+    """Make the models to compare, by name; ours come first."""
     sizes = (args.vocab_size, args.hidden_size, args.num_layers)
     common = {"vocab_size": args.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     longest = max(args.sequence_length, args.decode_steps + 1)
@@ -122,7 +122,7 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[], None]:
-    """One update on the batch `ids` (B, T): forward, loss, backward, AdamW."""
+    """Return a function that makes one update on the batch `ids` (B, T): forward, loss, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -138,8 +138,8 @@ def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[],
 
 
 def matrix_product_step(model: MatrixProducts, ids: Tensor, hidden_size: int, autocast: bool) -> Callable[[], None]:
-    """Forward and backward of the matrix products alone."""
-    dtype = torch.bfloat16 if autocast else torch.float32  # of what autocast leaves the other operators
+    """Return a function that runs only the matrix products, forward and backward."""
+    dtype = torch.bfloat16 if autocast else torch.float32  # the dtype that autocast passes to other operators
     new = {"dtype": dtype, "device": ids.device}
     inputs = [torch.randn(*ids.shape, hidden_size, **new, requires_grad=True) for _ in model.projections]
     grads = [torch.randn(*ids.shape, projection.out_features, **new) for projection in model.projections]
@@ -156,7 +156,7 @@ def matrix_product_step(model: MatrixProducts, ids: Tensor, hidden_size: int, au
 
 
 def decoder(model: nn.Module, batch_size: int, steps: int) -> Callable[[], None] | None:
-    """`steps` greedy tokens through the model's own cache; None for a model without one."""
+    """Return a function that decodes `steps` greedy tokens with the model's cache; None for a model without one."""
     first = torch.zeros(batch_size, 1, dtype=torch.long, device=next(model.parameters()).device)
 
     @torch.inference_mode()
@@ -174,7 +174,7 @@ def decoder(model: nn.Module, batch_size: int, steps: int) -> Callable[[], None]
 
 
 def with_torchs_products(decode: Callable[[], None]) -> Callable[[], None]:
-    """The same without this package's kernel for linear maps of few rows."""
+    """Return a function that runs `decode` without this package's kernel for linear maps of few rows."""
 
     def run() -> None:
         own_linear.FEW_ROWS_ARE_FASTER = False
@@ -187,7 +187,7 @@ def with_torchs_products(decode: Callable[[], None]) -> Callable[[], None]:
 
 
 def decoders(models: dict[str, nn.Module], batch_size: int, steps: int) -> dict[str, Callable[[], None]]:
-    """What decodes, by name: the models that can, and ours with torch's matrix products, where it has others."""
+    """Return decoding functions by name; for our models also without the package's kernel where they use it."""
     made = {name: decoder(model, batch_size, steps) for name, model in models.items()}
     made = {name: decode for name, decode in made.items() if decode is not None}
     if own_linear.FEW_ROWS_ARE_FASTER and not is_cuda(next(next(iter(models.values())).parameters()).device):
@@ -197,7 +197,7 @@ def decoders(models: dict[str, nn.Module], batch_size: int, steps: int) -> dict[
 
 
 def share_of_scan(step: Callable[[], None]) -> float:
-    """Share of a training step's CPU time inside the scan operator, forward and backward."""
+    """Return the fraction of a training step's CPU time inside the scan operator, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
         step()
     events = recorded.key_averages()
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of autocast in training, of the weights in decoding",
+        help="dtype of autocast in training and of the weights in decoding",
     )
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")

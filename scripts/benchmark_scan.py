@@ -1,20 +1,21 @@
 #!/usr/bin/env python
-"""Time every scan backend and those of other packages: forward, backward, both, error and memory.
+"""Measure every scan backend and the scans of other packages: time, error and memory.
 
     python scripts/benchmark_scan.py --threads 1 2 --dtype float32 bfloat16 --json scan.json --png scan.png
 
-The floor is torch.add(a, b, out=c) of (B, T, D): the time to read two numbers and write one. "kernel" rows
-are the fused CPU kernels with preallocated outputs, as for the floor; the other rows include the allocation
-of their outputs. All entries of a shape take turns, so that a busy machine slows all of them alike; medians
-are shown.
+Times are of the forward pass, the backward pass and both. The floor is torch.add(a, b, out=c) of (B, T, D): the
+time to read two numbers and write one. "kernel" rows are the fused CPU kernels with preallocated outputs, as
+for the floor; the other rows include the allocation of their outputs. All measurements of a shape take turns,
+so that a busy machine slows all of them alike; medians are shown.
 
 Also timed are torch.nn.GRU, including its matrix products, and, if installed, minGRU-pytorch and mingru-scans
-(pip install --no-deps minGRU-pytorch mingru-scans einops), without theirs; with --device cuda also the
-general scan of accelerated-scan and that of HGRN in flash-linear-attention, fed by torch.
+(pip install --no-deps minGRU-pytorch mingru-scans einops), without their matrix products. With --device cuda,
+these are joined by the general scan of accelerated-scan and the HGRN scan of flash-linear-attention; torch
+computes their inputs from the gates and candidates.
 
-On a GPU (--device cuda) a time is the mean over many calls in a row, whose inputs alternate and together
-exceed its caches. The first number is the time from call to call, Python included; the second is the time
-that the GPU itself works on a call, as torch's profiler sees it, with its ratio to the floor's.
+On a GPU (--device cuda), a time is the mean over many consecutive calls whose inputs alternate and together
+exceed the GPU's caches. The first number is the time from call to call, Python included; the second is the time
+that the GPU itself works on a call, according to torch's profiler, with its ratio to that of the floor.
 """
 
 import argparse
@@ -46,17 +47,17 @@ from mingru_hf.scan_reference import decay_and_drive, scan_reference
 SHAPES = [(8, 1024, 512), (16, 256, 384), (1, 65536, 64), (16, 64, 3136)]
 CURVE = [(4, steps, 256) for steps in (64, 256, 1024, 4096, 16384)]  # for --png: time against T
 ERROR_CHANNELS = 8  # the float64 loop is slow: the error is taken on this many channels
-SAMPLE_SECONDS = 0.01  # on a card: least time of the calls in a row, beside which waiting for it does not count
-MAX_COPIES = 64  # smaller inputs fit a card's caches, and the launch takes the time
-INPUT_BYTES = 2**28  # on a card: least size of the inputs that take turns, above any cache's
+SAMPLE_SECONDS = 0.01  # on a GPU: minimum time of consecutive calls, so that waiting for their end is negligible
+MAX_COPIES = 64  # if so many inputs still fit the GPU's caches, the launch dominates the time anyway
+INPUT_BYTES = 2**28  # on a GPU: minimum total size of the alternating inputs, larger than any cache
 
 
-# --- What others offer. Each is a function of the channels that gives a function (gate and candidate (B, T, 2D),
-# --- h0 (B, 1, D)) -> states (B, T, D), or raises ImportError.
+# --- Scans of other packages. Each function takes the number of channels and returns a function (gate and candidate
+# --- (B, T, 2D), h0 (B, 1, D)) -> states (B, T, D), or raises ImportError.
 
 
 class Half(nn.Module):
-    """Stands where a peer projects its input: the gate half of what is already projected, or the candidates."""
+    """Replacement for a peer's input projection: returns one half of an already projected input."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -67,7 +68,7 @@ class Half(nn.Module):
 
 
 class Swapped:
-    """A tensor whose chunks come in the other order."""
+    """Wrapper around a tensor whose `chunk` returns the chunks in reverse order."""
 
     def __init__(self, x: Tensor):
         self.x = x
@@ -81,7 +82,7 @@ def mingru_pytorch(channels: int) -> Callable:
 
     layer = minGRU(channels)
     del layer.to_hidden_and_gate
-    layer.to_hidden_and_gate = Swapped  # its candidates come first
+    layer.to_hidden_and_gate = Swapped  # this layer expects the candidates first
     return layer
 
 
@@ -135,7 +136,7 @@ OTHER_RECURRENCE = ("torch.nn.GRU",)
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
-    """Check a value of --shapes: for argparse's `type`."""
+    """Check and convert a value of --shapes, as argparse's `type`."""
     numbers = tuple(int(number) for number in text.split(","))
     if len(numbers) != 3 or min(numbers) < 1:
         raise argparse.ArgumentTypeError(f"must be three numbers of at least 1, B,T,D, got {text!r}")
@@ -170,7 +171,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=at_least_one, default=11, help="interleaved rounds, of which the median is shown"
     )
-    parser.add_argument("--max_seconds", type=float, default=20.0, help="fewer rounds where a shape takes longer")
+    parser.add_argument("--max_seconds", type=float, default=20.0, help="no further rounds of a shape after this time")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--png", type=new_file, metavar="FILE", help="draw time against T to this file (log-log)")
     return parser.parse_args(argv)
@@ -183,12 +184,12 @@ def make_function(name: str, channels: int) -> Callable:
 
 
 def gradients(states: Tensor, leaves: tuple[Tensor, Tensor], weight: Tensor, retain_graph: bool = False) -> None:
-    """Backward from `states` to the pre-activations and h0, for which HGRN has no gradient."""
+    """Run the backward pass from `states` to the pre-activations and h0; HGRN has no gradient for h0."""
     torch.autograd.grad(states, leaves, weight, retain_graph=retain_graph, allow_unused=True)
 
 
 def usable(options: argparse.Namespace, dtype: torch.dtype) -> list[str]:
-    """The backends and peers that run here, tried forward and backward on a small input; prints why others do not."""
+    """Return the backends and peers that run a small input forward and backward here; print why others do not."""
     names = options.backends or [name for name in BACKENDS if name not in ("auto", "reference")]
     found = []
     for name in [*names, *options.peers]:
@@ -199,17 +200,17 @@ def usable(options: argparse.Namespace, dtype: torch.dtype) -> list[str]:
             gradients(states, leaves, torch.ones_like(states))
             synchronize(options.device)
             found.append(name)
-        except Exception as error:  # whatever a peer raises, the others are measured
+        except Exception as error:  # whichever error a peer raises, the others are still measured
             print(f"{str(dtype)[6:]} without {name}: {(str(error).strip() or repr(error)).splitlines()[0]}")
     return found
 
 
-# What is timed is a pair: (prepare or None, function of what that gives).
+# A timed call: (prepare or None, a function that takes the result of prepare, or None).
 Call = tuple[Callable | None, Callable]
 
 
 def make_calls(functions: dict[str, Callable], shape: tuple[int, int, int], x: Tensor, h0: Tensor) -> dict:
-    """(row, column) -> Call."""
+    """Return the calls to time, by (row, column) of the table."""
     a, b = torch.randn_like(x[..., : shape[2]]), torch.randn_like(x[..., : shape[2]])
     out, grad_out = torch.empty_like(a), torch.empty_like(x)
     calls: dict[tuple[str, str], Call] = {("add", "floor"): (None, lambda _: torch.add(a, b, out=out))}
@@ -235,7 +236,7 @@ def make_calls(functions: dict[str, Callable], shape: tuple[int, int, int], x: T
 
 
 def in_a_row(calls: list[Call], count: int) -> Callable[[], None]:
-    """Prepare the calls, the same with other inputs each; gives a function that makes `count` of them in turn."""
+    """Prepare calls that differ only in their inputs; return a function that cycles through them for `count` calls."""
     prepared = [(function, prepare() if prepare is not None else None) for prepare, function in calls[:count]]
 
     def run() -> None:
@@ -246,12 +247,12 @@ def in_a_row(calls: list[Call], count: int) -> Callable[[], None]:
 
 
 def seconds_of_call(calls: list[Call], count: int, device: str) -> float:
-    """Seconds from call to call."""
+    """Return the mean seconds from call to call."""
     return seconds_of(in_a_row(calls, count), device) / count
 
 
 def seconds_of_kernels(calls: list[Call], count: int, device: str) -> float:
-    """Seconds that a card works on a call; NaN where the profiler cannot see it work."""
+    """Return the seconds that a GPU works on a call; NaN if the profiler records no kernels."""
     run = in_a_row(calls, count)
     for _ in range(2):  # the first profile may miss what runs while the profiler starts
         synchronize(device)
@@ -263,10 +264,10 @@ def seconds_of_kernels(calls: list[Call], count: int, device: str) -> float:
 
 
 def enough(calls: list[Call], device: str) -> int:
-    """How many calls in a row make a sample: one on a CPU, as many as fill SAMPLE_SECONDS on a card."""
+    """Return how many consecutive calls make a sample: one on a CPU, on a GPU enough to fill SAMPLE_SECONDS."""
     if not is_cuda(device):
         return 1
-    seconds_of_call(calls, len(calls), device)  # what is compiled and allocated at first does not count
+    seconds_of_call(calls, len(calls), device)  # warm-up: compiles and allocates
     count = 1
     while count * seconds_of_call(calls, count, device) < SAMPLE_SECONDS:
         count *= 2
@@ -274,7 +275,7 @@ def enough(calls: list[Call], device: str) -> int:
 
 
 def measure(calls: dict[tuple[str, str], list[Call]], options: argparse.Namespace) -> tuple[dict, dict]:
-    """Median milliseconds from call to call, and on a card milliseconds of its kernels."""
+    """Return the median milliseconds from call to call and, on a GPU, the milliseconds of a call's kernels."""
     steps = {key: (variants, enough(variants, options.device)) for key, variants in calls.items()}
     seconds = interleave(
         steps,
@@ -290,14 +291,14 @@ def measure(calls: dict[tuple[str, str], list[Call]], options: argparse.Namespac
 
 
 def make_input(shape: tuple[int, int, int], dtype: torch.dtype, options: argparse.Namespace) -> Tensor:
-    """Gates and candidates (B, T, 2D)."""
+    """Draw random gates and candidates (B, T, 2D)."""
     x = torch.randn(*shape[:2], 2 * shape[2], device=options.device)
     x[..., : shape[2]].mul_(options.gate_scale).add_(options.gate_bias)
     return x.to(dtype)
 
 
 def largest_errors(names: list[str], x: Tensor) -> dict[str, float]:
-    """Largest relative error of a state against the float64 loop."""
+    """Return the largest relative error of each scan's states, compared with the float64 loop."""
     h0 = torch.full_like(x[:, :1, :ERROR_CHANNELS], 0.5)
     with torch.no_grad():
         expected = scan_reference(x.double())
@@ -306,19 +307,19 @@ def largest_errors(names: list[str], x: Tensor) -> dict[str, float]:
 
 
 def memory_of_training(function: Callable, x: Tensor, h0: Tensor) -> float:
-    """Most MB held during forward + backward beyond the inputs."""
+    """Return the peak memory of forward + backward beyond the inputs, in MB."""
     leaves = x.clone().requires_grad_(), h0.clone().requires_grad_()
     weight = torch.ones_like(x[..., : h0.shape[2]])
     return peak_megabytes(lambda: gradients(function(*leaves), leaves, weight), x.device)
 
 
 def measure_shape(names: list[str], shape: tuple, dtype: torch.dtype, options: argparse.Namespace) -> list[dict]:
-    """One row for each backend or peer: milliseconds, their ratios to the floor, error and memory."""
-    functions = {name: make_function(name, shape[2]) for name in names}
+    """Return one row for each backend or peer: milliseconds, their ratios to the floor, error and memory."""
     x = make_input(shape, dtype, options)
     h0 = (torch.rand(shape[0], 1, shape[2], device=options.device) + 0.01).to(dtype)
     if is_cuda(x.device) and not torch.backends.cudnn.is_acceptable(x):
         names = [name for name in names if name != "torch.nn.GRU"]  # it would run step by step, for minutes
+    functions = {name: make_function(name, shape[2]) for name in names}
     copies = min(math.ceil(INPUT_BYTES / x.nbytes), MAX_COPIES) if is_cuda(x.device) else 1
     inputs = [x, *(x.clone() for _ in range(copies - 1))]
     variants = [make_calls(functions, shape, each, h0) for each in inputs]
@@ -346,7 +347,7 @@ def measure_shape(names: list[str], shape: tuple, dtype: torch.dtype, options: a
 
 
 def cell(row: dict, column: str) -> str:
-    """Milliseconds of a call and their ratio to the floor; on a card microseconds of a call and of its kernels."""
+    """Format ms and their ratio to the floor; on a GPU, us of a call and of its kernels, with the kernels' ratio."""
     if f"{column}_ms" not in row:
         return "-"
     if f"{column}_kernels_ms" not in row:
@@ -373,7 +374,7 @@ def print_rows(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict], device: str, path: Path) -> None:
-    """Time of forward + backward against T, both axes logarithmic, one line for each backend or peer."""
+    """Plot the time of forward + backward against T, on logarithmic axes, with one line for each backend or peer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")

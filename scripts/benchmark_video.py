@@ -5,8 +5,8 @@
     python scripts/benchmark_video.py --video clip.mp4 --frame_step 2 --dtype bfloat16 --json runs/video.json
 
 Forward passes and training steps of the model and of the backbone alone take turns, so that a busy machine
-slows all of them alike; medians and their ratios are shown. Peak memory is what a step adds to a process of
-its own.
+slows all of them alike; medians and their ratios are shown. Peak memory is the amount that a step adds to a
+process that runs nothing else.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STEPS = ("model forward", "backbone forward", "model training", "backbone traini
 
 
 def read_clips(path: str, batch_size: int, num_frames: int, frame_step: int, size: int) -> Tensor:
-    """The first frames of a video, one in `frame_step`, as (B, T, 3, size, size) in -1 to 1; clip follows clip."""
+    """Read B clips of a video one after another, one frame in `frame_step`: (B, T, 3, size, size) in [-1, 1]."""
     wanted = np.arange(batch_size * num_frames) * frame_step
 
     def choose(metadata) -> np.ndarray:
@@ -46,7 +46,7 @@ def read_clips(path: str, batch_size: int, num_frames: int, frame_step: int, siz
 
 
 def build(args: argparse.Namespace) -> tuple[MinConvGRUForVideoClassification, Tensor]:
-    """The model with new weights, and a batch of clips (B, T, 3, H, W)."""
+    """Build the model with random weights, and a batch of clips (B, T, 3, H, W)."""
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     backbone = TimmBackboneConfig(backbone="vgg16", out_indices=[0, 1, 2, 3, 4])
@@ -59,9 +59,9 @@ def build(args: argparse.Namespace) -> tuple[MinConvGRUForVideoClassification, T
 
 
 def make_step(name: str, model: MinConvGRUForVideoClassification, clips: Tensor, bf16: bool) -> Callable[[], None]:
-    """One of STEPS: forward without gradients, or forward and backward."""
+    """Return the function for one of STEPS: forward without gradients, or forward and backward."""
     labels, backbone = torch.zeros(len(clips), dtype=torch.long), model.model.backbone
-    images = clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # as the model hands them over
+    images = clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)  # as the model passes them
 
     def step() -> None:
         training = name.endswith("training")
@@ -78,7 +78,7 @@ def make_step(name: str, model: MinConvGRUForVideoClassification, clips: Tensor,
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> float:
-    """MB that a step adds to the memory of this process at its peak; for a process that has done nothing else."""
+    """Return the peak MB that a step adds to the memory of this process, which must have run nothing else."""
     return peak_megabytes(make_step(name, *build(args), args.dtype == "bfloat16"))
 
 
@@ -90,8 +90,8 @@ def multiply_adds(step: Callable[[], None]) -> int:
 
 
 def seconds_in_scan(step: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of a training step inside the scan's operators: forward, backward."""
-    for _ in range(2):  # the first profile also counts what starting the profiler costs
+    """Return the seconds of a training step inside the scan's operators: forward, backward."""
+    for _ in range(2):  # the first profile includes the start of the profiler
         with profile(activities=[ProfilerActivity.CPU]) as recorded:
             step()
     times = {event.key.split("::")[-1]: event.cpu_time_total / 1e6 for event in recorded.key_averages()}

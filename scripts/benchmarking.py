@@ -1,6 +1,6 @@
-"""What the benchmarks share: their clock, the memory they see, and how they report.
+"""Utilities shared by the benchmarks: timing, memory measurement, command-line options and reports.
 
-Times are seconds and MB are 1e6 bytes. A device is "cpu", "cuda", or a card by its number, as in "cuda:1".
+Times are in seconds; 1 MB is 1e6 bytes. A device is "cpu", "cuda", or a GPU by its number, as in "cuda:1".
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The description as it stands; the text of an option ends with its default, where that is worth reading."""
+    """Keeps the description's line breaks; adds an option's default to its help unless None, False or stated there."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
@@ -31,7 +31,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def device_name(name: str) -> str:
-    """Check the value of --device: for argparse's `type`."""
+    """Check the value of --device, as argparse's `type`."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -40,7 +40,7 @@ def device_name(name: str) -> str:
 
 
 def new_file(name: str) -> Path:
-    """Check the value of an option that names a file to write: for argparse's `type`."""
+    """Check and convert the name of a file to write, as argparse's `type`."""
     path = Path(name)
     if path.exists():
         raise argparse.ArgumentTypeError(f"{name} already exists: choose another name, or remove it first")
@@ -48,7 +48,7 @@ def new_file(name: str) -> Path:
 
 
 def at_least_one(text: str) -> int:
-    """Check the value of --rounds or --threads: for argparse's `type`."""
+    """Check and convert an option's integer, such as that of --rounds, as argparse's `type`."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -60,7 +60,7 @@ def is_cuda(device: str | torch.device) -> bool:
 
 
 def machine(device: str | torch.device = "cpu") -> str:
-    """Name torch's version and what it runs on, for the first line of a report."""
+    """Return torch's version and the hardware that it runs on, for the first line of a report."""
     if is_cuda(device):
         return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
@@ -68,7 +68,7 @@ def machine(device: str | torch.device = "cpu") -> str:
 
 
 def synchronize(device: str | torch.device) -> None:
-    """Wait until a card has done all that was asked of it; a CPU always has."""
+    """Wait until a GPU has finished all queued work; on a CPU, do nothing."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
 
@@ -93,11 +93,11 @@ def interleave(
     """Time steps that take turns, so that a busy machine slows all of them alike.
 
     Args:
-        steps: by name; functions without arguments, or what `timed` takes.
-        rounds: turns of each step; one more, before the others, is not counted.
+        steps: functions without arguments, or whatever `timed` takes, by name.
+        rounds: timed runs of each step, after one warm-up run that is not counted.
         device: where the steps run.
-        timed: gives the seconds of a step on a device.
-        max_seconds: no further round begins after these, once there are three.
+        timed: returns the seconds that a step takes on a device.
+        max_seconds: after this time no further round begins, but at least three are run if `rounds` allows.
 
     Returns:
         The median seconds of each step, by name.
@@ -115,7 +115,7 @@ def interleave(
 
 
 def process_megabytes(field: str = "VmRSS") -> float:
-    """MB in memory now (VmRSS) or at the peak (VmHWM), as Linux counts them; NaN on other systems."""
+    """Return the MB that the process holds now (VmRSS) or held at its peak (VmHWM) on Linux; NaN on other systems."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -124,7 +124,7 @@ def process_megabytes(field: str = "VmRSS") -> float:
 
 
 def peak_megabytes(step: Callable[[], Any], device: str | torch.device = "cpu") -> float:
-    """MB by which `step` raises the memory of the card or of this process at its peak; NaN where nobody counts."""
+    """Return the peak MB that `step` adds to the memory of the GPU or this process; NaN if it cannot be measured."""
     if is_cuda(device):
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -132,8 +132,8 @@ def peak_megabytes(step: Callable[[], Any], device: str | torch.device = "cpu") 
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier steps have freed must be fetched anew
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system, so that `step` must request it again
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     except (OSError, AttributeError):
         return math.nan
     before = process_megabytes("VmRSS")

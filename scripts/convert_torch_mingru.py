@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Turn a checkpoint of torch-mingru's examples (a state dict or a TorchScript archive) into a model directory.
+"""Convert a checkpoint of torch-mingru's examples (a state dict or TorchScript archive) to a model directory.
 
     python scripts/convert_torch_mingru.py --checkpoint_path model.pt --output_dir runs/converted
 
-No code from the file is executed. Every tensor is used, or the error names it.
+No code from the file is executed. The conversion uses every tensor, or fails with an error that names the unused ones.
 """
 
 from transformers import AutoTokenizer
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"{model.config.vocab_size}: it is not the tokenizer that the model was trained with"
                 )
         processor = None
-        if model.config.model_type == "minconvgru":  # clips as in torch-mingru's example
+        if model.config.model_type == "minconvgru":  # samples clips as torch-mingru's example does
             processor = MinConvGRUVideoProcessor(num_frames=model.config.num_frames)
         save_pretrained(args.output_dir, model, tokenizer, processor)
     print(

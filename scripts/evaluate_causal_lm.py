@@ -4,9 +4,10 @@
     python scripts/evaluate_causal_lm.py --model_name_or_path runs/mine --test_file test.txt
     python scripts/evaluate_causal_lm.py --model_name_or_path runs/tiny --dataset_name Trelis/tiny-shakespeare
 
-Every token of the text but the first is predicted once. By default in blocks, as training validates: with the same
-block_size, and the validation split, the loss is training's. With --carry_state the model reads on from block to
-block, as it would as a stream, and each token is predicted from all before it.
+Every token of the text except the first is predicted once. By default, the text is cut into blocks, as for
+validation during training: with the same block_size and the validation split, the loss equals that validation loss.
+With --carry_state, the model keeps its state from block to block, as when it reads a stream, and each token is
+predicted from all tokens before it.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import tqdm
 
@@ -40,7 +40,7 @@ class EvaluateArguments:
 
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
     output_file: str | None = option(None, "write the numbers to this JSON file, too")
-    overwrite_output_file: bool = option(False, "replace it if it exists")
+    overwrite_output_file: bool = option(False, "replace output_file if it exists")
     dataset_name: str = option(
         "shakespeare", "as in training: the plays, a directory, or a name on the Hub", group="data"
     )
@@ -52,12 +52,12 @@ class EvaluateArguments:
     split: str = option("test", "the split to evaluate on: test, or validation as held out in training")
     validation_split_percentage: int = option(10, "as in training, for the validation split")
     text_column_name: str | None = option(None, "the column with the text; default: found by its type")
-    cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
+    cache_dir: str | None = option(None, "cache directory of the datasets library")
     block_size: int = option(256, "tokens that the model reads at a time", least=2)
     packing: str = option(
         "concatenate", "as in training: the state at the start of a document", ("concatenate", "reset")
     )
-    carry_state: bool = option(False, "keep the state from block to block, instead of starting anew")
+    carry_state: bool = option(False, "keep the state from block to block instead of resetting it")
     per_device_eval_batch_size: int = option(
         64, "blocks per batch, unless the state is carried", group="machine", positive=True
     )
@@ -67,7 +67,7 @@ class EvaluateArguments:
 
     def __post_init__(self):
         if self.carry_state and self.packing == "reset":
-            raise ValueError("carry_state keeps the state that packing reset starts anew: leave one of them out")
+            raise ValueError("carry_state keeps the state, packing reset clears it: leave one of them out")
 
 
 def parse_args(argv: list[str] | None) -> tuple:
@@ -76,14 +76,14 @@ def parse_args(argv: list[str] | None) -> tuple:
 
 
 def check_held_out(args: EvaluateArguments, trained: dict) -> None:
-    """Refuse to cut a validation split off a text of which training held out another part: it was trained on.
+    """Refuse a validation split that training did not hold out, since the model was trained on it.
 
     Args:
-        args: where the text comes from.
-        trained: the arguments of training; those of another script say nothing.
+        args: the options that select the text.
+        trained: the arguments recorded by training; those of other scripts, without `train_file`, are not checked.
 
     Raises:
-        ValueError: if the text's end is not what training held out.
+        ValueError: if the end of the text is not the part that training held out.
     """
     if "train_file" not in trained:
         return
@@ -105,18 +105,18 @@ def check_held_out(args: EvaluateArguments, trained: dict) -> None:
     if args.train_file is None and has_validation_split(args.dataset_name, args.dataset_config_name, args.cache_dir):
         return
     raise ValueError(
-        f"{args.model_name_or_path} was {was}, so that the end of {args.train_file or args.dataset_name} is not what "
-        f"training held out: {advice}"
+        f"{args.model_name_or_path} was {was}, so the end of {args.train_file or args.dataset_name} is not the "
+        f"part that training held out: {advice}"
     )
 
 
 @torch.no_grad()
 def loss_of_stream(model, blocks, accelerator: Accelerator) -> float:
-    """Nats per token of the text that `evaluation_blocks` has cut, read once from beginning to end."""
+    """Return the nats per token of a text cut by `evaluation_blocks`, read once with the state carried throughout."""
     cache, counts, losses = DynamicCache(config=model.config), [], []
     for row in tqdm(blocks.with_format("torch"), desc="blocks"):
-        # A block begins with the last token of the one before; the last one is filled up.
-        targets = F.pad(row["labels"].long()[1:], (0, 1), value=-100)[None, :-1]
+        # Each block begins with the last token of the previous block; the last block is padded.
+        targets = row["labels"].long()[None, 1:]
         counts.append(int((targets != -100).sum()))
         ids, targets = row["input_ids"].long()[None, :-1].to(accelerator.device), targets.to(accelerator.device)
         with accelerator.autocast():
@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError("packing reset needs a tokenizer with an eos token")
         if args.packing == "reset" and len(text) > 1 and not add_eos:
             raise ValueError(
-                f"packing reset needs a model trained on several documents: {args.model_name_or_path} saw one text"
+                f"packing reset needs a model trained on several documents, but {args.model_name_or_path} was trained "
+                "on one text"
             )
         blocks = evaluation_blocks(text, tokenizer, args.block_size, add_eos=add_eos)
         for rows in blocks.with_format("torch").iter(1000):

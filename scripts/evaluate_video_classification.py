@@ -4,11 +4,12 @@
     python scripts/evaluate_video_classification.py --model_name_or_path runs/ucf101 --dataset_name ucf101
 
 The defaults are UCF101's protocol: 25 clips per video, five crops of each and their mirror images, majority
-vote; only the centre crop for a model trained with --no_flip. Writes metrics.json and confusion_matrix.png,
-and prints a table of the classes.
+vote. For a model trained with --no_flip, the default is only the centre crop. The script writes metrics.json
+and confusion_matrix.png, and prints a table of the classes.
 
-The seed, the validation_split_percentage and the fold are those of the model's training by default, read from
-metrics.json in its directory: with others, videos it was trained on would be among those held out.
+By default, seed, validation_split_percentage and fold are those of the model's training, read from
+metrics.json in the model's directory. With other values, the model may have been trained on videos of the
+validation or test split.
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ class EvaluateArguments:
     )
     aggregation: str = option("vote", "how the views decide a video's class", ("vote", "mean"))
     per_device_eval_batch_size: int = option(32, "views per batch of one process", group="machine", positive=True)
-    dataloader_num_workers: int = option(2, "processes that decode; 0: the main process", least=0)
+    dataloader_num_workers: int = option(2, "worker processes that decode videos; 0: the main process does", least=0)
     mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU")
     seed: int | None = option(
@@ -91,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
             )
         names = videos[args.split].features["label"].names
         if list(map(compose, model.config.id2label.values())) != list(map(compose, names)):
-            raise ValueError(f"{args.model_name_or_path} was trained on other classes than {data_args.dataset_name}")
+            raise ValueError(
+                f"{args.model_name_or_path} was trained on classes other than those of {data_args.dataset_name}"
+            )
         clips = VideoClips(
             videos[args.split], processor, args.clips_per_video, frame_order=data_args.frame_order, seed=args.seed
         )

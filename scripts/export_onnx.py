@@ -4,10 +4,10 @@
     python scripts/export_onnx.py --model_name_or_path runs/demo --output_dir runs/onnx --prompt "ROMEO:"
     python scripts/export_onnx.py --model_name_or_path runs/shapes --output_dir runs/onnx --video clip.mp4
 
-The first file of each pair reads a prompt or a clip of any length, the second one more token or frame.
-They are made of standard operators: the recurrence is a Scan over the prompt or clip and plain arithmetic
-in a single step. The state is passed from one call to the next as inputs and outputs: see `generate` and
-`classify` in this file. A classifier of texts or tokens becomes model.onnx, which takes input_ids and
+The first file of each pair reads a prompt or a clip of any length; the second one reads one more token or
+frame. The files use only standard ONNX operators: the recurrence is a Scan over the prompt or clip, and plain
+arithmetic for a single step. The state is passed from one call to the next as inputs and outputs: see `generate`
+and `classify` in this file. A classifier of texts or tokens is exported to model.onnx, which takes input_ids and
 attention_mask.
 """
 
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None):
     parser.add_argument(
         "--model_name_or_path", metavar="NAME", required=True, help="directory of the model, or its name on the Hub"
     )
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the files go")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="directory for the exported files")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace these files if they exist")
     text = parser.add_argument_group("language models")
     text.add_argument("--prompt", metavar="TEXT", help="continue this text with the exported model")
@@ -57,13 +57,13 @@ def parse_args(argv: list[str] | None):
         metavar="N",
         type=int,
         nargs="+",
-        help="height and width of the frames, or one number for both; default: what the model's processor cuts out",
+        help="height and width of the frames, or one number for both; default: the crop size of its processor",
     )
     return parser, parser.parse_args(argv)
 
 
 def export(model, output_dir: str | Path, frame_size: int | tuple[int, int] | None = None) -> list[str]:
-    """Write a model's files and return their names.
+    """Export a model to ONNX files and return their names.
 
     A language model: prefill.onnx takes input_ids (B, T), decode.onnx input_ids (B, 1) and state_0, ...; both return
     logits, only of the last token, and new_state_0, ..., the states for the next call of decode.onnx.
@@ -71,10 +71,10 @@ def export(model, output_dir: str | Path, frame_size: int | tuple[int, int] | No
     A classifier of texts or tokens: model.onnx takes input_ids and attention_mask (B, T) and returns logits.
 
     A video classifier: clip.onnx takes frames (B, T, C, H, W), frame.onnx frames (B, 1, C, H, W) and state_0, ...,
-    with H and W of `frame_size`; both return logits for the clip so far, and new_state_0, .... There is no frame.onnx
-    of a bidirectional model.
+    with H and W from `frame_size`; both return logits for the clip so far, and new_state_0, .... A bidirectional model
+    has no frame.onnx.
 
-    B and T are free.
+    B and T are dynamic.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -102,10 +102,10 @@ def export(model, output_dir: str | Path, frame_size: int | tuple[int, int] | No
                     verbose=False,
                 )
             onnx_program.save(Path(staging) / name)
-        for path in Path(staging).iterdir():  # large weights lie in a file of their own
+        for path in Path(staging).iterdir():  # large weights are in a separate file
             os.replace(path, output_dir / path.name)
     for name in set(names) - programs.keys():
-        (output_dir / name).unlink(missing_ok=True)  # another model's
+        (output_dir / name).unlink(missing_ok=True)  # left over from another model
     return list(programs)
 
 
@@ -131,7 +131,7 @@ def generate(output_dir: str | Path, input_ids: np.ndarray, max_new_tokens: int)
 
 
 def classify(output_dir: str | Path, frames: np.ndarray) -> np.ndarray:
-    """Classify frames (B, T, C, H, W) with onnxruntime, one after another where the model can; return (B, labels)."""
+    """Classify frames (B, T, C, H, W) with onnxruntime, one by one if there is a frame.onnx; return logits (B, L)."""
     clip_path, frame_path = (Path(output_dir) / name for name in VIDEO_FILES)
     clip = _session(clip_path)
     if not frame_path.is_file():
@@ -161,7 +161,7 @@ def export_video(args) -> None:
         try:
             processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         except OSError as error:
-            raise OSError(f"no video processor tells the size of the frames, pass --frame_size: {error}") from None
+            raise OSError(f"no video processor gives the frame size, so pass --frame_size: {error}") from None
         frame_size = frame_size or [processor.crop_size["height"], processor.crop_size["width"]]
         if args.video is not None:
             crop_size = {"height": frame_size[0], "width": frame_size[-1]}

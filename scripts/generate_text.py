@@ -3,7 +3,7 @@
 
     python scripts/generate_text.py --model_name_or_path runs/shakespeare --prompt "ROMEO:" --seed 1
 
-Without a prompt it writes a new text. The speed goes to the standard error stream.
+Without a prompt, the model writes a new text. The speed is printed to the standard error stream.
 """
 
 import os
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None):
             raise ValueError("temperature 0 always gives the same text: ask for one sequence, or a temperature")
         if args.prompt_file is not None:
             try:
-                # As training reads its text: newlines as they are, without a byte order mark.
+                # Read the text as training does: keep newlines as they are, and drop a byte order mark.
                 with open(args.prompt_file, encoding="utf-8-sig", newline="") as stream:
                     args.prompt = stream.read()
             except FileNotFoundError:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt = prompt_ids(tokenizer, args.prompt)
         check_token_ids(prompt, model)
         if any(weight.isnan().any() for weight in model.parameters() if weight.is_floating_point()):
-            raise ValueError(f"{args.model_name_or_path} cannot write a text, for some of its weights are NaN")
+            raise ValueError(f"{args.model_name_or_path} cannot generate text: some of its weights are NaN")
     unknown = unknown_parts(tokenizer, args.prompt)
     if unknown:
         named = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=args.max_new_tokens,
         do_sample=not greedy,
-        num_beams=1,  # whatever the model's generation_config says
+        num_beams=1,  # regardless of the model's generation_config
         num_return_sequences=args.num_return_sequences,
         pad_token_id=pad_token_id(tokenizer),
         streamer=TextStreamer(tokenizer, skip_special_tokens=True) if one else None,
@@ -121,6 +121,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # whoever reads the text has read enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python flushes to at its end
+    except BrokenPipeError:  # the process that reads the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         sys.exit(1)

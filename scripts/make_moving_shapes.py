@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write the moving shapes: videos of eight classes that can be told apart only by the order of their frames.
+"""Write the moving shapes dataset: videos of eight classes that only the order of the frames tells apart.
 
     python scripts/make_moving_shapes.py --output_dir data/moving_shapes
 
 A shape moves left, right, up or down, turns clockwise or counter-clockwise, grows or shrinks, and nothing
-else about it changes; see mingru_hf/data/moving_shapes.py. `load_dataset("videofolder", data_dir=...)` and
-scripts/train_video_classification.py read the files, SPLIT/CLASS/NUMBER.mp4.
+else about it changes; see mingru_hf/data/moving_shapes.py. The files are named SPLIT/CLASS/NUMBER.mp4;
+`load_dataset("videofolder", data_dir=...)` and scripts/train_video_classification.py can read them.
 """
 
 import time
@@ -20,7 +20,7 @@ class ShapeArguments:
     """Options for the videos."""
 
     output_dir: str = option(MISSING, "directory to make", group="output")
-    overwrite_output_dir: bool = option(False, "replace a directory that holds nothing but such videos")
+    overwrite_output_dir: bool = option(False, "replace a directory that contains only such videos")
     num_train: int = option(4000, "training videos")
     num_validation: int = option(400, "validation videos")
     num_test: int = option(800, "test videos")

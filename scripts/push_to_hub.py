@@ -37,10 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(files))
         summary = f"{len(files)} files, {size / 1e6:,.1f} MB"
         if args.dry_run:
-            print(f"{summary}, would go to {name}")
+            print(f"{summary}, would be uploaded to {name}")
             return
         url = push_directory(args.model_dir, name, private=not args.public, commit_message=args.commit_message)
-    print(f"{summary}, are now at {url}")
+    print(f"{summary}, uploaded to {url}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ r"""Start transformers' own OpenAI-compatible server with MinGRU registered.
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \
         -d '{"model": "runs/demo", "prompt": "ROMEO:"}'
 
-Needs `pip install "transformers[serving]"`; all options are those of `transformers serve` (--help lists them). Chat,
-as `transformers chat` asks for it, needs a tokenizer with a chat template.
+Needs `pip install "transformers[serving]"`. The options are those of `transformers serve`; --help lists them. Chat
+requests, such as those of `transformers chat`, need a tokenizer with a chat template.
 """
 
 import sys
@@ -23,5 +23,5 @@ if __name__ == "__main__":
     sys.argv.insert(1, "serve")
     try:
         main()
-    except (ImportError, OSError) as error:  # they name the extra that is missing, or the model
+    except (ImportError, OSError) as error:  # the message names the missing extra or the model
         sys.exit(f"serve.py: error: {error}")

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Classify a video frame by frame and print, after every frame, what it shows so far.
+"""Classify a video frame by frame and print the prediction after each frame that the model reads.
 
     python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4
     python scripts/stream_video.py --model_name_or_path runs/shapes --video clip.mp4 --output_file seen.mp4
     python scripts/stream_video.py --model_name_or_path runs/shapes --video /dev/video0 --camera
 
-Every frame goes through the model once; the cache holds the state, whose size does not grow. The output
-file is a video with the predictions written on it, or a PNG with frames above the curves of the
-probabilities.
+The model reads each frame once, or every N-th frame only, as set by --frame_stride or else the model's
+processor. The cache holds the state, whose size is constant. The output file is a video with the prediction
+written under each frame, or a PNG with up to eight frames above the curves of the probabilities.
 """
 
 import os
@@ -41,7 +41,7 @@ class StreamArguments:
     video: str = option(MISSING, "a file, or the name of a camera's device", group="video")
     camera: bool = option(False, "--video names a camera")
     frame_stride: int | None = option(
-        None, "take every N-th frame; default: as the model's processor does", positive=True
+        None, "take every N-th frame; default: the stride of the model's processor", positive=True
     )
     max_frames: int | None = option(None, "stop after N frames of the video", positive=True)
     output_file: str | None = option(None, "write the annotated video (.mp4), or frames and curves (.png), here")
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> tuple:
 
 
 def read_frames(container, max_frames: int | None) -> Iterator[np.ndarray]:
-    """Decode frames one after another: (H, W, 3) uint8 RGB each, turned upright."""
+    """Yield decoded frames one after another: (H, W, 3) uint8 RGB each, turned upright."""
     for number, frame in enumerate(decode_frames(container)):
         if number == max_frames:
             return
@@ -69,12 +69,12 @@ def read_frames(container, max_frames: int | None) -> Iterator[np.ndarray]:
 
 
 class Watcher:
-    """A video classifier that is shown frames one by one.
+    """A video classifier that reads one frame at a time and keeps its state between them.
 
     Args:
         model: the classifier.
         processor: its video processor.
-        device: to run on.
+        device: the device to run on.
     """
 
     def __init__(self, model, processor, device: torch.device | str):
@@ -83,7 +83,7 @@ class Watcher:
 
     @torch.no_grad()
     def see(self, frame: np.ndarray) -> torch.Tensor:
-        """Show it a frame (H, W, 3) uint8; return the probabilities (classes,) given all frames so far."""
+        """Read one frame (H, W, 3) uint8; return the probabilities (classes,) given all frames so far."""
         inputs = self.processor(frame[None], do_sample_frames=False, return_tensors="pt").to(self.device)
         outputs = self.model(**inputs, cache=self.cache, use_cache=True)
         self.cache = outputs.cache
@@ -91,7 +91,7 @@ class Watcher:
 
 
 def annotate(frame: np.ndarray, text: str) -> np.ndarray:
-    """Write a line under a frame, which is enlarged to be readable: its sides become even and at least 240."""
+    """Write a line under a frame, enlarged to be readable: its sides become even and at least 240 pixels."""
     scale = max(1, -(-240 // min(frame.shape[:2])))
     image = Image.fromarray(frame).resize((frame.shape[1] * scale // 2 * 2, frame.shape[0] * scale // 2 * 2), 0)
     canvas = Image.new("RGB", (image.width, image.height + 24))
@@ -101,10 +101,10 @@ def annotate(frame: np.ndarray, text: str) -> np.ndarray:
 
 
 def trained_stride(processor, rate: float | None) -> float:
-    """Return the stride of the clips that a processor makes of a video of `rate` frames per second (None: unknown).
+    """Return the stride with which a processor samples a video of `rate` frames per second (None: unknown).
 
     Raises:
-        ValueError: if the clips have a fixed rate and the video's is unknown.
+        ValueError: if the processor samples at a fixed rate and the rate of the video is unknown.
     """
     if processor.fps is None:
         return processor.frame_stride
@@ -117,9 +117,9 @@ def trained_stride(processor, rate: float | None) -> float:
 
 
 def watch(watcher: Watcher, frames: Iterator[np.ndarray], args: StreamArguments, stride: float) -> Iterator[tuple]:
-    """Show the model every `stride`-th frame, print a line, and yield (number, frame, probabilities, line) of all.
+    """Classify every `stride`-th frame, print a line, and yield (number, frame, probabilities, line) for every frame.
 
-    Frames in between carry the last prediction. A fractional stride is rounded down frame by frame, as in a clip.
+    Frames in between repeat the last prediction. A fractional stride is rounded down to a frame number, as in a clip.
     """
     names = watcher.model.config.id2label
     began, shown = time.perf_counter(), 0
@@ -136,11 +136,11 @@ def watch(watcher: Watcher, frames: Iterator[np.ndarray], args: StreamArguments,
 
 
 def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.ndarray], torch.Tensor]:
-    """Keep frames of a stream of any length: every n-th, where n doubles when `limit` of them are kept.
+    """Keep every n-th frame of a stream of any length; n doubles whenever `limit` frames have been kept.
 
     Args:
-        seen: what `watch` yields.
-        limit: of the frames kept.
+        seen: the tuples that `watch` yields.
+        limit: number of kept frames at which every other one is dropped.
 
     Returns:
         Frames (H, W, 3) by their number, fewer than `limit`, and the probabilities (T, classes).
@@ -162,7 +162,7 @@ def plot_strip(frames: dict[int, np.ndarray], courses: torch.Tensor, names: dict
     Args:
         frames: (H, W, 3) by their number.
         courses: (T, classes) probabilities.
-        names: of the classes.
+        names: names of the classes, by label.
         path: the file to write.
     """
     chosen = np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int)
@@ -187,10 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         av = import_av()
         model = load_pretrained(AutoModelForVideoClassification, args.model_name_or_path)
-        if getattr(model.config, "bidirectional", True):  # other classifiers have no such field, and no cache
+        if getattr(model.config, "bidirectional", True):  # other classifiers have neither this field nor a cache
             raise ValueError(
-                f"{args.model_name_or_path} classifies whole clips only, as it is bidirectional or no MinConvGRU: "
-                "give a MinConvGRU with bidirectional=false, or give the file to pipeline('video-classification')"
+                f"{args.model_name_or_path} classifies only whole clips, because it is bidirectional or not a "
+                "MinConvGRU: give a MinConvGRU with bidirectional=false, or give the file to "
+                "pipeline('video-classification')"
             )
         processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         output_file = args.output_file and Path(args.output_file)
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         except av.FFmpegError as error:
             raise ValueError(f"{args.video} cannot be read as a video: {error}") from None
         if not container.streams.video:
-            raise ValueError(f"{args.video} has no video stream: expected a video, not sound alone")
+            raise ValueError(f"{args.video} has no video stream: expected a video, not an audio file")
         rate = container.streams.video[0].average_rate
         stride = args.frame_stride or trained_stride(processor, rate)
         frames = read_frames(container, args.max_frames)

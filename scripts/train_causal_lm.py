@@ -6,9 +6,9 @@
     python scripts/train_causal_lm.py --train_file my.txt --tokenizer_name bpe --output_dir runs/mine
     torchrun --nproc_per_node 2 scripts/train_causal_lm.py --output_dir runs/two-processes
 
-Without a config the model has 6 blocks, 768 wide, and some 50 million parameters: for GPUs, or many hours.
-The best weights are saved in --output_dir with tokenizer, metrics.json, loss.png and a model card; sample
-from them with scripts/generate_text.py.
+Without a config, the model has 6 blocks of width 768 and about 50 million parameters: training it takes a GPU,
+or many hours. The best weights are saved in --output_dir with the tokenizer, metrics.json, loss.png and a model
+card; sample from them with scripts/generate_text.py.
 """
 
 from collections.abc import Iterable
@@ -102,10 +102,10 @@ class DataArguments:
         fixed=True,
     )
     preprocessing_num_workers: int | None = option(None, "processes that tokenize; default: one")
-    cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
+    cache_dir: str | None = option(None, "cache directory of the datasets library")
 
     def source(self) -> dict:
-        """Return where the text comes from, as the functions that load it take it."""
+        """Return the options that select the text, as keyword arguments of the functions that load it."""
         names = (
             "dataset_name",
             "dataset_config_name",
@@ -119,7 +119,7 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class FoundInText:
-    """What the text has decided, recorded for scripts/evaluate_causal_lm.py."""
+    """Settings that follow from the text, recorded for scripts/evaluate_causal_lm.py."""
 
     add_eos: bool = option(MISSING, "whether the eos token follows every document")
 
@@ -133,8 +133,8 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     """Load the text, load or make the tokenizer, and cut the tokens into blocks.
 
     Returns:
-        The training blocks (column `input_ids`), the validation blocks (`labels` too), the tokenizer, the characters
-        per token of the validation text, and what else has been found.
+        The training blocks (column `input_ids`), the validation blocks (also `labels`), the tokenizer, the characters
+        per token of the validation text, and the settings that follow from the text.
     """
     text = load_text_datasets(validation_split_percentage=data_args.validation_split_percentage, **data_args.source())
     tokenizer = load_tokenizer(model_args, text["train"]["text"])
@@ -178,14 +178,14 @@ def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int)
 
 
 def load_tokenizer(model_args: ModelArguments, texts: Iterable[str]):
-    """Load the tokenizer, or make it from the texts."""
+    """Load the tokenizer, or build it from the texts."""
     if model_args.tokenizer_name is None and model_args.model_name_or_path is not None:
         return load_pretrained(AutoTokenizer, model_args.model_name_or_path)
     return build_tokenizer(model_args.tokenizer_name or "char", texts, vocab_size=model_args.vocab_size)
 
 
 def load_model(model_args: ModelArguments, tokenizer):
-    """Load the checkpoint, with its vocabulary enlarged to the tokenizer's, or make a model from the config."""
+    """Load the checkpoint and enlarge its vocabulary to the tokenizer's if needed, or make a model from the config."""
     if model_args.model_name_or_path is not None:
         model = load_pretrained(AutoModelForCausalLM, model_args.model_name_or_path)
         if len(tokenizer) > model.config.vocab_size:
@@ -195,7 +195,7 @@ def load_model(model_args: ModelArguments, tokenizer):
         model_args.config_name,
         model_args.config_overrides,
         vocab_size=len(tokenizer),
-        bos_token_id=first_token_id(tokenizer),  # what generate() begins with where it is given nothing
+        bos_token_id=first_token_id(tokenizer),  # generate() begins with this token if it gets no prompt
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -211,13 +211,13 @@ def main(argv: list[str] | None = None) -> None:
     with parser.user_errors():
         check_one_source(model_args)
         if model_args.model_name_or_path is None:
-            make_config(model_args.config_name, model_args.config_overrides)  # its errors, before the text is read
+            make_config(model_args.config_name, model_args.config_overrides)  # check it before the text is read
         if data_args.streaming and data_args.shift_blocks:
             raise ValueError("shift_blocks needs a text of fixed length: leave it out with streaming")
         if data_args.streaming and (args.max_train_steps or args.max_train_seconds) is None:
             raise ValueError("a stream has no epochs: give max_train_steps or max_train_seconds")
         accelerator = start(args, (model_args, data_args))
-        with accelerator.main_process_first():  # the others read what the first one has cached
+        with accelerator.main_process_first():  # the other processes read its cache
             if data_args.streaming:
                 training, validation, tokenizer, characters, found = load_stream(model_args, data_args, args.seed)
                 checksums = training.checksum, checksum(validation)
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         if share > 0.001:
             accelerator.print(
                 f"warning: {100 * share:.1f} % of the tokens of the {name} text are {tokenizer.unk_token}, which the "
-                "loss counts like any other: the tokenizer does not know what stands there"
+                "loss counts like any other: the tokenizer has no token for the text there"
             )
     dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
     accelerator.print(

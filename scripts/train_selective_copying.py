@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None) -> tuple:
         CopyingArguments,
         TrainArguments,
         max_train_steps=2000,
-        learning_rate=3e-3,  # 1e-3 ends at 99.8 % after 2000 steps
+        learning_rate=3e-3,  # 1e-3 reaches an accuracy of only 99.8 % in 2000 steps
         weight_decay=0.0,
         per_device_eval_batch_size=256,
         mixed_precision="no",
@@ -64,7 +64,7 @@ def make_model(task: CopyingArguments) -> PreTrainedModel:
     """Load the model to start from, or make one.
 
     Raises:
-        ValueError: if it does not fit the task, or a checkpoint and a config are given.
+        ValueError: if the model does not fit the task, or both a checkpoint and a config are given.
     """
     check_one_source(task)
     if task.model_name_or_path is None:

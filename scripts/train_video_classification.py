@@ -4,9 +4,10 @@
     python scripts/train_video_classification.py --dataset_name ucf101 --fold 1 --output_dir runs/ucf101
     python scripts/train_video_classification.py --dataset_name my_videos/ --output_dir runs/mine
 
-The first trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from ImageNet's weights, as
-the published result does. The best weights are saved in --output_dir with the video processor, metrics.json,
-loss.png and a model card; test them on whole videos with scripts/evaluate_video_classification.py.
+The first command trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from weights
+pretrained on ImageNet, as the published result does. The best weights are saved in --output_dir with the video
+processor, metrics.json, loss.png and a model card; test them on whole videos with
+scripts/evaluate_video_classification.py.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ class ModelArguments:
         None, "start from this checkpoint (a directory, or a name on the Hub) and its processor", group="model"
     )
     ignore_mismatched_sizes: bool = option(
-        False, "draw new classifiers where model_name_or_path has other classes than the data"
+        False, "new classifiers where the classes of model_name_or_path differ from the data's"
     )
     config_name: str | None = option(
         None,
@@ -54,7 +55,7 @@ class ModelArguments:
 class ClipArguments:
     """Options for the clips; the processor saved with the model makes the same clips at inference.
 
-    With a checkpoint, frames and sizes are those of its own processor.
+    With a checkpoint, frames and sizes are those of the checkpoint's processor.
     """
 
     num_frames: int | None = option(
@@ -94,11 +95,11 @@ def parse_args(argv: list[str] | None) -> tuple:
 
 
 def resolve_clips(model_args: ModelArguments, clip_args: ClipArguments) -> ClipArguments:
-    """Fill in the frames and sizes of the clips: those of the checkpoint's processor, or else as given or by default.
+    """Fill in the frames and sizes of the clips from the checkpoint's processor, or else from options and defaults.
 
     Raises:
-        ValueError: if others are given than the checkpoint's processor has, that is of another kind, or a crop is
-            larger than the frame.
+        ValueError: if an option contradicts the checkpoint's processor, this is not the processor of a MinConvGRU, or
+            a crop is larger than the frame.
     """
     if model_args.model_name_or_path is not None:
         processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)
@@ -140,12 +141,13 @@ def _config(model_args: ModelArguments, **values: object) -> PreTrainedConfig:
 
 
 def load_model(model_args: ModelArguments, clip_args: ClipArguments, names: list[str]):
-    """Load or make the model for the classes `names`, its backbone frozen on request, and its processor.
+    """Load or make the processor and the model for the classes `names`; freeze the backbone on request.
 
-    `clip_args` are those of `resolve_clips`.
+    `clip_args` are those that `resolve_clips` returned.
 
     Raises:
-        ValueError: if a checkpoint has other classes, or there is no backbone to freeze.
+        ValueError: if a checkpoint has other classes and `ignore_mismatched_sizes` is not set, or there is no backbone
+            to freeze.
     """
     model, processor = _load_model(model_args, clip_args, names)
     if model_args.freeze_backbone:
@@ -176,7 +178,7 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
                 AutoModelForVideoClassification, model_args.model_name_or_path, ignore_mismatched_sizes=True, **values
             )
             for classifier in getattr(model, "classifiers", None) or [model.classifier]:
-                classifier.reset_parameters()  # as many classes may be others, too
+                classifier.reset_parameters()  # the classes may differ even if their number does not
         return model, processor
     config = _config(model_args, **values)
     config.num_frames = clip_args.num_frames
@@ -202,7 +204,7 @@ def _load_model(model_args: ModelArguments, clip_args: ClipArguments, names: lis
 
 
 def _pixels_of(backbone: str) -> dict:
-    """Return how the images of a pretrained backbone are rescaled and normalised, as far as its checkpoint says."""
+    """Return how a pretrained backbone's images are rescaled and normalised, as far as the checkpoint specifies it."""
     if backbone.startswith("timm/"):
         import timm
 
@@ -210,14 +212,14 @@ def _pixels_of(backbone: str) -> dict:
         return {"image_mean": list(pretrained.mean), "image_std": list(pretrained.std)}
     try:
         pretrained, _ = ImageProcessingMixin.get_image_processor_dict(backbone)
-    except OSError:  # it has no image processor
+    except OSError:  # the checkpoint has no image processor
         return {}
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
     return {name: pretrained[name] for name in names if pretrained.get(name) is not None}
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the share of clips, (B, classes) logits, that get their label; those with the label -100 are left out."""
+    """Return the fraction of clips whose logits (B, classes) give their label, without clips whose label is -100."""
     seen = labels != -100
     return (logits.argmax(-1) == labels)[seen].float().mean()
 
@@ -229,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         clip_args = resolve_clips(model_args, clip_args)
         settings = (model_args, data_args, clip_args)
         accelerator = start(args, settings)
-        with accelerator.main_process_first():  # the others read what the first one has cached
+        with accelerator.main_process_first():  # the other processes read its cache
             videos = data_args.load(args.seed)
         names = videos["train"].features["label"].names
         model, processor = load_model(model_args, clip_args, names)
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         eval_clips = VideoClips(videos["validation"], processor, **options)
         for clips in (train_clips, eval_clips):
-            clips[0]  # if none can be read, now and not in a worker of the DataLoader
+            clips[0]  # if none can be read, fail here and not in a worker of the DataLoader
 
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(names)} classes, {len(videos['train']):,} videos to train on, "

@@ -1,7 +1,8 @@
-"""What transformers asks of every model of its own: its common tests, on ours.
+"""Run on our models the common tests that every model in transformers has to pass.
 
-They come with its source distribution only; `test_common_tests_of_transformers` downloads that, puts this file into it
-and lets pytest run it there. What is skipped below asks for something that these models do not have.
+Only the source distribution of transformers contains these tests. `test_common_tests_of_transformers` downloads it,
+copies this file into its `tests` directory and runs pytest there. The tests skipped below need features that these
+models do not have.
 """
 
 import unittest
@@ -26,7 +27,7 @@ from mingru_hf import (
     MinGRUModel,
 )
 
-# The tests look models up here, by name, to know which labels they take.
+# The tests look up models by name in these mappings to find out which labels a model takes.
 for mapping, model_type, model_class in [
     ("MODEL_MAPPING_NAMES", "mingru", MinGRUModel),
     ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "mingru", MinGRUForCausalLM),
@@ -124,7 +125,7 @@ class VideoTest(ModelTesterMixin, unittest.TestCase):
     def test_config(self):
         ConfigTester(self, config_class=MinConvGRUConfig, has_text_modality=False).run_common_tests()
 
-    @unittest.skip("The backbone has what goes for an embedding, if it has any.")
+    @unittest.skip("There are no token embeddings; only the backbone may have any.")
     def test_model_get_set_embeddings(self):
         pass
 

@@ -9,7 +9,7 @@ import torch
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 
 NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if NUM_WORKERS > 1:  # they share the cores, as do the processes that they start
+if NUM_WORKERS > 1:  # the workers and the processes that they start share the cores
     torch.set_num_threads(max(1, torch.get_num_threads() // NUM_WORKERS))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     combine_rows_at_once()
 
-# Two variants of the text model that between them use every part: the paper's block, and torch-mingru's stack.
+# Two variants of the text model that together use every part: the paper's block, and torch-mingru's stack.
 MODEL_KINDS = {
     "paper": {"hidden_size": 32, "num_hidden_layers": 3, "conv_kernel": 4, "expand": 2},
     "stack": {"hidden_size": 16, "hidden_sizes": [24, 24, 32], "conv_kernel": 0, "expand": 1, "use_mlp": False},
@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """With `-m clients`, a table: client, version, what was tried, outcome."""
+    """With `-m clients`, print a table: client, version, outcome, test."""
     if "clients" not in config.option.markexpr:
         return
     terminalreporter.section("clients")

@@ -1,7 +1,7 @@
-"""A Hugging Face Hub small enough for tests: repositories in memory behind the routes that its clients use.
+"""A minimal Hugging Face Hub for tests: in-memory repositories behind the routes that the Hub's clients use.
 
-Files travel inside the commits (`uploadMode: regular`), so neither LFS nor Xet is needed. `HF_ENDPOINT` points a
-client here.
+Files are uploaded inside the commits (`uploadMode: regular`), so neither LFS nor Xet is needed. Set `HF_ENDPOINT` to
+the server's URL to point a client at it.
 """
 
 import base64
@@ -20,7 +20,7 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         endpoint: the URL for HF_ENDPOINT.
         repositories: {(type, name): {"private": bool, "refs": {name: commit}, "commits": {commit: {path: bytes}}}}.
-        broken_commits: so many commits from now on are cut off: the connection closes without an answer.
+        broken_commits: number of next commits that fail: the connection is closed without an answer.
         requests: "METHOD path" of all requests, in order.
     """
 
@@ -40,10 +40,10 @@ class HubServer(ThreadingHTTPServer):
         super().__exit__(*exception)
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is none of the test's business."""
+        """Ignore errors in the handler, such as a client that closes the connection."""
 
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:
-        """The files of a repository at a branch, tag or commit; KeyError if there is none."""
+        """Return the files of a repository at a branch, tag or commit; raise KeyError if it does not exist."""
         repository = self.repositories[kind, name]
         return repository["commits"][repository["refs"].get(revision, revision)]
 

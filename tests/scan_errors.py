@@ -1,4 +1,4 @@
-"""How far the states and gradients of a scan are from those of the float64 loop."""
+"""Error measures that compare the states and gradients of a scan with those of the float64 loop."""
 
 
 def relative_error(actual, expected):
@@ -6,5 +6,5 @@ def relative_error(actual, expected):
 
 
 def error_over_largest(actual, expected):
-    largest = expected.abs().max().clamp(min=1e-30)  # all zero where every row has a reset that cuts h0 off
+    largest = expected.abs().max().clamp(min=1e-30)  # h0's gradient is all zero if a reset cuts h0 off in every row
     return ((actual.double() - expected).abs().max() / largest).item()

@@ -1,4 +1,4 @@
-"""The benchmark of generate(): its table tells right from wrong, and holds for our column."""
+"""The benchmark of generate(): its table of features detects wrong results, and MinGRU's column is correct."""
 
 import importlib
 from pathlib import Path
@@ -11,13 +11,13 @@ import torch
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for models this small more threads only wait for each other
+    torch.set_num_threads(1)  # for models this small, more threads only wait for each other
     yield importlib.import_module("benchmark_generate")
     torch.set_num_threads(threads)
 
 
 def test_the_table_of_features_holds_for_our_column(benchmark, capsys):
-    """What README says of MinGRU, tried out as the script does."""
+    """README's claims about MinGRU, tried out as the script does."""
     table = benchmark.print_features(benchmark.parse_args(["--models", "MinGRU"]))
     assert {name: row["MinGRU"] for name, row in table.items() if row["MinGRU"] != "exact"} == {
         "size of the cache": "constant"

@@ -1,4 +1,4 @@
-"""The recurrent state as a cache layer: what transformers does to caches, done to ours."""
+"""The recurrent state as a cache layer: everything that transformers does with caches."""
 
 import copy
 import importlib.util
@@ -15,7 +15,7 @@ import mingru_hf.cache_mingru
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM, MinGRUModel
 from mingru_hf.cache_mingru import MinGRUCacheLayer, MinGRUStaticCacheLayer
 
-# Logits of a few units in float32; matrix products of other row counts round differently.
+# For float32 logits of a few units; matrix products with different numbers of rows round differently.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 MAKERS = [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=1)]
 
@@ -27,7 +27,7 @@ def _no_grad():
 
 
 def next_logits(model, ids):
-    """(B, V) logits behind `ids`, computed without any cache."""
+    """Return the (B, V) logits after `ids`, computed without a cache."""
     return model(ids, use_cache=False).logits[:, -1]
 
 
@@ -61,7 +61,7 @@ def test_crop_rolls_back_exactly(model, input_ids):
     assert cache.get_seq_length() == 7
     logits = model(input_ids[:, 7:8], cache=cache).logits[:, -1]
     torch.testing.assert_close(logits, next_logits(model, input_ids[:, :8]), **CLOSE)
-    cache.crop(-4)  # over the border of calls, to where recording began
+    cache.crop(-4)  # across calls, back to where recording began
     logits = model(input_ids[:, 4:6], cache=cache).logits[:, -1]
     torch.testing.assert_close(logits, next_logits(model, input_ids[:, :6]), **CLOSE)
 
@@ -93,7 +93,7 @@ def test_gradients_flow_through_the_cache_until_it_is_detached(model, input_ids,
     if detach:
         for layer in cache.layers:
             layer.detach_()
-    else:  # the graph behind it is gone after the first backward pass
+    else:  # the first backward pass has freed the graph of the old cache
         cache = DynamicCache(config=model.config)
         model(inputs_embeds=embeds[:, :5], cache=cache)
     model(inputs_embeds=embeds[:, 5:], cache=cache).logits.square().sum().backward()
@@ -139,7 +139,7 @@ def test_a_cache_filled_without_gradients_goes_on_with_them(model, input_ids, ma
 
 
 def static_inputs(model, cache, ids):
-    """Which inputs of a compiled step it writes to, and which of these inductor may leave where they are."""
+    """Return the indices of the inputs that a compiled step writes to, and of those with a static address."""
     written, static = [], []
 
     def look(graph, inputs):
@@ -157,7 +157,7 @@ def static_inputs(model, cache, ids):
 
 
 def test_a_static_cache_stays_in_its_place(model, input_ids):
-    """Else CUDA graphs are left out, since a step writes to what may have moved."""
+    """Otherwise inductor skips CUDA graphs, since a step writes to tensors that may have moved."""
     cache = StaticCache(config=model.config, max_cache_len=1)
     model(input_ids[:, :8], cache=cache)
     tensors = [tensor for layer in cache.layers for tensor in (layer.states, layer.windows) if tensor is not None]
@@ -176,7 +176,7 @@ def test_a_static_cache_stays_in_its_place(model, input_ids):
 
 @pytest.mark.parametrize("chunk", [None, 3, 20])
 def test_generation_compiles_only_calls_that_find_a_static_caches_tensors(model, input_ids, chunk):
-    """What the first call makes within a CUDA graph is overwritten by the next graph."""
+    """Tensors that the first call created in a CUDA graph would be overwritten by the next graph."""
     made_within = []
 
     def look(graph, inputs):
@@ -258,7 +258,7 @@ def tensors_of(cache):
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 3}], ids=["prompt", "drafts"])
 def test_a_cache_holds_its_newest_state_alone(model, input_ids, make, settings):
-    """Not a slice of all the prompt's states, whose memory it would keep, nor what was recorded for drafts."""
+    """Not a slice, which would keep all the prompt's states in memory, nor the states recorded for drafts."""
     cache = make(config=model.config)
     if settings:
         model.generate(input_ids[:1], cache=cache, max_new_tokens=10, **settings)
@@ -275,22 +275,24 @@ def test_how_far_a_recording_goes_back(model, input_ids):
     cache.activate_past_recording()
     model(ids[:, :4], cache=cache)
     model(ids[:, 4:504], cache=cache)
-    cache.crop(-500)  # all of a call, however long
+    cache.crop(-500)  # all steps of a call, however many
     logits = model(ids[:, 4:5], cache=cache).logits[:, -1]
     torch.testing.assert_close(logits, next_logits(model, ids[:, :5]), **CLOSE)
     model(ids[:, 5:705], cache=cache, logits_to_keep=400)
-    cache.crop(-400)  # or as much of it as was asked for
+    cache.crop(-400)  # or as many of them as logits_to_keep asked for
     logits = model(ids[:, 305:306], cache=cache).logits[:, -1]
     torch.testing.assert_close(logits, next_logits(model, ids[:, :306]), **CLOSE)
     model(ids[:, 306:308], cache=cache)
-    model(ids[:, 308:1008], cache=cache, logits_to_keep=1)  # what lies before the gap that this leaves is given up
+    model(ids[:, 308:1008], cache=cache, logits_to_keep=1)  # leaves a gap, so older states are dropped
     for steps in (256, 300):
-        with pytest.raises(ValueError, match=f"Cannot take back {steps} of 1008 steps: the states after the last 256"):
+        with pytest.raises(
+            ValueError, match=f"Cannot take back {steps} of 1008 steps: only the states after the last 256"
+        ):
             cache.crop(-steps)
     with pytest.raises(ValueError, match="Raise min_recorded_steps"):  # recording was on
         cache.crop(-300)
     model(ids[:, 1008:1108], cache=cache)
-    assert {tensor.shape[1] for tensor in tensors_of(cache)} == {256}  # and no more is kept from call to call
+    assert {tensor.shape[1] for tensor in tensors_of(cache)} == {256}  # the limit holds across calls, too
 
 
 def test_crop_says_when_recording_should_have_begun(model, input_ids):
@@ -300,7 +302,7 @@ def test_crop_says_when_recording_should_have_begun(model, input_ids):
     model(input_ids[:, 9:], cache=cache)
     with pytest.raises(ValueError, match=r"Call cache.activate_past_recording\(\) before"):
         cache.crop(-5)
-    with pytest.raises(ValueError, match="No more steps have been run"):
+    with pytest.raises(ValueError, match="The cache has not seen that many steps"):
         cache.crop(-input_ids.shape[1] - 1)
 
 
@@ -340,7 +342,7 @@ def test_a_static_cache_counts_on_after_drafts(model, input_ids):
 
 
 def test_an_empty_cache_of_another_copy_is_replaced_in_kind(model, input_ids, monkeypatch):
-    for mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):  # importing the copy enters it there
+    for mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):  # importing the copy registers it there
         monkeypatch.setitem(mapping, "mingru", mapping["mingru"])
     spec = importlib.util.spec_from_file_location("mingru_hf.copied_cache", mingru_hf.cache_mingru.__file__)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -355,8 +357,8 @@ def test_an_empty_cache_of_another_copy_is_replaced_in_kind(model, input_ids, mo
     cache.crop(-3)
     assert cache.get_seq_length() == 9
     cache = DynamicCache(config=model.config)
-    cache.layers[-1].append(torch.rand(3, 1, 4), None, num_steps=1)  # a state whose form may be another
-    with pytest.raises(ValueError, match="whose code is another copy than this model's"):
+    cache.layers[-1].append(torch.rand(3, 1, 4), None, num_steps=1)  # a state whose format may differ
+    with pytest.raises(ValueError, match="that runs another copy of this code"):
         model(input_ids, cache=cache)
 
 
@@ -379,7 +381,7 @@ def test_a_static_cache_keeps_no_graph_after_recording(model, input_ids):
     for layer in cache.layers:
         layer.record_past = False
     assert not any(tensor.requires_grad for tensor in tensors_of(cache))
-    copy.deepcopy(cache)  # which a graph would forbid
+    copy.deepcopy(cache)  # a tensor with a graph cannot be deep-copied
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
@@ -440,7 +442,7 @@ def test_an_error_outside_inference_mode_is_told_of_a_cache_made_in_it(model, in
         model(input_ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match="Token ids must lie between 0 and 39, got 40 to 40"):
         model(torch.full((3, 1), 40), cache=cache)
-    if make is not DynamicCache:  # torch writes to the first block's state before it refuses to
+    if make is not DynamicCache:  # torch writes to the first block's state before it raises
         with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
             model(input_ids[:, 6:7], cache=cache)
     with torch.inference_mode():

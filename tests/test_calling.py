@@ -1,4 +1,4 @@
-"""A single token's way through the modules: the same numbers, and nothing that hangs on a module is passed over."""
+"""Direct calls of modules for a single token: the same results, and nothing attached to a module is skipped."""
 
 import copy
 import pickle
@@ -22,7 +22,7 @@ from mingru_hf.calling import direct_output
 from mingru_hf.modeling_mingru import MinGRUBlock, MinGRUMixer
 from mingru_hf.scan_numba import NUMBA_AVAILABLE
 
-# As in test_modeling_mingru: matrix products of other row counts round differently.
+# As in test_modeling_mingru: matrix products with different numbers of rows round differently.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 KINDS = {
@@ -48,7 +48,7 @@ KINDS = {
 
 @torch.no_grad()
 def decode(model, ids):
-    """(B, T, V) logits, a token at a time."""
+    """Return (B, T, V) logits, computed one token at a time."""
     cache = DynamicCache(config=model.config)
     return torch.cat([model(ids[:, t : t + 1], cache=cache).logits for t in range(ids.shape[1])], dim=1)
 
@@ -60,7 +60,7 @@ def test_tokens_one_by_one_equal_the_whole(kind, dtype, input_ids):
     model = MinGRUForCausalLM(config).eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases, which begin at 0, and norms
+            if parameter.dim() == 1:  # biases, which start at 0, and norms
                 parameter += 0.2 * torch.randn_like(parameter)
     whole = model(input_ids).logits
     assert whole.std() > 0.3
@@ -73,7 +73,7 @@ def test_tokens_one_by_one_equal_the_whole(kind, dtype, input_ids):
 
 
 def test_weights_are_looked_for_where_a_wrapper_has_put_them(input_ids):
-    """As FSDP does, whose modules hold views of its own memory."""
+    """FSDP replaces parameters by plain tensors, which are views of its own memory."""
     for options in ({}, {"norm_type": "rms_norm"}):
         model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, **options)).eval()
         expected = decode(model, input_ids)
@@ -111,7 +111,7 @@ def test_every_hook_sees_every_token(model, input_ids):
         module.register_forward_pre_hook(lambda *args, name=name: calls.append((name, "before")))
         module.register_forward_hook(lambda *args, name=name: calls.append((name, "after")))
     torch.testing.assert_close(decode(model, input_ids), expected, **CLOSE)
-    twice = "branch_dropout" if model.config.use_mlp else None  # of the recurrence and of the MLP
+    twice = "branch_dropout" if model.config.use_mlp else None  # for the recurrence and for the MLP
     times = {name: 24 if name.split(".")[-1] == twice else 12 for name in names}
     assert Counter(calls) == {(name, when): times[name] for name in names for when in ("before", "after")}
 
@@ -136,7 +136,7 @@ def test_a_hook_on_all_modules_sees_every_token(model, input_ids):
 )
 @pytest.mark.parametrize("change", ["another class", "a hook", "a hook before", "a forward of its own", "compiled"])
 def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
-    """In decoding, in the pass over the whole and in training: adapters, quantisation, offloading."""
+    """Adapters, quantisation and offloading do this; it applies in decoding, in a full pass and in training."""
     original = copy.deepcopy(model)
     module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
 
@@ -144,17 +144,17 @@ def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
         return 2 * type(module).forward(module, *args)
 
     if change == "another class":
-        wrapper = nn.Sequential(module, nn.Linear(1, 1))  # of any class that torch does not know
+        wrapper = nn.Sequential(module, nn.Linear(1, 1))  # stands for any class that torch does not know
         wrapper.forward = louder
         setattr(parent, name.rpartition(".")[2], wrapper)
     elif change == "a hook":
         module.register_forward_hook(lambda module, args, output: 2 * output)
     elif change == "a hook before":
-        module.register_forward_pre_hook(lambda module, args: args[0].clamp(1, 20))  # ids stay ids
+        module.register_forward_pre_hook(lambda module, args: args[0].clamp(1, 20))  # ids stay valid
     elif change == "a forward of its own":
         module.forward = louder
     else:
-        module._compiled_call_impl = louder  # as module.compile() leaves it
+        module._compiled_call_impl = louder  # as module.compile() sets it
     with torch.no_grad():
         whole, before = model(input_ids).logits, original(input_ids).logits
     assert (whole - before).abs().max() > 0.1
@@ -164,7 +164,7 @@ def test_what_is_put_on_a_module_takes_effect(model, input_ids, name, change):
 
 @pytest.mark.parametrize("owner", [nn.LayerNorm, nn.Linear, nn.Embedding, MinGRUMixer, MinGRUBlock])
 def test_a_patch_on_a_class_takes_effect(model, input_ids, owner, monkeypatch):
-    """As libraries do that put faster or quantised versions in place."""
+    """Libraries patch classes to install faster or quantised versions."""
     original, calls = owner.forward, []
     monkeypatch.setattr(owner, "forward", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     decode(model, input_ids)
@@ -175,7 +175,7 @@ def test_a_patch_on_a_class_takes_effect(model, input_ids, owner, monkeypatch):
 
 @pytest.mark.parametrize("name", ["linear", "layer_norm"])
 def test_a_patch_on_a_function_takes_effect(model, input_ids, name, monkeypatch):
-    """As programs do that emulate other number formats."""
+    """Programs that emulate other number formats patch functions."""
     original, calls = getattr(F, name), []
     monkeypatch.setattr(F, name, lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     decode(model, input_ids)
@@ -226,7 +226,7 @@ def test_the_default_device_does_not_matter(model, input_ids, device):
 
 
 def test_parameters_keep_their_order():
-    """Optimizers save their moments by number: another order would break runs that go on."""
+    """Optimizers save their state by parameter index: another order would break resumed runs."""
     config = MinGRUConfig(vocab_size=8, hidden_size=8, hidden_sizes=[8, 12], num_hidden_layers=2)
     names = [name for name, _ in MinGRUForCausalLM(config).named_parameters()]
     linears = ["mixer.gate_hidden", "mixer.out_proj", "res_align", "mlp_norm", "mlp.up_proj", "mlp.down_proj"]
@@ -260,7 +260,7 @@ def test_gradients_meet_a_backward_hook(model, input_ids):
     other = model.model.layers[1].mixer.gate_hidden
     other.register_full_backward_hook(lambda module, inputs, outputs: seen.append(module))
     model(input_ids, labels=input_ids).loss.backward()
-    model(input_ids[:, :1]).logits.sum().backward()  # a single token is no other case
+    model(input_ids[:, :1]).logits.sum().backward()  # a single token is no exception
     assert seen == [other, other]
 
 
@@ -293,7 +293,7 @@ def test_transforms_and_modes_see_every_operator(model, input_ids):
 
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_gradients_of_each_row(model, input_ids, monkeypatch, skip_logits):
-    """The usual way to them in torch.func, as for training with differential privacy."""
+    """This is torch.func's usual way to compute per-sample gradients, for example for differential privacy."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -317,7 +317,7 @@ def test_gradients_of_each_row_of_unequal_lengths_and_documents(model, input_ids
     labels = torch.where(mask == 1, input_ids, -100)
     positions = torch.arange(12).repeat(len(input_ids), 1)
     positions[:, 5:] -= 5  # two documents a row
-    positions[2, 2:5] -= 2  # and in this one three
+    positions[2, 2:5] -= 2  # and three in this one
 
     def loss(parameters, row, mask, labels, positions):
         arguments = {"attention_mask": mask[None], "labels": labels[None], "position_ids": positions[None]}
@@ -357,7 +357,7 @@ def test_an_output_made_directly_is_like_any_other(model, input_ids):
 
 @pytest.mark.skipif(not NUMBA_AVAILABLE, reason="numba is not installed")
 def test_decoding_goes_the_short_way(model, input_ids):
-    """No module is called on the way, but for the model: what the speed of decoding rests on."""
+    """No module with parameters is called except the model itself: the speed of decoding depends on this."""
     called = []
     original = nn.Module.__call__
     with pytest.MonkeyPatch.context() as patch:
@@ -372,10 +372,10 @@ def test_decoding_goes_the_short_way(model, input_ids):
 
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_decode_the_same(model, input_ids):
-    """The model around them is not compiled and chooses the short way; what they hold of it must be traced."""
+    """The uncompiled model around the blocks chooses direct calls; those inside the blocks must be traceable."""
     expected = model.generate(input_ids, max_new_tokens=5, do_sample=False)
     torch._dynamo.reset()
     for block in model.model.layers:
         block.compile(backend="eager", fullgraph=True)
-    with torch._dynamo.config.patch(recompile_limit=64):  # the blocks share their code, and their programs its limit
+    with torch._dynamo.config.patch(recompile_limit=64):  # the blocks share code, and so its limit
         assert torch.equal(model.generate(input_ids, max_new_tokens=5, do_sample=False), expected)

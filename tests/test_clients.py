@@ -1,8 +1,8 @@
 """The libraries around transformers run MinGRU models; `make test-clients` prints a table of them.
 
-Trainers stand in test_trainers.py, the pipeline of videos in test_video_processing_minconvgru.py.
+Trainers are tested in test_trainers.py, the video pipeline in test_video_processing_minconvgru.py.
 
-Not supported: GGUF (llama.cpp) and vLLM, which bring model code of their own and have none for MinGRU.
+Not supported: GGUF (llama.cpp) and vLLM, which have their own model code and none for MinGRU.
 """
 
 import importlib.metadata
@@ -43,7 +43,7 @@ from mingru_hf.data.text import build_tokenizer
 ROOT = Path(__file__).parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog.\n"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-# PEFT and TRL use names that transformers has given up.
+# PEFT and TRL use names that transformers has deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
@@ -155,7 +155,7 @@ def test_peft_lora_reaches_the_recurrence_and_merges(model, inputs, targets, tmp
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(**inputs).logits, expected, **CLOSE)
         torch.testing.assert_close(greedy(merged, inputs), tokens)
-    assert not list(tmp_path.glob("*.py"))  # an adapter's directory needs no code
+    assert not list(tmp_path.glob("*.py"))  # a directory with an adapter needs no code
 
 
 @pytest.mark.clients("peft")
@@ -195,7 +195,7 @@ def test_trl_packed_training_sees_the_borders_of_the_documents(model, tokenizer,
     trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     starts = (batch["position_ids"] == 0).sum().item()
-    assert starts > len(batch["input_ids"])  # several documents in a row
+    assert starts > len(batch["input_ids"])  # some rows hold several documents
     with torch.no_grad():
         packed = trainer.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
         begins = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
@@ -273,7 +273,7 @@ def test_accelerate_offloads_to_the_cpu(model, inputs):
 @pytest.mark.clients("torchao")
 @pytest.mark.filterwarnings("ignore")
 def test_torchao_int8_weights_stay_close(directory, model, inputs):
-    """Weights rounded to 8 bits move the probabilities of the next token by less than 2 % of a unit."""
+    """Rounding the weights to 8 bits changes no next-token probability by 0.02 or more."""
     quantization = pytest.importorskip("torchao.quantization", reason="int8 weights come from torchao")
     from transformers import TorchAoConfig
 
@@ -364,7 +364,7 @@ def test_server_completes_and_chats(directory, model, tokenizer, tmp_path, optio
         completion = ask("completions", prompt="the fox", max_tokens=8, temperature=0)
         request = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 8, "temperature": 0}
         chat = ask("chat/completions", **request)
-        stream = ask("chat/completions", **request, stream=True)  # as `transformers chat` asks
+        stream = ask("chat/completions", **request, stream=True)  # `transformers chat` requests a stream
     finally:
         server.terminate()
         server.wait(30)
@@ -413,12 +413,12 @@ metric_list: [{{metric: acc}}]
     samples = results["samples"]["fox"]
     logliks = [response[0] for response in samples[0]["filtered_resps"]]
     assert logliks == pytest.approx(scores, abs=1e-3)
-    assert results["results"]["fox"]["acc,none"] == 0.5  # both questions have the same answer, one of them wrong
+    assert results["results"]["fox"]["acc,none"] == 0.5  # both questions get the same answer, which is wrong once
 
 
 @pytest.fixture
 def export_onnx():
-    """The script, where what it needs is installed."""
+    """Load the export script, or skip the test if a package that it needs is missing."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="the export needs onnx, onnxscript and onnxruntime")
     return load_script("export_onnx")
@@ -495,7 +495,7 @@ def test_onnx_classifies_clips_and_streams(bidirectional, export_onnx, tmp_path)
 @pytest.mark.slow
 @pytest.mark.clients("transformers")
 def test_common_tests_of_transformers(tmp_path):
-    """Those that every model in transformers has to pass, from the sources of the version that is installed here."""
+    """The tests that every model in transformers has to pass, from the sources of the installed version."""
     pytest.importorskip("parameterized", reason="the common tests of transformers need it")
     version = importlib.metadata.version("transformers")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
@@ -504,7 +504,7 @@ def test_common_tests_of_transformers(tmp_path):
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")
     source = tmp_path / f"transformers-{version}"
-    stubs = {  # what the distribution lacks, and these tests import
+    stubs = {  # modules that these tests import and the source distribution lacks
         "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
         "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
         "utils/test_configuration_utils.py": "config_common_kwargs = {}\n",

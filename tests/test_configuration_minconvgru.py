@@ -1,4 +1,4 @@
-"""The video model's configuration: round trips, what it derives, and what it refuses."""
+"""The video model's configuration: round trips, derived values, and refused values."""
 
 import json
 
@@ -55,8 +55,8 @@ def test_scan_backend_is_a_choice_for_one_run(tmp_path):
         ({"padding": -1}, "padding must be at least 0"),
         ({"pooled_size": 0}, "pooled_size must be at least 1"),
         ({"num_frames": 0}, "num_frames must be at least 1"),
-        ({"dropout": 1.5}, "dropout is a probability"),
-        ({"classifier_dropout": -0.1}, "classifier_dropout is a probability"),
+        ({"dropout": 1.5}, "dropout must be a probability"),
+        ({"classifier_dropout": -0.1}, "classifier_dropout must be a probability"),
         ({"backbone_chunk_size": -1}, "backbone_chunk_size is a number of frames"),
         ({"scan_backend": "fast"}, "scan_backend"),
     ],

@@ -1,4 +1,4 @@
-"""The text model's configuration: round trips, what it derives, and what it refuses."""
+"""The text model's configuration: round trips, derived values, and refused values."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_scan_backend_is_a_choice_for_one_run(tmp_path):
 
 
 def test_trainer_can_leave_the_cache_out():
-    assert MinGRUConfig().keys_to_ignore_at_inference == ["cache"]  # Trainer adds a list to it
+    assert MinGRUConfig().keys_to_ignore_at_inference == ["cache"]  # a list, because Trainer adds a list to it
 
 
 def test_a_dynamic_cache_can_be_built_from_it():
@@ -58,7 +58,7 @@ def test_a_dynamic_cache_can_be_built_from_it():
         ({"initializer_range": float("nan")}, "initializer_range must be 0 or above and finite, got nan"),
         ({"conv_kernel": 1}, "conv_kernel must be 0"),
         ({"use_out_proj": False, "expand": 2}, "needs expand=1"),
-        ({"residual_dropout": 1.5}, "residual_dropout is a probability"),
+        ({"residual_dropout": 1.5}, "residual_dropout must be a probability"),
         ({"initial_memory": 0.5}, "initial_memory must be at least 1 step"),
         ({"initial_memory": float("nan")}, "initial_memory must be at least 1 step and finite, got nan"),
         ({"initial_memory": float("inf")}, "initial_memory must be at least 1 step and finite, got inf"),
@@ -94,7 +94,7 @@ def test_impossible_overrides_are_refused_when_a_model_is_loaded(saved, override
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_shipped_configs_build_models(path):
     config = MinGRUConfig.from_json_file(path)
-    assert not set(json.loads(path.read_text())) - set(config.to_dict())  # no key that nothing reads
+    assert not set(json.loads(path.read_text())) - set(config.to_dict())  # no key that the config class does not know
     config.vocab_size = 11
     assert type(AutoModelForCausalLM.from_config(config)) is MinGRUForCausalLM
 

@@ -1,4 +1,4 @@
-"""generate_batch() and its manager: every request gets what generate() gives it alone, whoever is beside it."""
+"""generate_batch() and its manager: every request gets what generate() gives it alone, in any batch."""
 
 import ast
 import copy
@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-# No room to spare: two or three requests at a time, prompts in pieces.
+# Tight limits: two or three requests at a time, prompts in pieces.
 TIGHT = ContinuousBatchingConfig(max_requests_per_batch=3, max_batch_tokens=8)
 
 
@@ -30,7 +30,7 @@ def greedy(**options):
 
 @pytest.fixture
 def manager(model):
-    """A running manager; stopped behind the test."""
+    """Yield a running manager; stop it after the test."""
     config = ContinuousBatchingConfig(max_batch_tokens=8)
     with model.continuous_batching_context_manager(greedy(), continuous_batching_config=config) as manager:
         yield manager
@@ -47,7 +47,7 @@ def results_of(manager, count):
 
 
 def results_at_once(model, prompts, generation_config, config=None):
-    """Results in the order of the prompts, which are all there before the first step."""
+    """Return the results in the order of the prompts, all of which are queued before the first step."""
     manager = model.init_continuous_batching(generation_config, config)
     ids = manager.add_requests(prompts)
     manager.start()
@@ -74,7 +74,7 @@ def test_tokens_are_those_of_generate(model, options, config):
     expected = [generated_alone(model, prompt, max_new_tokens=12, **options) for prompt in prompts]
     assert [result.generated_tokens for result in results.values()] == expected
     if "eos_token_id" in options:
-        assert len({len(tokens) for tokens in expected}) > 1  # rows left while others went on
+        assert len({len(tokens) for tokens in expected}) > 1  # some rows ended while others continued
 
 
 def test_bfloat16_and_float64(model):
@@ -135,7 +135,7 @@ def test_sampling_follows_the_probabilities(model):
 
 
 def shapes_of_calls(model, then=lambda shapes: None):
-    """A list that the shape of the ids of each call is added to; `then` is called with it."""
+    """Return a list to which each call adds the shape of its ids; `then` is called with the list each time."""
     shapes = []
 
     def look(module, args, kwargs):
@@ -190,7 +190,7 @@ def test_an_error_of_the_model_fails_all_requests(model):
     shapes_of_calls(model, fail)
     results = results_at_once(model, prompts_of(6), greedy(max_new_tokens=9), TIGHT)
     assert all("no memory today" in result.error for result in results)
-    assert results[0].generated_tokens  # it has what it had
+    assert results[0].generated_tokens  # the tokens from before the error are kept
 
 
 def test_the_same_prompt_is_run_once(model):
@@ -208,7 +208,7 @@ def test_long_prompts_do_not_hold_up_those_that_generate(model):
     results = results_at_once(model, [short, long], greedy(max_new_tokens=9), TIGHT)
     pieces = [place for place, shape in enumerate(shapes) if shape[1] > 1]
     assert [shapes[place] for place in pieces] == [(1, 2), *[(1, 8)] * 5]
-    assert pieces[1:] == [2, 4, 6, 8, 10]  # a step of the short request between each two
+    assert pieces[1:] == [2, 4, 6, 8, 10]  # a step of the short request between any two
     shapes.clear()
     for prompt, result in zip((short, long), results, strict=True):
         assert result.generated_tokens == generated_alone(model, prompt, max_new_tokens=9)
@@ -242,7 +242,7 @@ def test_a_prompt_may_be_a_tensor(model):
 
 
 def test_requests_come_and_go_while_others_run(model, manager):
-    """Each with its own number of tokens; one is cancelled while it generates, one while its prompt is read."""
+    """Each has its own number of tokens; one is cancelled while it generates, one while its prompt is read."""
     prompts = prompts_of(6)
     endless = manager.add_request(prompts[0], max_new_tokens=2000, streaming=True)
     assert manager.get_result(timeout=60).request_id == endless
@@ -281,7 +281,7 @@ def test_a_name_that_is_taken_fails_the_second_request_alone(model, manager):
     prompts, lengths = prompts_of(4), (300, 40, 5, 5)
     manager.add_request(prompts[0], request_id="other", max_new_tokens=lengths[0])
     manager.add_request(prompts[1], request_id="mine", max_new_tokens=lengths[1], streaming=True)
-    manager.add_request(prompts[2], request_id="mine", max_new_tokens=lengths[2])  # while it waits, or runs
+    manager.add_request(prompts[2], request_id="mine", max_new_tokens=lengths[2])  # while the first one waits or runs
     failed, finished = [], {}
     while len(finished) < 2 or not failed:
         result = manager.get_result(timeout=60)
@@ -294,7 +294,7 @@ def test_a_name_that_is_taken_fails_the_second_request_alone(model, manager):
         expected = generated_alone(model, prompts[number], max_new_tokens=lengths[number])
         assert finished[name].generated_tokens == expected
     assert len(failed) == 1
-    assert "There is a request 'mine' already" in failed[0].error
+    assert "A request 'mine' exists already" in failed[0].error
     assert failed[0].generated_tokens == []
     assert manager.is_running()
 
@@ -397,7 +397,7 @@ def test_what_a_batch_cannot_do_is_refused(model):
         {"forced_eos_token_id": 1},
         {"max_time": 1.0},
     ):
-        with pytest.raises(ValueError, match=f"no {next(iter(option))}"):
+        with pytest.raises(ValueError, match=f"does not support {next(iter(option))}"):
             model.generate_batch([[1, 2]], greedy(max_new_tokens=2, **option))
     with pytest.raises(ValueError, match="give max_new_tokens"):
         model.generate_batch([[1, 2]], greedy())
@@ -406,7 +406,7 @@ def test_what_a_batch_cannot_do_is_refused(model):
 
 @pytest.mark.parametrize("owner", ["options", "generation_config", "config"])
 def test_a_token_that_ends_is_enough(model, owner):
-    ends = list(range(40))  # whatever comes
+    ends = list(range(40))  # any token
     if owner != "options":
         getattr(model, owner).eos_token_id = ends
     config = greedy(eos_token_id=ends if owner == "options" else None)
@@ -422,7 +422,7 @@ def test_a_token_that_ends_is_enough(model, owner):
 
 
 def test_what_transformers_own_methods_read_is_there(model):
-    """Neither class calls its parent's __init__: an attribute that an update adds is missed here, not in a thread."""
+    """Neither class calls its parent's __init__: if an update adds an attribute, this test notices, not a thread."""
     manager = model.init_continuous_batching(greedy(max_new_tokens=2))
     missing = set()
     for ours in (manager, manager._create_batch_processor()):
@@ -437,7 +437,7 @@ def test_what_transformers_own_methods_read_is_there(model):
                     if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
                 }
                 missing |= {f"{name}: {attribute}" for attribute in reads if not hasattr(ours, attribute)}
-    # Set by the loop itself; and methods of the processor that only transformers' own manager calls.
+    # Set by the loop, or read by methods of the processor that only transformers' own manager calls.
     assert missing == {
         "_run_generation_loop: current_batch",
         "_generation_loop_body: current_batch",

@@ -1,4 +1,4 @@
-"""torch-mingru's checkpoints become models with the same outputs, or an error that names what does not fit."""
+"""torch-mingru's checkpoints become models with the same outputs, or raise an error that names what does not fit."""
 
 import importlib.util
 import pickle
@@ -24,7 +24,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 class TextExample(nn.Module):
-    """The modules of torch-mingru's text example under its names; without `ln`, those of selective copying."""
+    """torch-mingru's text example with its module names; without `ln`, its selective-copying example."""
 
     def __init__(self, vocab_size=31, embedding=12, hidden_sizes=(6, 8, 8, 10), final_norm=True, residual=True):
         super().__init__()
@@ -48,7 +48,7 @@ EXAMPLES = {
 
 
 def text_reference(state, ids, residual):
-    """The example's equations in float64 from its tensors: a loop over time, none of this package's modules."""
+    """Compute the example's equations in float64 with a loop over time, without this package's modules."""
     state = {name: tensor.double() for name, tensor in state.items()}
     x = state["emb.weight"][ids]
     for i in range(sum(name.endswith("gate_hidden.weight") for name in state)):
@@ -89,7 +89,7 @@ def save(example, path, kind):
 def test_text_and_copying_models_keep_their_logits(name, kind, tmp_path):
     example = TextExample(**EXAMPLES[name]).eval()
     with torch.no_grad():
-        for parameter in example.parameters():  # the default norms would hide one that is not taken over
+        for parameter in example.parameters():  # with default values, a norm that is not converted would go unnoticed
             parameter.add_(torch.randn_like(parameter) * 0.2)
     state = read_checkpoint(save(example, tmp_path / "model.pt", kind))
     torch.testing.assert_close(state, dict(example.state_dict()), rtol=0, atol=0)
@@ -106,7 +106,7 @@ def test_text_and_copying_models_keep_their_logits(name, kind, tmp_path):
 
 @pytest.fixture(scope="module")
 def video_example():
-    """torch-mingru's video example with weights that keep the signal alive down to the last stage."""
+    """Return torch-mingru's video example, with weights that carry the signal through to the last stage."""
     pytest.importorskip("timm", reason="VGG16, its backbone, comes from timm")
     torch.manual_seed(0)
     example = ReferenceClassifier(7).eval()
@@ -117,7 +117,7 @@ def video_example():
 
 
 class Holder(nn.Module):
-    """The parts of the video example in a form that TorchScript takes."""
+    """The parts of the video example in a module that TorchScript can compile."""
 
     def __init__(self, example):
         super().__init__()
@@ -162,8 +162,11 @@ def pop_all(state, prefix):
     ("change", "message"),
     [
         (lambda state: state.pop("feature_parts.3.2.bias"), "missing.*features_19.bias"),
-        (lambda state: state.update({"feature_parts.0.1.weight": torch.ones(1)}), r"no place.*feature_parts\.0\.1"),
-        (lambda state: state.update({"heads.0.fc.scale": torch.ones(1)}), r"no place.*heads\.0\.fc\.scale"),
+        (
+            lambda state: state.update({"feature_parts.0.1.weight": torch.ones(1)}),
+            r"not belong.*feature_parts\.0\.1",
+        ),
+        (lambda state: state.update({"heads.0.fc.scale": torch.ones(1)}), r"not belong.*heads\.0\.fc\.scale"),
         (lambda state: state.pop("heads.2.fc.weight"), r"missing: heads\.2\.fc\.weight"),
         (lambda state: pop_all(state, "heads.0."), r"missing: heads\.0\..*heads\.0\.fc\.weight"),
         (lambda state: pop_all(state, "heads.3."), r"missing: heads\.3\..*heads\.3\.fc\.weight"),
@@ -199,9 +202,12 @@ def test_script_writes_a_directory_that_loads(tmp_path, capsys):
     [
         (lambda state: state.pop("rnn.layers.2.gate_hidden.bias"), "missing.*layers.2.mixer.gate_hidden.bias"),
         (lambda state: state.pop("fc.weight"), "missing: fc.weight"),
-        (lambda state: state.update({"head.weight": torch.ones(1)}), "no place.*head.weight"),
-        (lambda state: state.update({"rnn.layers.1.res_align.bias": torch.ones(8)}), "no place.*res_align.bias"),
-        (lambda state: state.update({"rnn.layers.2.res_align.weight": torch.ones(8, 8)}), "no place.*2.res_align"),
+        (lambda state: state.update({"head.weight": torch.ones(1)}), "not belong.*head.weight"),
+        (lambda state: state.update({"rnn.layers.1.res_align.bias": torch.ones(8)}), "not belong.*res_align.bias"),
+        (
+            lambda state: state.update({"rnn.layers.2.res_align.weight": torch.ones(8, 8)}),
+            "not belong.*2.res_align",
+        ),
         (lambda state: state.update({"ln.weight": torch.ones(9)}), r"shape.*ln.weight \[9\], expected \[10\]"),
         (
             lambda state: state["rnn.layers.1.res_align.weight"].t_(),
@@ -219,7 +225,7 @@ def test_what_does_not_fit_is_named(change, message):
 
 
 class Trap:
-    """Pickled, it would make a file when it is loaded."""
+    """An object whose pickle would create a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -270,8 +276,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint"):
         read_checkpoint(tmp_path / "text.pt")
-    (tmp_path / "junk.pt").write_text("junk\n")  # its first byte asks the unpickler for what it has not got
-    with pytest.raises(ValueError, match=r"junk\.pt is damaged or no PyTorch checkpoint"):
+    # The first byte of this file is a pickle opcode for reading a memo entry that does not exist.
+    (tmp_path / "junk.pt").write_text("junk\n")
+    with pytest.raises(ValueError, match=r"junk\.pt is damaged or not a PyTorch checkpoint"):
         read_checkpoint(tmp_path / "junk.pt")
     torch.save(TextExample().state_dict(), tmp_path / "cut.pt")
     content = (tmp_path / "cut.pt").read_bytes()
@@ -327,9 +334,9 @@ def test_a_model_has_the_dtype_of_its_tensors():
 
 def test_names_that_only_begin_like_known_ones_are_refused():
     state = dict(TextExample().state_dict())
-    with pytest.raises(ValueError, match=r"no place in this kind of model: fc\.weight_scale\."):
+    with pytest.raises(ValueError, match=r"do not belong to this kind of model: fc\.weight_scale\."):
         convert(state | {"fc.weight_scale": torch.ones(31, 10)})
-    with pytest.raises(ValueError, match=r"no place in this kind of model: x0, .*, x19 and 5 more\."):
+    with pytest.raises(ValueError, match=r"do not belong to this kind of model: x0, .*, x19 and 5 more\."):
         convert(state | {f"x{i}": torch.ones(1) for i in range(25)})
     without_layers = {name: tensor for name, tensor in state.items() if not name.startswith("rnn.")}
     with pytest.raises(ValueError, match=r"missing: rnn\.layers\.0\.gate_hidden\.weight"):
@@ -337,7 +344,7 @@ def test_names_that_only_begin_like_known_ones_are_refused():
 
 
 class OtherVideo(ReferenceClassifier):
-    """One layer a head, with other kernels and sizes of what is pooled, and without norms and residual sums."""
+    """A video example with one layer per head, other kernel and pooling sizes, and no norms or residual sums."""
 
     def __init__(self, num_labels):
         super().__init__(num_labels)
@@ -394,7 +401,7 @@ def test_an_archive_may_hold_tensors_of_any_type_and_views(tmp_path):
     torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "again.safetensors")
     state["turned"].zero_()
-    assert torch.equal(state["weight"], model.weight)  # no two share memory
+    assert torch.equal(state["weight"], model.weight)  # the loaded tensors share no memory
 
 
 @pytest.mark.torchscript
@@ -428,17 +435,18 @@ def test_a_damaged_archive_is_refused(damage, tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(1).expand(10**9, 6), "without all their numbers"),  # a small file for any amount of memory
+        # A small file could otherwise claim any amount of memory.
+        (torch.zeros(1).expand(10**9, 6), "without all their numbers"),
         (torch.eye(6).to_sparse(), "without all their numbers"),
         (torch.ones(6, 6, device="meta"), "without all their numbers"),
-        (torch.ones(6, 6).long(), r"not of floating-point numbers: emb\.weight \(torch\.int64\)"),
-        (torch.ones(6, 6) * 1j, "not of floating-point numbers"),
-        (torch.tensor(1.0), r"are no matrices: emb\.weight"),
-        (torch.ones(0, 6), r"are no matrices: emb\.weight"),
+        (torch.ones(6, 6).long(), r"not floating-point: emb\.weight \(torch\.int64\)"),
+        (torch.ones(6, 6) * 1j, "not floating-point"),
+        (torch.tensor(1.0), r"are not matrices: emb\.weight"),
+        (torch.ones(0, 6), r"are not matrices: emb\.weight"),
     ],
     ids=["expanded", "sparse", "meta", "integer", "complex", "number", "empty"],
 )
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # by torch 2.15
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # issued by torch 2.15
 def test_a_tensor_that_is_no_weight_is_named(tensor, message, tmp_path):
     torch.save(TextExample().state_dict() | {"emb.weight": tensor}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=message):
@@ -458,10 +466,10 @@ def test_a_directory_or_a_list_is_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         read_checkpoint(tmp_path)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list\.pt holds no state dict .* but list"):
+    with pytest.raises(ValueError, match=r"list\.pt does not hold a state dict .* but list"):
         read_checkpoint(tmp_path / "list.pt")
     torch.save({0: torch.ones(2)}, tmp_path / "numbers.pt")
-    with pytest.raises(ValueError, match=r"numbers\.pt holds no state dict .* but 0"):
+    with pytest.raises(ValueError, match=r"numbers\.pt does not hold a state dict .* but 0"):
         read_checkpoint(tmp_path / "numbers.pt")
 
 

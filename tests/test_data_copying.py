@@ -1,4 +1,4 @@
-"""The selective-copying task: what a user sees of the dataset and of its accuracy."""
+"""The selective-copying task: the dataset and its accuracy as a user sees them."""
 
 import numpy as np
 import pytest

@@ -48,13 +48,13 @@ TEXT = "".join(LINES)
 
 @pytest.fixture(autouse=True)
 def caches_of_datasets(tmp_path_factory, monkeypatch):
-    """Keep what `datasets` writes out of the user's own cache."""
+    """Give `datasets` a temporary cache, so that nothing is written to the user's cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture
 def trelis(tmp_path):
-    """A local copy of the form of Trelis/tiny-shakespeare: few rows of text in a column "Text", and a test split."""
+    """Write a folder like Trelis/tiny-shakespeare: a few rows of text in a column "Text", and a test split."""
     folder = tmp_path / "tiny-shakespeare"
     folder.mkdir()
     parts = {"train": [TEXT[:4000], TEXT[4000:8000]], "test": ["for the test alone"]}
@@ -181,12 +181,12 @@ def test_the_validation_split_has_any_usual_name_and_is_never_the_test(name):
     assert splits == {"train": 1, "test": 2, "validation": 3}
     assert name_splits({"train": 1, "test": 2}, "it") == {"train": 1, "test": 2}
     assert name_splits({"train": 1, "dev": 2, "validation": 3}, "it")["validation"] == 3
-    with pytest.raises(ValueError, match="it has the splits test, validation, expected one named train"):
+    with pytest.raises(ValueError, match="it has the splits test, validation, but none named train"):
         name_splits({"validation": 1, "test": 2}, "it")
 
 
 def test_a_directory_of_text_files_has_a_document_a_file(tmp_path):
-    """Each as where it is given by itself, with every newline and without a byte order mark."""
+    """Each file is read as if it were given alone, with every newline and without a byte order mark."""
     directory, contents = tmp_path / "texts", [b"\xef\xbb\xbfa\n\nb\n", b"c\r\nd", b"e\n" * 20, b"f\n"]
     for name, content in zip(("train/a.txt", "train/b.txt", "validation/c.txt", "README.md"), contents, strict=True):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def test_a_directory_of_text_files_has_a_document_a_file(tmp_path):
 
 
 def write_files(directory, contents):
-    """Write files of text, by their paths in the directory."""
+    """Write text files, given as {path in the directory: content}."""
     for name, content in contents.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_text(content)
@@ -217,7 +217,7 @@ def rows_of(*texts):
 
 @pytest.mark.parametrize("source", [{"train_file": "texts/a.txt"}, {"dataset_name": "texts"}])
 def test_a_text_may_be_longer_than_a_plain_string_of_arrow(tmp_path, monkeypatch, source):
-    """Those end at 2 GiB, in sum over a column, and with them `Dataset.from_dict`."""
+    """Plain strings are limited to 2 GiB in total per column, and so is `Dataset.from_dict`."""
 
     def from_dict(mapping, *_):
         raise pa.ArrowCapacityError("array cannot contain more than 2147483646 bytes")
@@ -263,9 +263,9 @@ def test_no_word_in_a_name_takes_files_out_of_a_directory(tmp_path, names, valid
 def test_what_a_directory_leaves_out_is_said(tmp_path, caplog):
     write_files(tmp_path / "a", {"train/a.txt": TEXT, "notes/b.txt": TEXT, "c.txt": TEXT})
     assert load_text_datasets(str(tmp_path / "a"))["train"].num_rows == 1
-    assert "2 files are left out, such as c.txt, because they lie outside of its splits train" in caplog.text
+    assert "2 files are left out, such as c.txt, because they are in none of its splits train" in caplog.text
     write_files(tmp_path / "b", {"a.txt": TEXT, "b.txt": TEXT, "c.csv": "n\n1\n"})
-    assert sum(split.num_rows for split in load_text_datasets(str(tmp_path / "b")).values()) == 3  # one is cut
+    assert sum(split.num_rows for split in load_text_datasets(str(tmp_path / "b")).values()) == 3  # one text is cut
     assert "only its 2 files of the kind text are read; 1 others are left out, such as c.csv" in caplog.text
     write_files(tmp_path / "c", {"Testing/a.txt": TEXT, "my-dev.txt": TEXT, "tested.txt": TEXT})
     caplog.clear()
@@ -277,7 +277,7 @@ def test_what_a_directory_leaves_out_is_said(tmp_path, caplog):
     ):
         load_text_datasets(str(tmp_path / "d"))
     write_files(tmp_path / "e", {"test.txt": TEXT})
-    with pytest.raises(ValueError, match="e has the splits test, expected one named train"):
+    with pytest.raises(ValueError, match="e has the splits test, but none named train"):
         load_text_datasets(str(tmp_path / "e"))
 
 
@@ -346,7 +346,7 @@ def test_a_clone_of_the_hub_is_divided_as_its_readme_says(tmp_path):
     write_files(tmp_path / "set", {"README.md": readme})
     assert texts_of(load_text_datasets(str(tmp_path / "set"))) == (["a", "A"], ["b"])
     (tmp_path / "set" / "test.csv").unlink()
-    for other in ("# Notes\n", "---\na: [\n---\n", "---\nrules\n---\n"):  # no card of a dataset
+    for other in ("# Notes\n", "---\na: [\n---\n", "---\nrules\n---\n"):  # none of these is a dataset card
         write_files(tmp_path / "set", {"README.md": other})
         assert sum(map(len, texts_of(load_text_datasets(str(tmp_path / "set"))))) == 3
 
@@ -359,7 +359,7 @@ def test_what_datasets_saved_is_a_directory_of_data(tmp_path):
         tmp_path / "two"
     )
     assert texts_of(load_text_datasets(str(tmp_path / "two"))) == (LINES, LINES[1:2])
-    assert not any("cache" in path.name for path in tmp_path.rglob("*"))  # it is left as it was
+    assert not any("cache" in path.name for path in tmp_path.rglob("*"))  # no cache is written into the directories
 
 
 def test_words_for_nothing_in_csv_are_counted(tmp_path, caplog):
@@ -372,7 +372,7 @@ def test_words_for_nothing_in_csv_are_counted(tmp_path, caplog):
     assert [message.rpartition("/")[2] for message in caplog.messages] == left_out
     caplog.clear()
     assert load_text_split("validation", train_file=table, text_column_name="said")["text"] == validation
-    assert [message.rpartition("/")[2] for message in caplog.messages] == left_out  # once, under the file's name
+    assert [message.rpartition("/")[2] for message in caplog.messages] == left_out  # logged once, with the file's name
 
 
 def test_numbers_beside_a_text_may_be_missing(tmp_path):
@@ -417,7 +417,7 @@ def test_the_text_column_is_named_or_found_by_type(tmp_path):
     file.write_text("\n".join(map(json.dumps, [*rows, {"title": "end", "body": None, "n": 0}])))
     with pytest.raises(ValueError, match=r"title \(string\), body \(string\), n \(int64\)"):
         load_text_datasets(train_file=file)
-    with pytest.raises(ValueError, match="text_column_name='n' is no column of strings"):
+    with pytest.raises(ValueError, match="text_column_name='n' is not a column of strings"):
         load_text_datasets(train_file=file, text_column_name="n")
     train, validation = texts_of(load_text_datasets(train_file=file, text_column_name="body"))
     assert train + validation == [row["body"] for row in rows]
@@ -549,7 +549,7 @@ def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(monkeypatch, kind, nu
 
 
 def test_few_pieces_of_a_long_text_are_tokenised_at_once(monkeypatch):
-    """They take memory by their characters: 16 million took gigabytes."""
+    """Memory grows with the number of characters tokenised at once: 16 million took gigabytes."""
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 100)
     tokenizer, encode, lengths = build_tokenizer("char", [TEXT]), text_module._encode, []
 
@@ -612,7 +612,7 @@ def test_the_share_of_unknown_tokens():
     blocks = evaluation_blocks(texts, tokenizer, 8)
     labels = [label for row in blocks["labels"] for label in row if label != -100]
     assert unknown_share(blocks, tokenizer) == labels.count(1) / len(labels)
-    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's
+    tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2's tokenizer
     assert unknown_share(blocks, tokenizer) == 0
     tokenizer = build_tokenizer("bpe", [TEXT], vocab_size=300)
     assert unknown_share(group_texts(texts, tokenizer, 6), tokenizer) == 0
@@ -655,7 +655,7 @@ def test_evaluation_blocks_ask_for_every_token_once(length, block_size):
     text = "".join(chr(ord("a") + i % 26) for i in range(length))
     tokenizer = build_tokenizer("char", [text])
     rows = evaluation_blocks(one_text(text), tokenizer, block_size)
-    asked = [label for row in rows for label in row["labels"][1:] if label != -100]  # a model shifts them
+    asked = [label for row in rows for label in row["labels"][1:] if label != -100]  # a model shifts the labels
     assert tokenizer.decode(asked) == text[1:]
     for row in rows:
         assert len(row["input_ids"]) == len(row["labels"]) == block_size
@@ -685,7 +685,7 @@ def test_shifted_blocks_cut_the_text_elsewhere_in_every_pass():
     passes = [torch.stack([blocks[i + 5 * e]["input_ids"] for i in range(5)]) for e in range(6)]
     assert torch.equal(passes[0], torch.tensor(rows).long())
     assert torch.equal(torch.stack([block["input_ids"] for block in blocks]), passes[0])
-    for one in passes:  # each token once, in order around the ring
+    for one in passes:  # each token occurs once, in cyclic order
         assert torch.equal(one.flatten().roll(int(one[0, 0])), torch.arange(40))
     shifts = [int(one[0, 0]) for one in passes]
     assert all(0 <= shift < 8 for shift in shifts)
@@ -695,7 +695,8 @@ def test_shifted_blocks_cut_the_text_elsewhere_in_every_pass():
     assert [int(other[5 * e]["input_ids"][0]) for e in range(6)] != shifts
 
 
-# datasets leaves the files of streams open, which Python says when it collects them: before the next test begins.
+# `datasets` leaves the files of streams open. Python warns of this when it collects them, which the fixture
+# `collected` triggers before the next test begins.
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 
 
@@ -707,7 +708,7 @@ def collected():
 
 @pytest.fixture
 def documents(tmp_path):
-    """(file, texts): 60 documents in JSON lines, with a null row between them."""
+    """Return (file, texts): 60 documents in JSON Lines, with a null row in the middle."""
     texts = [f"Document {i} is about {'x' * (i % 7)}." for i in range(60)]
     rows = [{"id": i, "story": text} for i, text in enumerate(texts)]
     rows.insert(30, {"id": 99, "story": None})
@@ -731,7 +732,7 @@ def test_a_stream_gives_every_document_once_a_pass_in_new_orders(documents):
         passes.append(tokenizer.decode(ids).split("<|endoftext|>")[:-1])
         assert sorted(passes[-1]) == sorted(texts[10:])
     assert passes[0] != passes[1]
-    for block_size in (7, 300):  # the same tokens, however they are cut
+    for block_size in (7, 300):  # the block size does not change the tokens
         blocks = iter(StreamedBlocks(stream, tokenizer, block_size, seed=3))
         count = 2 * total // block_size
         text = tokenizer.decode(torch.cat([next(blocks)["input_ids"] for _ in range(count)]))
@@ -774,7 +775,7 @@ def test_a_directory_of_text_files_is_a_stream_of_them(tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize("name", ["text", "story"])
 def test_a_stream_may_begin_with_rows_of_null(tmp_path, suffix, name):
-    """A csv file has no types but those of the values that have been read."""
+    """In a csv file, the type of a column is known only from the values that have been read."""
     texts = [None, None, *(f"document {i}" for i in range(200)), None]
     rows = Dataset.from_dict({"n": list(range(len(texts))), name: texts})
     file = tmp_path / f"null.{suffix}"
@@ -836,7 +837,7 @@ def test_mistakes_with_streams_are_named(documents, tmp_path):
 
 
 def test_rows_that_cannot_be_read_are_told_with_their_file(tmp_path):
-    """Wherever they lie: those that a stream meets while a model trains, too."""
+    """This includes rows that a stream only reaches while a model trains."""
     options = {"cache_dir": tmp_path / "cache"}
     latin, pages = tmp_path / "latin.jsonl", tmp_path / "pages.parquet"
     latin.write_bytes(b'{"text": "caf\xe9"}\n' * 5)
@@ -921,7 +922,7 @@ def test_a_text_is_cut_at_the_nearest_line_but_not_far_away(tmp_path):
         parts = texts_of(load_text_datasets(train_file=tmp_path / "a.txt", validation_split_percentage=50))
         return [len(part[0]) for part in parts]
 
-    assert lengths("x" * 45 + "\n" + "x" * 7 + "\n" + "x" * 46) == [46, 54]  # not 54
+    assert lengths("x" * 45 + "\n" + "x" * 7 + "\n" + "x" * 46) == [46, 54]  # of two equally near lines, the first
     assert lengths("x" * 10 + "\n" + "x" * 89) == [50, 50]
 
 
@@ -998,7 +999,7 @@ def test_the_first_text_trains_a_bpe_too():
 
 
 def test_a_bpe_is_trained_on_pieces_of_endless_words():
-    """A word of a million letters would take the trainer minutes, in which it says nothing."""
+    """A word of a million letters would keep the trainer busy for minutes without any output."""
     dna = "".join(random.Random(0).choices("acgt", k=5_000))
     text = f"one two {dna}, three{' ' * 2_500}{dna[:1_000]} four"
     pieces = list(text_module._without_long_words(text))
@@ -1020,7 +1021,7 @@ def test_a_bpe_is_trained_on_pieces_of_endless_words():
     ],
 )
 def test_a_bpe_is_trained_on_pieces_with_the_words_of_the_whole(monkeypatch, text):
-    """The trainer takes 100 bytes for each character of what it is given at once."""
+    """The trainer needs 100 bytes of memory for each character that it is given at once."""
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 10 * len(text))
     whole = build_tokenizer("bpe", [text], 400)
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 25)
@@ -1105,7 +1106,7 @@ def test_a_stream_without_an_end_token_joins_its_documents(documents):
     tokenizer.eos_token = None
     blocks = iter(StreamedBlocks(stream, tokenizer, block_size=10, shuffle_buffer=1))
     text = "".join(tokenizer.decode(next(blocks)["input_ids"]) for _ in range(40))
-    assert "".join(texts[40:]).startswith(text)  # from a buffer of one in their order
+    assert "".join(texts[40:]).startswith(text)  # a shuffle buffer of one keeps the order
 
 
 @LEFT_OPEN
@@ -1139,7 +1140,7 @@ def test_the_plays_end_with_a_newline():
 @pytest.mark.usefixtures("collected")
 def test_a_stream_of_nothing_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(ValueError, match=r"a\.csv holds no document, expected some"):
+    with pytest.raises(ValueError, match=r"a\.csv holds no documents"):
         load_text_stream(train_file=tmp_path / "a.csv")
 
 
@@ -1201,7 +1202,7 @@ def test_words_within_words_are_no_names_of_splits(tmp_path, caplog):
     assert not caplog.records
     assert split_files(tmp_path, ["train-test.txt", "my-train.txt"])["train"] == [
         str(tmp_path / name) for name in ("train-test.txt", "my-train.txt")
-    ]  # one of the names has two words
+    ]  # one of the names contains the words of two splits
     assert "taken as training data: train-test.txt, since" in caplog.text
 
 
@@ -1245,17 +1246,17 @@ def test_a_cut_that_changes_tokens_but_not_their_number_is_not_made(monkeypatch)
     vocab = {token: number for number, token in enumerate(["a", "b", "c", "ab", "bc"])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("b", "c")], unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert joined(group_texts(one_text("abc" * 200), tokenizer, 2)).tolist() == [3, 2] * 200  # never a, bc
+    assert joined(group_texts(one_text("abc" * 200), tokenizer, 2)).tolist() == [3, 2] * 200  # never "a", "bc"
 
 
 @pytest.mark.parametrize(
     ("min_folders", "expected"),
     [
-        (0, {"train": ["a.valid.txt", "b.test.txt"]}),  # by words alone nothing would be left to train on
+        (0, {"train": ["a.valid.txt", "b.test.txt"]}),  # if words in names decided, nothing would be left to train on
         (0, {"train": ["train/a.txt"], None: ["x.valid.txt"]}),
         (0, {"train": ["train/dev/a.txt", "train/test/b.txt"]}),
         (0, {"train": ["a.txt", "dev.old/b.txt"]}),
-        (1, {"train": ["test drive/1.mp4", "train ride/2.mp4"]}),  # classes
+        (1, {"train": ["test drive/1.mp4", "train ride/2.mp4"]}),  # folders of classes
         (1, {"train": ["data/dev-00000-of-00001.mp4", "x/c.mp4"]}),
         (1, {"train": ["a/1.mp4", "dev.mp4"]}),
     ],

@@ -1,4 +1,4 @@
-"""Videos as clips: where they come from, how they are split, which frames a clip holds, what is left out."""
+"""Videos as clips: their sources, their splits, the frames of a clip, and the files that are left out."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor, Vide
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """datasets' progress bars say nothing here."""
+    """Disable the progress bars of `datasets`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -37,7 +37,7 @@ def _quiet():
 
 @pytest.fixture
 def processor():
-    """Pixels stay in 0..255, so that a frame's number can be read off."""
+    """Return a processor that keeps pixels in 0..255, so that they tell the number of a frame."""
     return MinConvGRUVideoProcessor(
         num_frames=3, do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False
     )
@@ -50,13 +50,13 @@ def write(path, num_frames=12, base=0):
 
 
 def numbers(item):
-    """Frame numbers of an item of VideoClips."""
+    """Return the frame numbers of an item of VideoClips."""
     return item["pixel_values_videos"][:, 0].float().mean((1, 2)).div(20).round().int().tolist()
 
 
 @pytest.fixture
 def videos(tmp_path):
-    """Four readable videos of 12 frames; their labels are 0 to 3."""
+    """Write four readable videos of 12 frames, with the labels 0 to 3."""
     for i in range(4):
         write(tmp_path / f"{i}.mp4")
     return rows([tmp_path / f"{i}.mp4" for i in range(4)])
@@ -123,7 +123,7 @@ def test_shuffled_frames_are_the_same_frames(videos):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_unreadable_and_short_videos_are_named_counted_and_replaced(videos, processor, tmp_path, caplog, training):
-    """Except in training nothing is asked of what takes their place."""
+    """Outside training, the clips that replace them have the label -100."""
     (tmp_path / "1.mp4").write_bytes(b"nothing")
     write(tmp_path / "2.mp4", num_frames=2)
     clips = VideoClips(videos, processor, clips_per_video=2, training=training)
@@ -150,7 +150,7 @@ def test_what_workers_find_unreadable_is_counted(videos, processor, tmp_path):
 
 
 def test_a_draw_that_failed_changes_no_later_one(videos, processor, tmp_path):
-    """What an item is depends on seed and index alone: a resumed run has not seen what failed before."""
+    """An item depends only on its seed and index, because a resumed run does not know of earlier failures."""
     clips = VideoClips(videos, processor, training=True)
     expected = clips[5]
     (tmp_path / "1.mp4").rename(tmp_path / "away")
@@ -190,7 +190,7 @@ def test_impossible_clips_are_refused(videos, processor):
 
 @pytest.fixture
 def gradient():
-    """(2, 3, 20, 30) frames that rise from left to right, both the same."""
+    """Return two identical frames, (2, 3, 20, 30), that become brighter from left to right."""
     return torch.arange(30).mul(8).to(torch.uint8).expand(2, 3, 20, 30).contiguous()
 
 
@@ -212,7 +212,7 @@ def test_without_augmentation_training_sees_what_inference_sees(gradient, tmp_pa
     torch.testing.assert_close(
         processor(augment(gradient), **sizing).pixel_values_videos,
         processor(gradient, return_tensors="pt").pixel_values_videos,
-        atol=0.01,  # the first is rounded to bytes between
+        atol=0.01,  # the augmented frames are rounded to bytes in between
         rtol=0,
     )
 
@@ -271,7 +271,7 @@ def test_a_folder_of_splits_is_taken_as_it_is(tmp_path):
 
 
 def load_folder(directory, **kwargs):
-    """The relative paths and classes of each split of a folder."""
+    """Load a folder, and return the relative paths and classes of each split."""
     splits = load_video_datasets(str(directory), cache_dir=str(directory.parent / "cache"), **kwargs)
     return {
         name: sorted(
@@ -283,7 +283,7 @@ def load_folder(directory, **kwargs):
 
 
 def test_no_word_in_a_name_takes_videos_out_of_a_folder(tmp_path, caplog):
-    """Not even a class of that name; whichever container PyAV reads; and folders elsewhere that are linked here."""
+    """A class may be called "train", a video may have any container that PyAV reads, a folder may be a symlink."""
     names = ["a/train_1.mp4", "a/val[1].MP4", "bus/clip_test_0.webm", "bus/x.m4v", "train/0.mp4", "train/1.mp4"]
     for name in [*names, "c/.hidden.mp4", "c/notes.txt", "__MACOSX/a/x.mp4"]:
         (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +312,7 @@ def test_splits_in_one_folder_and_by_words(train, dev, root, tmp_path):
 
 @pytest.mark.parametrize("as_words", [False, True], ids=["folders", "words"])
 def test_a_class_is_one_however_its_name_is_encoded(tmp_path, as_words):
-    """macOS writes a ü as u and two dots."""
+    """macOS writes an ü as a u and a combining diaeresis."""
     composed, apart = (unicodedata.normalize(form, "müde") for form in ("NFC", "NFD"))
     for split, names in (("train", (composed, apart, "wach")), ("validation", (apart, "wach"))):
         for number, name in enumerate(names):
@@ -337,7 +337,7 @@ def test_what_a_folder_of_splits_leaves_out_is_said(tmp_path, caplog):
         "train": [("train/a/0.mp4", "a"), ("train/b/test_1.mp4", "b")],
         "validation": [("dev/a/0.mp4", "a"), ("dev/c/0.mp4", "c")],
     }
-    assert "2 files are left out, such as 2.mp4, because they lie outside of its splits train, dev" in caplog.text
+    assert "2 files are left out, such as 2.mp4, because they are in none of its splits train, dev" in caplog.text
     caplog.clear()
     (tmp_path / "set" / "2.mp4").unlink()
     for old, new in (("train", "Train"), ("dev", "Test")):
@@ -449,7 +449,7 @@ def test_folders_without_videos_or_classes_are_refused(tmp_path):
 
 @pytest.fixture
 def ucf101(tmp_path):
-    """Two classes, five source videos of two clips each, one source video of them to test on; the files are empty."""
+    """Write UCF101 with empty videos: two classes, five source videos each (one to test on), two clips per source."""
     videos, annotations = tmp_path / "UCF-101", tmp_path / "ucfTrainTestlist"
     annotations.mkdir()
     names = ("Archery", "YoYo")
@@ -506,7 +506,7 @@ def test_what_is_missing_of_ucf101_is_named(ucf101, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds none of the videos of trainlist01.txt, such as YoYo"):
         load_ucf101(tmp_path / "bare", annotations)
     (annotations / "trainlist01.txt").write_text("Archery/v_Archery_g02_c01.avi 1\nsomething else\n")
-    with pytest.raises(ValueError, match="line 2, is not as expected: 'something else'"):
+    with pytest.raises(ValueError, match="line 2, has an unexpected format: 'something else'"):
         load_ucf101(videos, annotations)
     (annotations / "classInd.txt").write_text("1 Archery\n")
     (annotations / "trainlist01.txt").write_text("YoYo/v_YoYo_g02_c01.avi 2\n")
@@ -611,7 +611,7 @@ def test_each_part_of_the_augmentation_can_be_left_out(gradient):
     for _ in range(20):
         crop = whole(gradient)[0, 0, 10].int()
         assert (crop.diff() >= 0).all()  # never mirrored
-        assert crop[-1] - crop[0] > 150  # nearly all of the frame
+        assert crop[-1] - crop[0] > 150  # the crop is nearly the whole frame
     small = make_augmentation(processor, min_crop_scale=0.1, flip=False)
     assert min(int(crop[-1]) - int(crop[0]) for crop in (small(gradient)[0, 0, 10] for _ in range(20))) < 150
     torch.manual_seed(0)

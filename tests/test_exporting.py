@@ -1,4 +1,4 @@
-"""Exported programs: the numbers of the model, in a process that has only torch."""
+"""Exported programs: they give the outputs of the model, also in a process that has only torch."""
 
 import copy
 import subprocess
@@ -27,7 +27,7 @@ from mingru_hf.exporting import (
     export_video_programs,
 )
 
-# Logits of a few units in float32; the exported scan rounds in another order.
+# For logits of a few units in float32; the exported scan rounds in a different order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KINDS = {
     "paper": {"hidden_size": 16, "num_hidden_layers": 2},
@@ -60,7 +60,7 @@ def make_video_model(kind, **overrides):
 
 @pytest.fixture(scope="module", params=VIDEO_KINDS)
 def exported_video(request):
-    """A video classifier and its two programs."""
+    """Return a video classifier and its two programs."""
     model = make_video_model(request.param).train()
     options = model.config.to_dict()
     programs = export_video_programs(model, (48, 40))
@@ -71,7 +71,7 @@ def exported_video(request):
 
 @pytest.fixture(scope="module", params=KINDS)
 def exported(request):
-    """A model and its two programs, made while it was in training."""
+    """Return a model and its two programs, exported while the model was in training mode."""
     torch.manual_seed(0)
     options = {"initializer_range": 0.3, "embedding_dropout": 0.5} | KINDS[request.param]
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, **options)).train()
@@ -147,11 +147,11 @@ def test_prefill_with_padding(exported):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_exported_scan_knows_masks_and_resets(dtype):
-    """With NaN at padding, states of another dtype and strides of their own."""
+    """The inputs have NaN at padding, and an initial state with another dtype and non-contiguous strides."""
 
     class Scan(torch.nn.Module):
         def forward(self, x, h0, mask, reset):
-            return mingru_scan(x, h0, mask, reset, dtype=torch.float32)  # what is summed, before it is rounded
+            return mingru_scan(x, h0, mask, reset, dtype=torch.float32)  # the states, not yet rounded to x.dtype
 
     x, h0 = torch.randn(2, 9, 12, dtype=dtype), torch.rand(6, 1, 2, dtype=torch.float64).transpose(0, 2)
     mask, reset = torch.rand(2, 9) < 0.7, torch.rand(2, 9) < 0.3
@@ -213,7 +213,7 @@ def test_a_prompt_is_a_scan_in_each_block_and_a_token_none(exported):
 
 
 def assert_made_for_contiguous(programs, name):
-    """Compilers read memory by the strides of the tokens or frames that a program was exported with."""
+    """Assert that programs were exported with contiguous tokens or frames: compilers rely on their strides."""
     for program in programs:
         (inputs,) = (node.meta["val"] for node in program.graph.nodes if node.name == name)
         assert inputs.is_contiguous()
@@ -282,7 +282,7 @@ def test_video_programs_are_made_for_contiguous_frames(exported_video):
 
 @torch.no_grad()
 def test_a_bidirectional_video_model_has_a_program_for_clips_alone():
-    """Of grey frames in float64, here."""
+    """The model in this test takes grey frames in float64."""
     backbone = ResNetConfig(**RESNET, num_channels=1, out_features=["stage1", "stage2"])
     model = make_video_model("resnet", bidirectional=True, backbone_config=backbone).double()
     clip, frame = export_video_programs(model, 32)

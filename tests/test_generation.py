@@ -1,4 +1,4 @@
-"""What stands around a model in transformers, over the recurrent cache: the rest of generate(), Trainer, collators."""
+"""What transformers runs around a model, with the recurrent cache: the rest of generate(), Trainer, collators."""
 
 import copy
 import threading
@@ -24,7 +24,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz .,;:!?"
 
 
 def tokenizer_of(pieces):
-    """A tokenizer whose tokens are `pieces`, in that order behind three special ones; longest match wins."""
+    """Return a tokenizer whose tokens are three special ones, then `pieces` in order; the longest match wins."""
     vocab = {piece: i for i, piece in enumerate(["<pad>", "<s>", "</s>", *pieces])}
     merges = [(piece[0], piece[1]) for piece in pieces if len(piece) == 2]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -40,7 +40,7 @@ def tokenizer_of(pieces):
 
 
 def count_forwards(model):
-    """A list that grows by the number of tokens of each forward pass of the model's body."""
+    """Return a list to which each forward pass of the model's body adds its number of tokens."""
     calls = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
@@ -61,7 +61,7 @@ def test_scores_of_cached_generation_are_those_of_the_whole_pass(model, input_id
 
 
 def test_bfloat16_scores_and_tokens(model, input_ids):
-    """Cached and uncached, the same tokens wherever the best two scores lie apart by more than rounding."""
+    """With and without a cache, tokens agree wherever the best two scores differ by more than rounding."""
     model.bfloat16()
     output = model.generate(
         input_ids, max_new_tokens=20, repetition_penalty=1.3, output_logits=True, return_dict_in_generate=True
@@ -81,7 +81,7 @@ def test_bfloat16_scores_and_tokens(model, input_ids):
 )
 @pytest.mark.parametrize("new_ids_alone", [False, True])
 def test_turns_around_assisted_decoding(model, input_ids, assisted, new_ids_alone):
-    """The cache counts each token once, whatever a turn passes: the turns behind go by that."""
+    """The cache counts each token once, whichever ids a turn passes: later turns rely on this count."""
     if "assistant_model" in assisted:
         assisted = {"assistant_model": copy.deepcopy(model)}
     ids, cache = input_ids[:1], None
@@ -170,7 +170,7 @@ def test_forks_of_one_cache_take_their_own_ways(model, input_ids):
 
 
 def test_a_turn_after_a_crop_and_after_the_disk(model, input_ids, tmp_path):
-    """Take back what a user edited, save the cache, go on in another session with the full ids."""
+    """Undo the tokens that a user edited, save the cache, and continue in another session with the full ids."""
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     model(input_ids, cache=cache)
@@ -193,7 +193,7 @@ def test_generation_on_a_compiled_model_compiles_once_a_shape(model, input_ids):
         assert torch.equal(model.generate(input_ids, **settings | {"max_new_tokens": 10}), longer)
 
 
-# --- Rows that end before others, and caches that come back
+# --- Rows that end before others, and caches that are passed on
 
 
 class StopAt(StoppingCriteria):
@@ -209,7 +209,7 @@ class StopAt(StoppingCriteria):
 @pytest.mark.parametrize("stopped_by", ["eos", "criterion"])
 @pytest.mark.parametrize("way", ["returned", "own cache", "static"])
 def test_a_row_that_ends_early_goes_on_in_the_next_turn(model, input_ids, way, stopped_by):
-    """generate() appends padding to it, which the next turn's mask hides, and the state must not have read."""
+    """generate() appends padding to the row: the next turn's mask hides it, and the state must not have read it."""
     settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
     if way == "static":
         settings |= {"cache_implementation": "static", "disable_compile": True}
@@ -225,7 +225,7 @@ def test_a_row_that_ends_early_goes_on_in_the_next_turn(model, input_ids, way, s
         settings |= {"eos_token_id": 39, "stopping_criteria": StoppingCriteriaList([StopAt(end)])}
     output = model.generate(input_ids, attention_mask=mask, **settings)
     sequences = output if way == "own cache" else output.sequences
-    ended = (sequences[:, 12:] == end).int().cumsum(1).cumsum(1) > 1  # behind the first one
+    ended = (sequences[:, 12:] == end).int().cumsum(1).cumsum(1) > 1  # after the first end token
     assert ended.any()
     assert not ended.any(1).all()
     following = torch.randint(1, 40, (3, 5))
@@ -239,7 +239,7 @@ def test_a_row_that_ends_early_goes_on_in_the_next_turn(model, input_ids, way, s
 
 
 def test_generated_tokens_need_no_mask(model, input_ids):
-    """Behind a padded prompt: the masked way through a block takes nearly twice as many operations."""
+    """This holds after a padded prompt, too: with a mask, a block runs nearly twice as many operations."""
     masks = []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
@@ -265,7 +265,7 @@ def test_a_cache_that_is_passed_comes_back(model, input_ids, training):
 
 
 def test_activation_checkpointing_refuses_to_go_on_from_a_cache(model, input_ids):
-    """Recomputed blocks would move the state on twice; transformers leaves the cache out, and says so in a log."""
+    """Recomputed blocks would advance the state twice; transformers drops the cache and only logs a message."""
     model.activation_checkpointing_enable()
     model.train()
     with torch.enable_grad(), pytest.raises(ValueError, match="leave out the cache"):
@@ -321,7 +321,7 @@ def test_a_cache_that_records_goes_on_recording_after_drafts(model, input_ids):
 
 @pytest.mark.parametrize("assistant", ["alike", "the same"])
 def test_speculative_sampling_of_the_best_token_is_greedy(model, input_ids, assistant):
-    """With top_k=1 there is one token to sample, so that acceptance and rejection must lead to it."""
+    """With top_k=1 only one token can be sampled, so both acceptance and rejection must lead to it."""
     other = copy.deepcopy(model)
     if assistant == "alike":
         for parameter in other.parameters():
@@ -358,7 +358,7 @@ def test_assistants_with_another_tokenizer(model):
     for each in (model, other):
         each.generation_config.update(eos_token_id=2, pad_token_id=0, bos_token_id=1)
     inputs = tokenizer("that and this, ", return_tensors="pt", return_token_type_ids=False)
-    settings = {"max_new_tokens": 15, "suppress_tokens": [0, 1, 36, 37, 38, 39]}  # only tokens that have a text
+    settings = {"max_new_tokens": 15, "suppress_tokens": [0, 1, 36, 37, 38, 39]}  # leaves only tokens with a text
     expected = model.generate(**inputs, **settings)
     actual = model.generate(
         **inputs, **settings, assistant_model=other, tokenizer=tokenizer, assistant_tokenizer=theirs
@@ -370,7 +370,7 @@ def test_assistants_with_another_tokenizer(model):
 
 
 def test_flattened_documents_equal_separate_rows(model, input_ids):
-    """transformers' collator: one row of all documents, loss and gradients as of each alone."""
+    """transformers' collator puts all documents into one row; loss and gradients equal those of separate rows."""
     model.train()
     documents = [input_ids[0, :5], input_ids[1, :1], input_ids[2]]
     batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(
@@ -390,7 +390,7 @@ def test_flattened_documents_equal_separate_rows(model, input_ids):
 
 
 def test_label_smoothing_of_the_trainer_shifts_the_labels(model, input_ids, tmp_path):
-    """Trainer asks a table of transformers' own models whether a model predicts the next token."""
+    """Trainer looks up in a table of transformers' own models whether a model predicts the next token."""
     arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
     loss = Trainer(model, arguments).compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
     logits = model(input_ids).logits[:, :-1].flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Sharing through a Hub: what is pushed comes back whole, with the package and without it."""
+"""Sharing through a Hub: what is pushed loads again in full, with the package and without it."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def hub():
 
 @pytest.fixture
 def client(hub, monkeypatch, tmp_path):
-    """This process, logged in to that Hub."""
+    """Log this process in to the test Hub."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
     template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -49,7 +49,10 @@ def client(hub, monkeypatch, tmp_path):
 
 @pytest.fixture
 def reader(hub, tmp_path):
-    """Run code in a fresh process that knows this Hub alone; gives the last line printed, read as JSON."""
+    """Return a function that runs code in a fresh process with access to this Hub only.
+
+    The function returns the last line that the code prints, parsed as JSON.
+    """
 
     def run(code, *words):
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
@@ -67,7 +70,7 @@ def reader(hub, tmp_path):
 
 @pytest.fixture
 def directory(tmp_path):
-    """A directory as a training script leaves it: model, tokenizer, card, logs, a checkpoint to go on from."""
+    """Write a directory as a training script leaves it: model, tokenizer, card, logs, a checkpoint to resume from."""
     path = tmp_path / "fox"
     tokenizer = build_tokenizer("char", [TEXT])
     config = MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, initializer_range=0.3)
@@ -120,7 +123,7 @@ print(json.dumps(result))
 
 @pytest.mark.usefixtures("client")
 def test_directory_pushed_by_the_script_comes_back(hub, reader, directory, capsys):
-    """Whole and private, all but what only a resumed run needs; then loaded from the Hub in both ways."""
+    """The upload is private and lacks only what a resumed run needs; it loads with and without the package."""
     push("--model_dir", directory, "--hub_model_id", "user/fox")
     assert f"{hub.endpoint}/user/fox" in capsys.readouterr().out
     local = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
@@ -196,7 +199,7 @@ print(json.dumps([modules, sorted((answer["label"], answer["score"]) for answer 
 @pytest.mark.usefixtures("client")
 def test_an_interrupted_upload_leaves_nothing_and_succeeds_when_repeated(hub, directory, monkeypatch, capsys):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    hub.broken_commits = 100  # more than the client itself tries
+    hub.broken_commits = 100  # more than the client retries
     with pytest.raises(SystemExit):
         push("--model_dir", directory, "--public")
     assert "repeat it" in capsys.readouterr().err
@@ -215,7 +218,7 @@ def test_a_new_repository_is_private_unless_asked_otherwise(hub, directory):
     assert push_directory(directory, "cub") == f"{hub.endpoint}/user/cub"
     (directory / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config\.json missing"):
-        push_directory(directory, "half")  # nothing is made for it
+        push_directory(directory, "half")  # no repository is created for it
     private = {name: repository["private"] for (_, name), repository in hub.repositories.items()}
     assert private == {"user/fox": True, "user/open": False, "user/cub": True}
 
@@ -293,7 +296,7 @@ def test_what_is_no_whole_model_is_refused(directory, tmp_path):
 
 
 def test_whole_weights_count_before_an_index_that_was_there_first(directory):
-    """As for `from_pretrained`."""
+    """`from_pretrained` also prefers the file of whole weights to an index."""
     (directory / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
     )

@@ -1,4 +1,4 @@
-"""The shape of the package: imports point down only, and what travels with a checkpoint travels whole."""
+"""The structure of the package: imports only point down, and the code saved with a checkpoint is complete."""
 
 import ast
 import re
@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mingru_hf"
-# Files that transformers copies, flat, beside the weights of a checkpoint with custom code; and exporting.py.
+# Files that transformers copies, without folders, next to the weights of a checkpoint; and exporting.py.
 TRAVELLING = sorted(path for path in PACKAGE.glob("*.py") if path.name not in ("__init__.py", "conversion.py"))
 OPTIONAL = {"numba", "triton", "datasets", "accelerate", "matplotlib", "torchvision", "av", "timm"}
 
-# What each file of the package may import from it, lower floors only.
+# The modules of the package that each of its files may import, only from lower layers.
 ALLOWED = {
     "scan_reference": set(),
     "scan_torch": {"scan_reference"},
@@ -51,7 +51,7 @@ ALLOWED = {
 
 
 def imports_of(path):
-    """(module, line, inside try, is relative) of each import statement in a file that can run."""
+    """Yield (module, line, inside try, is relative) for each import in a file, except under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -79,7 +79,7 @@ def test_travelling_files_import_only_flat_neighbours_below_them(path):
 
 @pytest.mark.parametrize("path", TRAVELLING, ids=lambda path: path.stem)
 def test_no_text_looks_like_a_relative_import(path):
-    """transformers finds imports by a regular expression, in docstrings too, and line by line."""
+    """transformers finds imports with a regular expression, line by line, even in docstrings."""
     tree = ast.parse(path.read_text())
     real = {node.lineno: node.end_lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
     for number, text in enumerate(path.read_text().splitlines(), start=1):

@@ -10,12 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import mingru_hf as mingru
 
-# Two float32 evaluations that sum in another order.
+# Two float32 evaluations that sum in different orders.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def hand_written_stack(rnn, x, h):
-    """torch-mingru's stack, one step at a time, from the parameters alone."""
+    """Compute torch-mingru's stack one step at a time, from the parameters alone."""
     parameters = dict(rnn.named_parameters())
     last_states = []
     for i in range(rnn.num_layers):
@@ -156,7 +156,7 @@ def test_bfloat16_layer_scripts():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_pieces_in_16_bits_keep_a_slow_state(make, scripted, autocast, training):
-    """The state comes back unrounded: in bfloat16 it would stop where a step changes it by less than 0.4 %."""
+    """The returned state is not rounded: in bfloat16 it would stop where a step changes it by less than 0.4 %."""
     rnn = mingru.spread_memory_(make(3, 16), 1024)
     x = torch.randn(1, 1500, 3)
     if not autocast:
@@ -193,7 +193,7 @@ def test_sizes_may_be_numpy_integers():
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("steps", [1, 50])
 def test_last_states_have_memory_of_their_own(name, steps):
-    """As nn.GRU's: keeping them keeps no more in memory, and writing to them changes nothing else."""
+    """As with nn.GRU, keeping them keeps no other tensors in memory, and writing to them changes nothing else."""
     rnn = make_layers()[name].eval()
     out, h = rnn(torch.randn(2, steps, rnn.layer_sizes[0]))
     assert all(state.untyped_storage().nbytes() == state.nbytes for state in h)
@@ -286,7 +286,7 @@ def test_bidirectional_draws_its_own_backward_weights_unless_shared():
     x = torch.randn(2, 9, 3)
     torch.testing.assert_close(shared(x)[0][..., 4:], shared.rnn(x.flip(1))[0].flip(1))
     frozen = mingru.Bidirectional(mingru.MinGRU(3, 4).requires_grad_(False))
-    assert all(parameter.requires_grad for parameter in frozen.backward_rnn.parameters())  # nobody has trained these
+    assert all(parameter.requires_grad for parameter in frozen.backward_rnn.parameters())  # these are untrained
     assert not any(parameter.requires_grad for parameter in frozen.rnn.parameters())
     as_torch_mingru = mingru.Bidirectional(shared.rnn, shared_weights=True, aligned=False)
     torch.testing.assert_close(as_torch_mingru(x)[0][..., 4:], shared.rnn(x.flip(1))[0])
@@ -298,7 +298,7 @@ def weight_normed(rnn):
 
 
 def spectral_normed(rnn):
-    torch.nn.utils.spectral_norm(rnn.layers[0].gate_hidden)  # the older one, by a hook
+    torch.nn.utils.spectral_norm(rnn.layers[0].gate_hidden)  # the older implementation, with a hook
     return rnn
 
 
@@ -333,9 +333,9 @@ def pruned(rnn):
         (lambda: mingru.Bidirectional(torch.nn.Linear(3, 4)), "wraps a recurrent layer"),
         (lambda: mingru.MinGRU(3, 4.0), r"integers, got input_size=3 and hidden sizes \[4.0\]"),
         (lambda: mingru.MinGRUCell(3, [4]), r"integers, got input_size=3 and hidden sizes \[\[4\]\]"),
-        (lambda: mingru.Bidirectional(weight_normed(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
-        (lambda: mingru.Bidirectional(spectral_normed(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
-        (lambda: mingru.Bidirectional(pruned(mingru.MinGRU(3, 4))), "register them on the Bidirectional"),
+        (lambda: mingru.Bidirectional(weight_normed(mingru.MinGRU(3, 4))), "register them on it"),
+        (lambda: mingru.Bidirectional(spectral_normed(mingru.MinGRU(3, 4))), "register them on it"),
+        (lambda: mingru.Bidirectional(pruned(mingru.MinGRU(3, 4))), "register them on it"),
         (
             lambda: mingru.Bidirectional(mingru.MinGRU(3, 4))(torch.randn(2, 5, 3), [torch.rand(2, 1, 4)]),
             "must hold 2 states",
@@ -402,7 +402,7 @@ def test_spread_memory_changes_all_layers_or_none():
 
 
 def test_spread_memory_refuses_a_bias_that_is_computed():
-    """It would be computed anew at the next call, and what was drawn be gone."""
+    """The next call would compute the bias again and discard the values that were drawn."""
     pruned, wrapped = mingru.MinGRU(3, 4), mingru.MinGRU(3, 4)
     torch.nn.utils.prune.random_unstructured(pruned.layers[0].gate_hidden, "bias", 0.5)
     wrapped.layers[0].gate_hidden = torch.nn.Sequential(wrapped.layers[0].gate_hidden)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import mingru_hf as mingru
 
-# Two float32 evaluations that sum in another order.
+# Two float32 evaluations that sum in different orders.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 # Odd frames and channels; strides, even kernels, no padding, and layers that keep the size of the frames.
@@ -20,7 +20,7 @@ GEOMETRIES = {
 
 
 def loop_over_frames(conv, x, h):
-    """The recurrence at each pixel, one frame at a time, from the parameters of its convolution alone."""
+    """Run the recurrence at each pixel, one frame at a time, from the parameters of the convolution alone."""
     state, states = h[:, 0], []
     for t in range(x.shape[1]):
         gate, candidate = F.conv2d(x[:, t], conv.weight, conv.bias, conv.stride, conv.padding).chunk(2, dim=1)
@@ -31,7 +31,7 @@ def loop_over_frames(conv, x, h):
 
 
 def hand_written_stack(rnn, x, h):
-    """torch-mingru's stack, frame by frame; a frame that keeps its shape is added to its outputs as it is."""
+    """Compute torch-mingru's stack frame by frame; a frame that keeps its shape is added to its output unchanged."""
     last_states = []
     for i, layer in enumerate(rnn.layers):
         normed, skip = x, x
@@ -104,7 +104,8 @@ def test_parameter_names_are_those_of_torch_mingru():
     )
     parts = ["gate_hidden.weight", "gate_hidden.bias", "norm.weight", "norm.bias"]
     expected = {f"layers.{i}.{part}" for i in range(4) for part in parts}
-    # Layer 0 keeps channels and pixels; the others change pixels, channels and (by an even kernel) pixels again.
+    # Layer 0 keeps channels and pixels. Layer 1 changes the pixels, layer 2 the channels, and layer 3, with an even
+    # kernel, the pixels.
     assert set(rnn.state_dict()) == expected | {f"layers.{i}.res_align.weight" for i in (1, 2, 3)}
     assert rnn.layers[1].res_align.weight.shape == (4, 4, 3, 3)
     assert rnn.layers[1].gate_hidden.weight.shape == (8, 4, 3, 3)
@@ -249,7 +250,7 @@ def test_layers_keep_the_dtype(dtype):
 
 
 def test_frames_with_the_channels_last_in_memory_give_the_same():
-    """Frames decoded to (B, T, H, W, C) and permuted; the inner layers get such frames from a backbone, too."""
+    """Frames decoded to (B, T, H, W, C) and permuted have this layout, as do a backbone's maps on a CPU."""
     rnn = mingru.MinConv2dGRU(8, [8, 6], 3, strides=2, norm=True, residual=True)
     x = torch.randn(2, 4, 9, 8, 8).permute(0, 1, 4, 2, 3)
     parameters = list(rnn.parameters())

@@ -1,15 +1,15 @@
-"""Rows of unequal length and rows of several sequences, through all layers: `mask` and `reset`."""
+"""`mask` and `reset` in all layers, for rows of unequal length and rows of several sequences."""
 
 import pytest
 import torch
 
 import mingru_hf as mingru
 
-# Two float32 evaluations that sum in another order.
+# Two float32 evaluations that sum in a different order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 CLOSE_GRADS = {"rtol": 1e-4, "atol": 1e-4}
 STEPS = 9
-# Where each row's sequences are: padding before, between and after them, rows without padding and one without rest.
+# (start, stop) of the sequences in each row: with padding before, between and after them, and without padding.
 ROWS = [[(0, 9)], [(0, 4)], [(5, 9)], [(2, 5), (5, 8)], [(0, 1), (1, 9)], [(1, 3), (4, 5), (6, 8)]]
 
 
@@ -30,7 +30,7 @@ def make_input(name, num_rows=6):
 
 
 def flags(rows=ROWS):
-    """mask (B, T) and reset (B, T) of rows of sequences."""
+    """Return the mask (B, T) and reset (B, T) of rows of sequences."""
     mask, reset = torch.zeros(len(rows), STEPS, dtype=torch.bool), torch.zeros(len(rows), STEPS, dtype=torch.bool)
     for row, sequences in enumerate(rows):
         for start, stop in sequences:
@@ -51,7 +51,7 @@ def test_sequences_in_a_row_equal_those_by_themselves(name, scripted):
     together = torch.cat([out[row, slice(*s)] for row, sequences in enumerate(ROWS) for s in sequences])
     expected = torch.cat([out[0] for row in alone for out, _ in row])
     torch.testing.assert_close(together, expected, **CLOSE)
-    # Going forward a row ends with its last sequence, going back with its first.
+    # In the forward direction a row ends with its last sequence, in the backward direction with its first.
     num_forward = len(h) // 2 if isinstance(layer, mingru.Bidirectional) else len(h)
     for i, state in enumerate(h):
         last = torch.cat([(row[-1] if i < num_forward else row[0])[1][i] for row in alone])
@@ -113,7 +113,7 @@ def test_scripted_layers_refuse_them_too(name, which):
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("name", ["cell", "stack", "conv_cell", "conv_stack"])
 def test_states_may_be_written_to(name, steps, backend, monkeypatch):
-    """As environments do that end: the state goes back to the beginning in place, gradients and all."""
+    """When an environment ends, its state may be set to the initial value in place; gradients stay correct."""
     if backend == "numba":
         pytest.importorskip("numba")
     monkeypatch.setenv("MINGRU_SCAN", backend)

@@ -1,6 +1,6 @@
-"""Linear maps by other ways: the numbers of F.linear, only where they pay, and on any machine if they are told to.
+"""Faster linear maps: they equal F.linear and run only where they are faster. Fixtures enable them on any machine.
 
-Many rows as convolutions first, then few rows by the kernel.
+Many rows (convolutions) come first, then few rows (the kernel).
 """
 
 import copy
@@ -26,7 +26,7 @@ from mingru_hf.scan_numba import NUMBA_AVAILABLE, numba_linear
 
 @pytest.fixture
 def convolutions(monkeypatch):
-    """As on a Zen 5, where convolutions are faster; the list of those that ran, by the shape of their weight."""
+    """Use convolutions as on a Zen 5, where they are faster; return a list of their weight shapes."""
     shapes, original = [], F.conv2d
 
     def conv2d(x, weight, *args, **kwargs):
@@ -43,7 +43,7 @@ def convolutions(monkeypatch):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """As on a machine where the kernel is faster; the list of the maps that it did, by the shape of their input."""
+    """Use the kernel as on a machine where it is faster; return a list of the input shapes that it handled."""
     if not NUMBA_AVAILABLE:
         pytest.skip(f"no kernel for few rows here: {scan_numba.unavailable_reason()}")
     shapes = []
@@ -69,7 +69,7 @@ def threads(request):
 
 
 def gradients(function, *tensors):
-    """The output and the gradients of a weighted sum of it."""
+    """Return the output and the gradients of its weighted sum."""
     tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     out = function(*tensors)
     weight = torch.linspace(-1, 2, out.numel()).to(out.dtype).reshape(out.shape)
@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_a_matrix_product(shape, bias, threads, convolu
         assert actual.dtype == torch.float32
         assert actual.is_contiguous()
         assert (actual - other).abs().max() <= 1e-6 * other.abs().max()
-    # torch gives a convolution of one row of the batch to oneDNN on several threads only.
+    # On one thread, torch uses oneDNN only from a batch of 16 on, into which 257 rows cannot be divided.
     assert len(convolutions) == (0 if threads == 1 and shape == (1, 257, 333) else 1)
 
 
@@ -130,7 +130,7 @@ def test_many_gradients_at_once(convolutions):
 
 
 def test_recomputed_as_it_was_computed(convolutions):
-    """Counting the operations of the forward pass alone changes nothing for the backward pass."""
+    """A FlopCounterMode around the forward pass alone does not change what the backward pass recomputes."""
     x, weight = torch.randn(512, 200, requires_grad=True), torch.randn(256, 200, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         out = checkpoint(linear, x, weight, use_reentrant=False)
@@ -304,7 +304,7 @@ def test_processors(processor, family):
 
 
 def linear_module_on(monkeypatch, family, *, capability="AVX512", mkl=True, mkldnn=True, scan=""):
-    """The module as it is on a machine with a processor of this family of AMD's."""
+    """Import mingru_hf.linear as on a machine with an AMD processor of this family."""
     monkeypatch.setenv("MINGRU_SCAN", scan)
     text = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\n"
     monkeypatch.setattr(Path, "read_text", lambda self: text)
@@ -354,7 +354,7 @@ def test_a_zen_4_gains_in_large_products_of_many_rows_alone(family, rows, inputs
 
 
 def few_rows(rows, inputs=257, outputs=131, dtype=torch.float32):
-    """Tensors of a map that the kernel takes."""
+    """Return the input, weight and bias of a linear map that the kernel takes."""
     return [torch.randn(size).to(dtype) for size in ((rows, 1, inputs), (outputs, inputs), (outputs,))]
 
 
@@ -364,7 +364,7 @@ def few_rows(rows, inputs=257, outputs=131, dtype=torch.float32):
     ("rows", "inputs", "outputs"),
     [
         *((1, 257, 131), (2, 128, 300), (3, 1000, 1001), (4, 128, 512), (5, 1200, 700), (7, 384, 96), (8, 768, 515)),
-        *((1, 6145, 9), (7, 2000, 1300), (8, 1537, 30)),  # inputs in pieces, float32 alone
+        *((1, 6145, 9), (7, 2000, 1300), (8, 1537, 30)),  # inputs are split into pieces, in float32 only
     ],
 )
 def test_few_rows_are_within_rounding(rows, inputs, outputs, bias, dtype, threads, kernels):
@@ -397,7 +397,7 @@ def test_few_rows_are_within_rounding(rows, inputs, outputs, bias, dtype, thread
     ids=str,
 )
 def test_what_is_just_large_or_small_enough(dtype, rows, inputs, outputs, kernels):
-    """A row more, an input or an output less, and torch does it."""
+    """With one row more, or one input or output fewer, torch does the map if that crosses a limit."""
     most = 16 if dtype == torch.float32 else 8
     sizes = [
         (rows, inputs, outputs),
@@ -441,7 +441,7 @@ def test_few_rows_of_any_strides(view, dtype, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(dtype, kernels):
-    rows = 16 if dtype == torch.float32 else 6  # float32: inputs in pieces, whose sums must not be added twice
+    rows = 16 if dtype == torch.float32 else 6  # float32: inputs are split; no sum may be added twice
     tensors = few_rows(rows, 1000, 1023, dtype)
     before = torch.get_num_threads()
     try:
@@ -602,7 +602,7 @@ def test_decoding_takes_the_kernel_and_gives_the_same_scores(kernels, monkeypatc
         pieces = [model(piece, cache=cache).logits for piece in ids[:, 20:].split(1, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected[:, 20:], rtol=1e-4, atol=1e-5)
     num_maps = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert len(kernels) == 4 * num_maps  # each map of each step
+    assert len(kernels) == 4 * num_maps  # every map of every step
     monkeypatch.setattr(mingru_hf.linear, "FEW_ROWS_ARE_FASTER", False)
     with torch.no_grad():
         cache = model(ids[:, :20]).cache
@@ -613,7 +613,7 @@ def test_decoding_takes_the_kernel_and_gives_the_same_scores(kernels, monkeypatc
 def test_layers_step_by_the_kernel(kernels):
     rnn, x = MinGRU(128, [256, 128], residual=True), torch.randn(2, 9, 128)
     expected, _ = rnn(x)
-    assert not kernels  # gradients
+    assert not kernels  # gradients are needed
     with torch.no_grad():
         out, h = rnn(x[:, :8])
         kernels.clear()

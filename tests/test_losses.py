@@ -1,4 +1,4 @@
-"""The head's loss in pieces against transformers' loss on all logits: the same number, the same gradients."""
+"""The head's loss, computed in pieces: the same value and gradients as transformers' loss on all logits."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ import mingru_hf.losses
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.losses import check_class_ids, classification_loss, head_loss
 
-# Sums of the same float32 numbers in another order.
+# Sums of the same float32 numbers in different orders.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    """Seven rows a piece at the vocabulary of 40: the last piece of 36 or 60 rows is short."""
+    """Make pieces of seven rows for a vocabulary of 40, so that the last piece of 36 or 60 rows is shorter."""
     monkeypatch.setattr(mingru_hf.losses, "PIECE_ELEMENTS", 7 * 40 + 3)
 
 
@@ -78,7 +78,7 @@ def test_another_label_to_ignore():
 
 
 def assert_as_exact(model, exact, **kwargs):
-    """Ours strays from the float32 model about as far as 16-bit products do anyway."""
+    """Check that our results differ from the float32 model's about as much as 16-bit products do anyway."""
     ids = torch.randint(40, (6, 20))
     runs = [loss_and_gradients(model, ids, ids, skip, **kwargs) for skip in (False, True)]
     loss, gradients = loss_and_gradients(exact, ids, ids, skip_logits=False)
@@ -138,7 +138,7 @@ def test_two_backward_passes_add_up():
     torch.testing.assert_close(model.lm_head.weight.grad, 2 * once, **FLOAT32)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracing
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from torch's tracing
 def test_compiled_in_one_graph():
     model, ids = make_model(lm_head_bias=True), torch.randint(40, (3, 12))
     plain = loss_and_gradients(model, ids, ids, skip_logits=False)
@@ -151,7 +151,7 @@ def test_compiled_in_one_graph():
 
 
 def test_the_logits_of_all_places_are_never_there(monkeypatch):
-    """The largest tensor that the head's loss makes has the size of a piece, or of the weight."""
+    """The largest tensor that the head's loss creates is as large as the hidden states."""
     largest = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
@@ -173,7 +173,7 @@ def test_the_logits_of_all_places_are_never_there(monkeypatch):
 
 
 def make_rows(vocab_size=40, num_rows=60, width=16, bias=True):
-    """A head with a bias of its own, what it reads and the labels of the places themselves."""
+    """Return a head, its inputs, and labels that are already shifted."""
     head, hidden = nn.Linear(width, vocab_size, bias=bias), torch.randn(num_rows, width, requires_grad=True)
     return head, hidden, torch.randint(vocab_size, (num_rows,))
 
@@ -248,7 +248,7 @@ def test_pieces_are_bounded_by_the_vocabulary_not_by_the_width():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_second_derivatives_equal_those_of_all_logits(tied):
-    """A penalty on the gradients, as in meta-learning; for a tied weight the rows are made of it, too."""
+    """A penalty on the gradients, as in meta-learning; if the weight is tied, the head's inputs depend on it, too."""
     model = make_model(lm_head_bias=True, tie_word_embeddings=tied)
     ids = torch.randint(40, (3, 12))
     labels = ids.clone()
@@ -334,7 +334,7 @@ def test_labels_that_do_not_fit_are_refused():
         classification_loss(torch.rand(4), logits, config)
 
 
-# ---- when ----
+# ---- when logits are skipped ----
 
 
 def test_the_config_skips_logits_in_training_with_labels_only(tmp_path):
@@ -349,7 +349,7 @@ def test_the_config_skips_logits_in_training_with_labels_only(tmp_path):
 
 
 def test_a_head_that_is_more_than_its_weight_is_called():
-    """An adapter, say: its part of the logits must not be lost."""
+    """For example, an adapter's part of the logits must not be lost."""
     model, ids = make_model(), torch.randint(40, (2, 5))
     before = model(ids, labels=ids, skip_logits=True).loss
 
@@ -367,7 +367,7 @@ def test_a_head_that_is_more_than_its_weight_is_called():
     torch.testing.assert_close(model(ids, labels=ids, skip_logits=True).loss, output.loss, **FLOAT32)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # from dynamo itself
 def test_a_subclass_compiles_in_one_graph():
     class Another(MinGRUForCausalLM):
         pass
@@ -408,7 +408,7 @@ def test_mistakes_are_named():
 @pytest.mark.parametrize("kind", ["autocast", "model"])
 @pytest.mark.parametrize("scale", [1.0, 65536.0], ids=["plain", "loss scale"])
 def test_float16_holds_the_sums_of_many_rows(kind, scale, monkeypatch):
-    """Rows with a direction in common and a frequent label: the sum over them is beyond float16, its mean is not."""
+    """The rows share a direction and one label is frequent: the sum over them overflows float16, the mean does not."""
     monkeypatch.setattr(mingru_hf.losses, "PIECE_ELEMENTS", 2**23)
     hidden = F.layer_norm(torch.randn(1, 120_000, 8) + 3 * torch.randn(8), (8,))
     labels = torch.where(torch.rand(1, 120_000) < 0.6, 5, torch.randint(64, (1, 120_000)))

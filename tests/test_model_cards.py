@@ -1,4 +1,4 @@
-"""The cards in model_cards/ are valid on the Hub, quote LOG.md, and what they tell a reader to run runs."""
+"""The cards in model_cards/ are valid on the Hub, quote LOG.md, and give commands that the scripts understand."""
 
 import re
 import runpy
@@ -16,7 +16,7 @@ LOG = (ROOT / "LOG.md").read_text()
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_metadata_is_valid(path):
-    data = ModelCard.load(path).data  # parses the YAML, and a model-index if there is one
+    data = ModelCard.load(path).data  # parses the YAML and, if present, the model-index
     assert data.library_name == "transformers"
     assert data.license == "apache-2.0"
     assert data.tags
@@ -36,8 +36,8 @@ def test_card_says_what_a_reader_needs_and_quotes_the_log(path):
     results = text[text.index("## Results") :]
     results = results[: results.index("\n## ")]
     numbers = [n for n in re.findall(r"\d[\d,.]*\d", results) if len(re.sub(r"\D", "", n)) >= 3]
-    assert numbers or "not been" in results  # either measured, or said not to be
-    for number in numbers:  # those of three digits and more, whole
+    assert numbers or "not been" in results  # either measured, or described as not measured
+    for number in numbers:  # of at least three digits; a part of a longer number in LOG.md does not count
         found = re.search(rf"(?<![\d,.]){re.escape(number)}(?!\d|[,.]\d)", LOG)
         assert found, f"{path.name} quotes {number}, which LOG.md does not have"
 

@@ -31,7 +31,7 @@ from mingru_hf import (
     MinConvGRUModel,
 )
 
-# Logits of a few units in float32; convolutions of other batch sizes sum in another order.
+# For float32 logits of a few units; convolutions with different batch sizes sum in different orders.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
@@ -63,7 +63,7 @@ def assert_close(actual, expected):
 
 
 def make_model(kind="resnet", **overrides):
-    """A tiny classifier whose weights are large enough that its logits vary from frame to frame."""
+    """Return a tiny classifier whose weights are large enough that its logits vary from frame to frame."""
     options = copy.deepcopy(MODEL_KINDS[kind]) | {"num_labels": 5, "initializer_range": 0.5} | overrides
     model = MinConvGRUForVideoClassification(MinConvGRUConfig(**options)).eval()
     for module in model.modules():
@@ -88,7 +88,7 @@ def frames():
 
 
 class ReferenceClassifier(nn.Module):
-    """torch-mingru's UCF101 classifier: VGG16 cut after its poolings, and a head on each part's features."""
+    """torch-mingru's UCF101 classifier: VGG16 split after its pooling layers, and a head on each part's features."""
 
     def __init__(self, num_labels):
         super().__init__()
@@ -119,8 +119,8 @@ class ReferenceClassifier(nn.Module):
 
 
 def converted(state_dict):
-    """torch-mingru's names -> this model's: the parts' indices run on, as in torchvision's and timm's VGG."""
-    starts = [0, 5, 10, 17, 24]  # layers in front of each part
+    """Rename torch-mingru's parameters; indices continue from part to part, as in torchvision's and timm's VGG."""
+    starts = [0, 5, 10, 17, 24]  # number of layers before each part
     result = {}
     for name, tensor in state_dict.items():
         group, depth, rest = name.split(".", 2)
@@ -281,7 +281,7 @@ def test_frames_of_another_precision_are_taken(frames):
 
 @torch.no_grad()
 def test_a_replica_without_parameters_of_its_own_runs(frames):
-    """As DataParallel makes them: plain tensors stand in the parameters' places."""
+    """DataParallel creates such replicas, with plain tensors in place of the parameters."""
     model = make_model()
     expected, replica = model(frames).logits, copy.deepcopy(model)
     for module in replica.modules():
@@ -369,7 +369,7 @@ def test_a_cache_is_copied_saved_and_reordered(frames, tmp_path):
 
 
 def pad(clips, lengths, side):
-    """Clips (B, T, ...) cut to their first frames and padded with loud noise, and the mask."""
+    """Return clips (B, T, ...) cut to their first frames and padded with strong noise, and the mask."""
     frames, mask = 10 * torch.randn_like(clips), torch.zeros(clips.shape[:2], dtype=torch.long)
     for row, length in enumerate(lengths):
         place = {"right": slice(0, length), "left": slice(clips.shape[1] - length, None)}.get(side)
@@ -397,7 +397,7 @@ def test_a_padded_clip_equals_the_clip_alone(kind, side, frames):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("cuts", [[1] * 7, [3, 3, 1]])
 def test_padded_clips_stream(side, cuts, frames):
-    """Pieces in which a clip has no frame at all, before its first or after its last, leave it as it was."""
+    """A piece without a frame of a clip, before its first or after its last one, leaves its state unchanged."""
     model = make_model()
     lengths = [7, 1, 4]
     padded, mask = pad(frames, lengths, side)
@@ -409,7 +409,7 @@ def test_padded_clips_stream(side, cuts, frames):
             parts.append(outputs.frame_logits)
     assert_close(outputs.logits, whole.logits)
     assert_close(torch.cat(parts, 1), whole.frame_logits)
-    if side == "right":  # through padding the last real frame's logits are held
+    if side == "right":  # padding repeats the logits of the last real frame
         assert_close(whole.frame_logits[1], whole.logits[1].expand(7, -1))
 
 
@@ -472,13 +472,13 @@ def test_a_frozen_backbone_stays_as_it_is(frames, tmp_path):
 @pytest.mark.parametrize("frozen", ["embedder", "convolutions"])
 @pytest.mark.parametrize("layer_type", ["preactivation", "bottleneck"])
 def test_a_half_frozen_backbone_with_group_norms_trains(layer_type, frozen, channels_last, frames):
-    """In the order of memory that convolutions run in on a CPU, torch 2.13 would crash here."""
+    """In channels-last memory format, in which convolutions run on a CPU, torch 2.13 would crash here."""
     sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 2, "out_indices": [2]}
     model = make_model(backbone_config=BitConfig(layer_type=layer_type, **sizes)).train()
     bit = model.model.backbone.bit
     for name, parameter in bit.named_parameters():
         parameter.requires_grad_(parameter.ndim < 4 if frozen == "convolutions" else "embedder" not in name)
-    if channels_last:  # as decoded frames lie in memory
+    if channels_last:  # the memory layout of decoded frames
         frames = frames.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         model = model.to(memory_format=torch.channels_last)
     model(frames, labels=torch.tensor([0, 1, 2])).loss.backward()
@@ -561,7 +561,7 @@ def test_a_backbone_saved_in_16_bits_gives_a_model_of_one_dtype(dtype, frames, t
 
 
 def test_a_pretrained_timm_backbone_is_taken_over(frames, monkeypatch):
-    """With weights drawn here in place of downloaded ones, the statistics of batch norms included."""
+    """Random weights replace the downloaded ones, including the statistics of batch norms."""
     timm = pytest.importorskip("timm", reason="the backbone comes from it")
     created, create_model = [], timm.create_model
 
@@ -761,7 +761,7 @@ def test_loss_for_each_kind_of_problem(frames):
 
 
 def test_a_training_step_waits_for_no_number_of_a_device(frames):
-    """Of "meta", which has none: to ask for one is an error."""
+    """Tensors on the meta device have no values, so reading one raises an error."""
     outputs = make_model().to("meta")(frames.to("meta"), labels=torch.zeros(3, dtype=torch.long, device="meta"))
     outputs.loss.backward()
     assert outputs.loss.shape == ()
@@ -771,7 +771,7 @@ def test_a_training_step_waits_for_no_number_of_a_device(frames):
     "labels", [torch.tensor([4, -100, 1]), torch.rand(3, 5), torch.rand(3)], ids=["class ids", "several", "regression"]
 )
 def test_losses_of_accumulated_batches_add_up(frames, labels):
-    """As transformers' Trainer accumulates gradients: the sum over micro-batches is the mean over the batch."""
+    """As Trainer accumulates gradients, the losses of the micro-batches sum to the mean over the batch."""
     model = make_model(num_labels=1 if labels.dim() == 1 and labels.is_floating_point() else 5)
     count = labels.ne(-100).sum()
     parts = [
@@ -819,10 +819,10 @@ IDS = torch.tensor([0, 1])
         (lambda m: m(), "exactly one of pixel_values_videos and pixel_values"),
         (lambda m: m(CLIPS, pixel_values=CLIPS), "exactly one of pixel_values_videos and pixel_values"),
         (lambda m: m(CLIPS, attention_mask=torch.ones(2, 4)), r"must have shape \(2, 3\) \(B, T\), got \(2, 4\)"),
-        (lambda m: m(CLIPS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "leaves a clip without a frame"),
+        (lambda m: m(CLIPS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "masks every frame of a clip"),
         (lambda m: m(CLIPS, labels=torch.tensor([0, 5])), r"between 0 and 4 \(or be -100\), got 0 to 5"),
         (lambda m: m(CLIPS, labels=torch.tensor([-1, 0])), "got -1 to 0"),
-        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are those of 2"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are of 2"),
         (lambda m: m(CLIPS, cache=cache_of(torch.zeros(2, 3, 3, 64, 64))), "or to frames of another size"),
         (lambda m: m(CLIPS, cache=cache_of(CLIPS, num_hidden_layers=3)), "it belongs to another model"),
         (lambda m: m(CLIPS, cache=cache_of(CLIPS, pooled_size=1)), "it belongs to another model"),
@@ -874,7 +874,7 @@ def test_frames_may_be_called_pixel_values(frames):
 
 @torch.no_grad()
 def test_dropout_acts_between_the_layers_alone(frames):
-    """At a probability of 1 the first layer sees the feature maps, and the second nothing."""
+    """At a probability of 1, the first layer sees the feature maps, and the second sees zeros."""
     model = make_model(dropout=1.0, num_hidden_layers=2, norm=False, residual=False).model.train()
     model.freeze_backbone()
     _, first, second = model(frames, output_hidden_states=True).hidden_states[:3]

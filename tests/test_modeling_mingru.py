@@ -34,7 +34,7 @@ from mingru_hf.data.text import build_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "scripts" / "configs"
 
-# Logits of a few units in float32; matrix products of other row counts round differently.
+# For float32 logits of a few units; matrix products with different numbers of rows round differently.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2}
@@ -76,7 +76,7 @@ def test_rows_of_unequal_length_equal_each_alone(model, input_ids):
     mask = torch.arange(12) < torch.tensor(lengths)[:, None]
     ids = input_ids.masked_fill(~mask, 0)
     output = model(ids, attention_mask=mask.long(), use_cache=True)
-    following = model(input_ids[:, :2], cache=output.cache).logits  # goes on from each row's last real token
+    following = model(input_ids[:, :2], cache=output.cache).logits  # continues from each row's last real token
     for row, length in enumerate(lengths):
         alone = model(torch.cat([ids[row, :length], input_ids[row, :2]]).unsqueeze(0)).logits[0]
         assert_close(output.logits[row, :length], alone[:length])
@@ -93,7 +93,7 @@ def test_masked_tokens_inside_a_row_are_skipped(model, input_ids):
 
 
 def packing(marks, lengths):
-    """How transformers' collators tell of documents of these lengths in one row."""
+    """Return how transformers' collators mark documents of these lengths in one row."""
     return {
         "position_ids": {"position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)},
         "seq_idx": {
@@ -145,7 +145,7 @@ def test_borders_outside_the_rows_count_for_nothing(model, input_ids):
 
 
 def test_masks_and_borders_on_the_meta_device(model, monkeypatch):
-    monkeypatch.delenv("MINGRU_SCAN", raising=False)  # kernels for one kind of device can be asked for there
+    monkeypatch.delenv("MINGRU_SCAN", raising=False)  # it may ask for kernels of another kind of device
     flags = {"attention_mask": torch.ones(2, 5), "position_ids": torch.zeros(2, 5, dtype=torch.long)}
     model, ids = model.to("meta"), torch.zeros(2, 5, dtype=torch.long, device="meta")
     for name, values in flags.items():
@@ -173,7 +173,7 @@ def test_generate_continues_the_last_packed_document(model, input_ids, marks, op
     expected = model.generate(ids[:, 7:], **options)[:, 5:]
     generated = model.generate(ids, **packing(marks, [4, 3, 5]), **options)[:, 12:]
     assert torch.equal(generated, expected)
-    if marks != "cu_seq_lens_q":  # which knows one row only
+    if marks != "cu_seq_lens_q":  # whose offsets would have to be shifted, not padded
         mask = F.pad(torch.ones(1, 12), (2, 0))
         padded = {name: F.pad(tensor, (2, 0)) for name, tensor in packing(marks, [4, 3, 5]).items()}
         generated = model.generate(F.pad(ids, (2, 0)), attention_mask=mask, **padded, **options)[:, 14:]
@@ -220,7 +220,7 @@ def test_embeddings_instead_of_ids(model, input_ids):
 def test_logits_to_keep_and_hidden_states(model, input_ids):
     output = model(input_ids, output_hidden_states=True)
     assert_close(model(input_ids, logits_to_keep=2).logits, output.logits[:, -2:])
-    assert_close(model(input_ids, logits_to_keep=-2).logits, output.logits[:, 2:])  # as slices go in transformers
+    assert_close(model(input_ids, logits_to_keep=-2).logits, output.logits[:, 2:])  # as transformers slices
     widths = [model.config.hidden_size, *model.config.block_sizes]
     assert [state.shape for state in output.hidden_states] == [(3, 12, width) for width in widths]
     assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
@@ -270,7 +270,7 @@ def test_dropout_acts_in_training_and_where_its_module_is_switched_on(input_ids,
 
 @torch.no_grad()
 def test_dropout_empties_the_branches_or_the_blocks(input_ids):
-    """At a probability of 1: of what a branch adds nothing is left, and of every block but the last."""
+    """At 1, residual_dropout makes branches add nothing, and block_dropout makes all blocks but the last output 0."""
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "conv_kernel": 0, "initializer_range": 0.3}
     model = MinGRUModel(MinGRUConfig(**sizes, residual_dropout=1.0)).train()
     assert_close(model(input_ids).last_hidden_state, model.norm(model.embed_tokens(input_ids)))
@@ -297,7 +297,7 @@ def test_width_of_the_mlp():
 
 @torch.no_grad()
 def test_autocast_keeps_a_float32_residual_and_16_bit_states(input_ids):
-    """The states that go straight into the residual sum are float32, those that a matrix product reads 16 bits."""
+    """States that go straight into the residual sum are float32; those that a matrix product reads are bfloat16."""
     for use_out_proj, expected in ((False, torch.float32), (True, torch.bfloat16)):
         config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, expand=1, use_out_proj=use_out_proj)
         mixer = MinGRUModel(config).train().layers[0].mixer
@@ -364,7 +364,7 @@ def test_training_builds_no_cache_unless_asked(model, input_ids):
     model.train()
     assert model(input_ids).cache is None
     assert model(input_ids, use_cache=True).cache is not None
-    model.activation_checkpointing_enable()  # runs forward twice, and would move the state on twice
+    model.activation_checkpointing_enable()  # runs forward twice, which would advance the state twice
     assert model(input_ids, use_cache=True).cache is None
     model.eval()
     assert model(input_ids, use_cache=True).cache is not None
@@ -399,7 +399,7 @@ def test_packed_and_padded_rows_compile_without_a_break(model, input_ids):
     mask = torch.ones_like(input_ids)
     mask[1, :3] = 0
     kwargs = {"attention_mask": mask, "position_ids": torch.arange(6).repeat(2).unsqueeze(0)}
-    torch._dynamo.reset()  # what other tests have compiled counts towards its limit
+    torch._dynamo.reset()  # what other tests compiled counts towards the recompile limit
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(input_ids, **kwargs).logits[mask > 0], model(input_ids, **kwargs).logits[mask > 0])
 
@@ -478,10 +478,10 @@ def test_positions_of_too_few_tokens_are_refused(model, input_ids, use_cache):
 @pytest.mark.parametrize("seen", [12, 10])
 @pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 4}], ids=str)
 def test_a_cache_that_has_seen_all_ids_is_refused(model, input_ids, seen, settings):
-    """transformers would slice [:, -0:], that is, have the whole prompt read a second time."""
+    """transformers would slice [:, -0:], and the model would read the whole prompt a second time."""
     cache = model(input_ids[:, :12], use_cache=True).cache
     ids = input_ids[:, :seen]
-    with pytest.raises(ValueError, match="The cache has seen 12 tokens, and the ids passed with it hold no further"):
+    with pytest.raises(ValueError, match="has seen 12 tokens, and the ids passed with it contain no further"):
         model.generate(ids, cache=cache, max_new_tokens=2, **settings)
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="The cache has seen 12 tokens"):
@@ -500,7 +500,7 @@ def test_prefill_in_chunks(model, input_ids, chunk):
     assert torch.equal(actual, expected)
     embeds = model.get_input_embeddings()(input_ids)
     for ids in ({}, {"input_ids": input_ids}):
-        with pytest.raises(ValueError, match="prefill_chunk_size cuts input_ids into chunks, and cannot cut"):
+        with pytest.raises(ValueError, match="prefill_chunk_size splits input_ids into chunks and cannot split"):
             model.generate(**ids, inputs_embeds=embeds, max_new_tokens=8, prefill_chunk_size=chunk)
 
 
@@ -543,7 +543,7 @@ def test_padding_at_the_end_of_a_prompt_is_skipped_in_a_chunk_of_one_token(model
     model.generate(input_ids, attention_mask=mask, max_new_tokens=1, cache=cache, prefill_chunk_size=chunk)
     alone = model(input_ids[1:2, :7], use_cache=True).cache
     assert_close(cache.layers[-1].state[1:2], alone.layers[-1].state)
-    # The next turn brings one token, and none for that row.
+    # The next turn brings one token, which is padding for that row.
     ids = torch.cat([input_ids, torch.tensor([[5], [0], [6]])], dim=1)
     mask = torch.cat([mask, torch.tensor([[1], [0], [1]])], dim=1)
     model.generate(ids, attention_mask=mask, max_new_tokens=1, cache=cache)
@@ -573,7 +573,7 @@ def test_quantized_cache_is_refused(model, input_ids):
 @pytest.mark.parametrize("roles", ["assisted by its like", "assisted by GPT-2", "assistant of GPT-2"])
 def test_assisted_decoding_gives_the_greedy_tokens(model, input_ids, roles):
     other = copy.deepcopy(model)
-    for parameter in other.parameters():  # agrees often, not always
+    for parameter in other.parameters():  # agrees with the model often, but not always
         parameter.data += 0.02 * torch.randn_like(parameter)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
     main, assistant = {
@@ -602,17 +602,17 @@ def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
 
 
 def test_blocks_taken_away_are_numbered_anew(input_ids):
-    """The cache tells by its first place whether it has seen a token."""
+    """The cache's first layer tells whether the cache has seen a token."""
     config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()
     del model.model.layers[0]
     whole = model(input_ids, use_cache=False).logits
     with pytest.raises(
-        ValueError, match=r"places \[1, 2\] in a cache of 3.*num_hidden_layers, and each block's layer_idx"
+        ValueError, match=r"layer_idx \[1, 2\], but the cache has 3 .*num_hidden_layers, and each block's layer_idx"
     ):
         model(input_ids)
     model.config.num_hidden_layers = 2
-    with pytest.raises(ValueError, match=r"places \[1, 2\] in a cache of 2"):
+    with pytest.raises(ValueError, match=r"layer_idx \[1, 2\], but the cache has 2"):
         model(input_ids)
     for i, block in enumerate(model.model.layers):
         block.layer_idx = i
@@ -641,7 +641,7 @@ def test_generation_from_nothing(model):
     model.generation_config.bos_token_id = 1
     assert model.generate(max_new_tokens=3).shape == (1, 4)
     for use_cache in (True, False):
-        with pytest.raises(ValueError, match=r"holds? no token"):
+        with pytest.raises(ValueError, match="prompt is empty"):
             model.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=3, use_cache=use_cache)
 
 
@@ -670,7 +670,7 @@ def test_sequence_classification_reads_the_last_real_token(input_ids):
         classifier(input_ids)
     classifier.config.pad_token_id = 0
     assert_close(classifier(right).logits, alone)
-    last = torch.ones_like(ids)  # without a mask all of them are read
+    last = torch.ones_like(ids)  # without a mask, all tokens are read
     assert_close(classifier(ids).logits, classifier(ids, attention_mask=last).logits)
     assert_close(classifier(inputs_embeds=classifier.get_input_embeddings()(input_ids[:1, :7])).logits, alone)
 
@@ -689,7 +689,7 @@ def test_a_row_that_has_ended_is_not_classified_at_its_padding(input_ids):
         classifier(input_ids[:, 6:], attention_mask=mask, cache=cache)
     with pytest.raises(ValueError, match=r"input_ids must have shape \(B, T\), got \(12,\)"):
         classifier(input_ids[0], attention_mask=mask)
-    cache.batch_select_indices(rows)  # the refused call has not moved it on
+    cache.batch_select_indices(rows)  # the refused call has not advanced the cache
     logits = classifier(input_ids[rows, 6:], attention_mask=mask[rows], cache=cache).logits
     assert_close(logits, classifier(input_ids, attention_mask=mask).logits[rows])
 
@@ -754,7 +754,7 @@ def test_sequence_classification_losses(input_ids, num_labels, labels, problem):
     ],
 )
 def test_losses_of_accumulated_batches_add_up(input_ids, model_class, labels):
-    """As transformers' Trainer accumulates gradients: the sum over micro-batches is the mean over the batch."""
+    """As Trainer accumulates gradients, the losses of the micro-batches sum to the mean over the batch."""
     if labels.shape == input_ids.shape:
         labels = labels.clone()
         labels[0, :7] = -100
@@ -785,11 +785,11 @@ def test_losses_of_a_16_bit_model_are_float32(input_ids, model_class, labels):
 
 
 class Tagger(MinGRUForTokenClassification):
-    """By whose name transformers would take the loss of a language model."""
+    """A subclass for which transformers, going by the class name, would use a language model's loss."""
 
 
 class Judge(MinGRUForSequenceClassification):
-    """The same for whole rows."""
+    """The same for sequence classification."""
 
 
 @pytest.mark.parametrize("model_class", [Tagger, Judge])
@@ -936,7 +936,7 @@ def test_the_papers_block_written_by_hand(input_ids):
         ({"input_ids": torch.ones(1, 2, dtype=torch.long), "inputs_embeds": torch.randn(1, 2, 16)}, "exactly one"),
         ({"input_ids": torch.tensor([[3, 40]])}, "between 0 and 39, got 3 to 40"),
         ({"input_ids": torch.tensor([3, 4])}, r"input_ids must have shape \(B, T\)"),
-        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "hold no token"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "inputs are empty"),
         ({"inputs_embeds": torch.randn(1, 2, 17)}, "inputs_embeds must have shape"),
         ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 4)}, "attention_mask must"),
         ({"input_ids": torch.ones(2, 5, dtype=torch.long), "attention_mask": torch.ones(1, 5)}, "attention_mask must"),
@@ -966,13 +966,13 @@ def test_wrong_input_is_named(model, kwargs, message):
 
 
 def test_borders_of_documents_in_several_rows(model):
-    """cu_seq_lens_q counts through the rows, as for flash attention."""
+    """The offsets in cu_seq_lens_q continue from row to row, as for flash attention."""
     ids = torch.randint(1, 40, (3, 7))
     packed = model(ids, cu_seq_lens_q=torch.tensor([0, 3, 7, 14, 15, 20, 21])).logits
     for row, borders in enumerate(([0, 3, 7], [0, 7], [0, 1, 6, 7])):
         for first, last in itertools.pairwise(borders):
             assert_close(packed[row, first:last], model(ids[row : row + 1, first:last]).logits[0])
-    cache = model(ids, use_cache=True).cache  # the first document of a row continues
+    cache = model(ids, use_cache=True).cache  # the first document of each row continues
     whole = model(torch.cat([ids, ids], dim=1)).logits[:, 7:]
     assert_close(model(ids, cache=cache, cu_seq_lens_q=torch.tensor([0, 7, 14, 21])).logits, whole)
 
@@ -986,7 +986,7 @@ def test_what_tokenizers_and_older_code_pass_on_is_accepted(model, input_ids):
 def test_unknown_arguments_are_not_swallowed(model, input_ids):
     with pytest.raises(TypeError, match="attention_maks"):
         model(input_ids, attention_maks=torch.ones_like(input_ids))
-    model(input_ids, head_mask=None)  # as old programs pass it; it asks for nothing
+    model(input_ids, head_mask=None)  # as old programs pass it; None asks for nothing
 
 
 def test_nothing_is_logged_while_saving_and_loading(tmp_path, model, caplog):
@@ -997,7 +997,7 @@ def test_nothing_is_logged_while_saving_and_loading(tmp_path, model, caplog):
 
 
 def test_generation_stops_at_strings():
-    """The tokenizer that generate() needs for them is none of the model's arguments."""
+    """generate() needs the tokenizer for stop strings, but the model does not take it as an argument."""
     tokenizer = build_tokenizer("char", ["abcdefg.\n"])
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2)).eval()
     ids = tokenizer("abc", return_tensors="pt").input_ids
@@ -1014,7 +1014,7 @@ def test_new_weights_have_the_deviation_they_should(make, initializer_range):
     sizes = {"vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1, "conv_kernel": 4}
     model = make(MinGRUConfig(**sizes, initializer_range=initializer_range))
     block = model.model.layers[0]
-    # Uniform within 1 / sqrt(taps), as PyTorch does for one channel in.
+    # Uniform within +-1 / sqrt(taps), as in PyTorch for one input channel per group.
     assert block.conv.conv.weight.std().item() == pytest.approx(0.5 / 3**0.5, rel=0.1)
     assert block.conv.conv.weight.abs().max().item() <= 0.5
     for linear in (block.mixer.gate_hidden, block.mixer.out_proj, block.mlp.down_proj):
@@ -1046,7 +1046,7 @@ def test_a_new_state_remembers_as_long_as_asked(make, tmp_path):
     memory = 1 / torch.sigmoid(torch.stack(gates)) - 1  # z = 1 / (1 + m)
     assert 1 <= memory.min() < 1.1
     assert 230 < memory.max() <= 256
-    # Log-uniform: as many channels up to 16 steps as from there to 256.
+    # Log-uniform: as many channels remember up to 16 steps as remember 16 to 256.
     assert (memory < 16).float().mean().item() == pytest.approx(0.5, abs=0.05)
     assert not torch.equal(gates[0], gates[1])
     model.save_pretrained(tmp_path)
@@ -1057,7 +1057,7 @@ def test_a_new_state_remembers_as_long_as_asked(make, tmp_path):
 
 @torch.no_grad()
 def test_a_single_token_is_no_exception(model, input_ids):
-    """It goes a shorter way, which must know the same settings and arguments."""
+    """A single token takes a shorter code path, which must know the same settings and arguments."""
     cache = model(input_ids, use_cache=True).cache
     model.config.output_hidden_states = True
     states = model(input_ids[:, :1], cache=cache).hidden_states
@@ -1116,7 +1116,7 @@ def test_sequence_classification_goes_on_from_its_cache(input_ids):
     assert_close(model(input_ids[:, 7:], cache=copy.deepcopy(first.cache)).logits, model(input_ids).logits)
     assert model(input_ids, use_cache=False).cache is None
     mask = torch.ones_like(input_ids)
-    mask[1, :3] = mask[2, 10:] = 0  # in columns that the cache has seen, and in those it has not
+    mask[1, :3] = mask[2, 10:] = 0  # in tokens that the cache has seen, and in new ones
     first = model(input_ids[:, :7], attention_mask=mask[:, :7], use_cache=True)
     goes_on = model(input_ids[:, 7:], attention_mask=mask, cache=first.cache).logits
     assert_close(goes_on, model(input_ids, attention_mask=mask).logits)
@@ -1132,7 +1132,7 @@ def test_dropout_in_front_of_the_classifier(input_ids, model_class):
 
 @torch.no_grad()
 def test_rows_of_embeddings_end_at_the_last_token(input_ids):
-    """Nothing tells padding there."""
+    """Embeddings do not show where the padding is."""
     model = MinGRUForSequenceClassification(MinGRUConfig(**{**CLASSIFIER, "pad_token_id": None})).eval()
     embeddings = model.model.embed_tokens(input_ids)
     expected = torch.cat([model(inputs_embeds=row.unsqueeze(0)).logits for row in embeddings])
@@ -1141,7 +1141,7 @@ def test_rows_of_embeddings_end_at_the_last_token(input_ids):
 
 @torch.no_grad()
 def test_padding_inside_packed_rows_of_generate(model, input_ids):
-    """The mask and the positions that are given count, and stay as they are."""
+    """generate() uses the mask and the positions that it is given, and leaves them unchanged."""
     mask = torch.ones_like(input_ids)
     mask[0, :3] = 0
     seq_idx = torch.tensor([[0] * 5 + [1] * 7])
@@ -1155,7 +1155,7 @@ def test_padding_inside_packed_rows_of_generate(model, input_ids):
 
 @torch.no_grad()
 def test_generate_knows_where_the_last_packed_document_begins(model, input_ids):
-    """Behind its padding, in the columns of the mask that are of these tokens, and as positions tell as well."""
+    """It begins after padding, in a mask that also covers cached tokens, or where position_ids restart."""
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = torch.cat([model.generate(row[None, 8:], **settings)[:, 4:] for row in input_ids])
     seq_idx = torch.tensor([[0] * 4 + [1] * 8])

@@ -1,4 +1,4 @@
-"""Who is watching: torch's transforms and modes are noticed, and a torch with other names is got along with."""
+"""Observers: torch's transforms, modes and hooks are detected, and a torch with other private names still works."""
 
 import subprocess
 import sys

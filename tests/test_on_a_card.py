@@ -1,4 +1,4 @@
-"""Whole models on a CUDA card give the numbers of the CPU; the kernels' own tests are in test_scan_triton.py."""
+"""Whole models on a CUDA card give the results of the CPU; the kernels are tested in test_scan_triton.py."""
 
 import copy
 
@@ -19,11 +19,11 @@ DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
-    # The compiler's advice for cards from the A100 on.
+    # The compiler gives this advice on cards from the A100 on.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 
-# Sums of some hundred numbers in float32, in another order.
+# Sums of a few hundred float32 numbers in a different order.
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
@@ -132,7 +132,7 @@ def test_video_as_a_clip_and_as_a_stream():
 
 
 def test_a_mask_on_the_cpu(model, on_card, input_ids):
-    """As models of transformers take it; all ones, and with padding."""
+    """As for models in transformers, the attention mask may be on the CPU: all ones, or with padding."""
     for masked in (0, 3):
         mask = torch.ones_like(input_ids)
         mask[0, :masked] = 0

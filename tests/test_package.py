@@ -1,4 +1,4 @@
-"""The distribution: what a wheel holds, and that it installs and runs in an environment of its own."""
+"""The distributions: their contents, and that the wheel installs and runs in its own environment."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """The folder with the source distribution and the wheel made of it, from a copy: a build leaves files behind."""
+    """Build source distribution and wheel in a copy, since a build leaves files behind, and return their folder."""
     directory = tmp_path_factory.mktemp("distributions")
     source = directory / "source"
     source.mkdir()
@@ -59,7 +59,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 
 def test_wheel_installs_and_runs_in_an_environment_of_its_own(wheel, tmp_path):
-    """Its own site-packages come first; the dependencies, already tested as installed, are lent by this one."""
+    """The wheel comes first on the path; the dependencies are those of the current environment, tested elsewhere."""
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True)

@@ -42,7 +42,7 @@ COMMANDS = [
 def demo_directory(tmp_path, monkeypatch):
     """A working directory in which `make demo` might have run: a tiny model in runs/demo."""
     monkeypatch.chdir(tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of another snippet's training
+    AcceleratorState._reset_state(reset_partial_state=True)  # remove the state of another snippet's training
     tokenizer = build_tokenizer("char", ["ROMEO:\n\nJULIET:\nabcdefghijklmnopqrstuvwxyz ,.'!"])
     config = MinGRUConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, pad_token_id=0)
     MinGRUForCausalLM(config).save_pretrained("runs/demo")
@@ -51,7 +51,7 @@ def demo_directory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shapes_directory(demo_directory):
-    """The same after training on videos: a tiny model in runs/shapes, and a clip."""
+    """Add a tiny model in runs/shapes, as training on videos would leave it, and a clip."""
     pytest.importorskip("av", reason="videos are read and written by PyAV")
     pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
     backbone = ResNetConfig(
@@ -63,7 +63,7 @@ def shapes_directory(demo_directory):
     write_video("clip.mp4", make_moving_shape(0, num_frames=6, size=32))
 
 
-@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # Trainer, where there is no GPU
+@pytest.mark.filterwarnings("ignore:.pin_memory. argument:UserWarning")  # from Trainer, where there is no GPU
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 @pytest.mark.usefixtures("demo_directory")
 def test_snippets_run_as_printed(index, request):
@@ -74,7 +74,7 @@ def test_snippets_run_as_printed(index, request):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
 def test_commands_are_understood(command, monkeypatch):
-    """Parsed by the script itself; a file that only a user has is not looked for."""
+    """The script itself parses each command; files that only a user has need not exist."""
     _, script, *arguments = shlex.split(command)
     parse_args = runpy.run_path(str(ROOT / script))["parse_args"]
     parse_args(arguments)

@@ -26,16 +26,16 @@ hypothesis = pytest.importorskip("hypothesis", reason="the property tests are wr
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-# The same examples in every run, and no clock: other jobs share the machine.
+# The same examples in every run, and no deadline: other jobs share the machine.
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 BACKENDS = ["torch", *(["numba"] if NUMBA_AVAILABLE else [])]
-# Relative to values of about 1: float32 and float64 differ in the order of sums, bfloat16 rounds inputs and outputs.
+# For values of about 1: float32 and float64 sums differ in their order, bfloat16 rounds inputs and outputs.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
 
 
 @st.composite
 def scan_inputs(draw):
-    """Pre-activations, state, mask and reset of any small shape, scale and dtype, with a place to cut."""
+    """Draw pre-activations, state, mask and reset of any small shape, scale and dtype, and a position to cut at."""
     batch, steps, channels = draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.integers(1, 9))
     trailing = draw(st.sampled_from([(), (2,), (2, 3)]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -102,7 +102,7 @@ def any_model(request):
 
 @st.composite
 def batches(draw):
-    """Rows of documents: ids, a mask with padding anywhere, positions that begin anew, and cuts of the columns."""
+    """Draw rows of documents: ids, a mask with padding anywhere, starts of documents, and column cuts."""
     batch, steps = draw(st.integers(1, 3)), draw(st.integers(1, 24))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     ids = torch.randint(0, 20, (batch, steps), generator=generator)
@@ -118,7 +118,7 @@ def batches(draw):
 @torch.no_grad()
 def test_padded_packed_and_cut_rows_equal_each_document_alone(any_model, batch):
     ids, mask, starts, cuts = batch
-    positions = torch.where(starts, 0, 7)  # only a 0 means anything
+    positions = torch.where(starts, 0, 7)  # only a 0 has a meaning: a document starts
     whole = any_model(ids, attention_mask=mask.long(), position_ids=positions).logits
     cache, parts, begin = DynamicCache(config=any_model.config), [], 0
     for end in cuts:
@@ -186,7 +186,7 @@ def test_another_kind_of_model_is_refused(directory, tmp_path):
 
 
 class Trap:
-    """Pickled, it would make a file when it is loaded."""
+    """An object whose pickle would create a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -204,7 +204,7 @@ def test_pickled_code_never_runs(directory, tmp_path):
 
 
 def test_loading_and_running_write_nothing_into_the_directory(directory):
-    """It may be read-only, or another process's. Root may write there all the same: then only the times tell."""
+    """The directory may be read-only or in use. Root can write to it anyway, so modification times are compared."""
     before = {path.name: path.stat().st_mtime_ns for path in directory.iterdir()}
     for path in (*directory.iterdir(), directory):
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -230,7 +230,7 @@ def test_nan_is_told_from_infinity(dtype, values):
 
 
 def test_weights_without_nan_are_only_summed_at_load(directory, monkeypatch):
-    """To look for NaN value by value took five sixths of the loading of a large model."""
+    """Checking value by value for NaN took five sixths of the time to load a large model."""
     isnan, sizes = torch.Tensor.isnan, []
     monkeypatch.setattr(torch.Tensor, "isnan", lambda tensor: sizes.append(tensor.numel()) or isnan(tensor))
     AutoModelForCausalLM.from_pretrained(directory)

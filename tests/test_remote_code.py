@@ -1,4 +1,4 @@
-"""A saved directory carries its code: it loads where the package is not installed, and beside it."""
+"""A saved directory carries its code: it loads without the package, and in the same process as the package."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def files_imported(name, found=()):
-    """The file and all files of the package that it imports, as it runs."""
+    """Return the names of a file and of all files of the package that it imports when it runs."""
     found = {*found, f"{name}.py"}
     for module, _, _, relative in imports_of(ROOT / "mingru_hf" / f"{name}.py"):
         if relative and f"{module[1:]}.py" not in found:
@@ -36,7 +36,7 @@ TEXT = "the quick brown fox jumps over the lazy dog.\n"
 
 
 def run_python(code, cwd, *args):
-    """Run code in a fresh process with warnings as errors, its own cache of modules, and no way to ask a user."""
+    """Run code in a fresh process with warnings as errors, its own module cache, and no input to ask a user."""
     environment = {**os.environ, "HF_HOME": str(cwd / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-P", "-W", "error", "-c", code, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -50,7 +50,7 @@ def tiny_config(**kwargs):
 
 @pytest.fixture
 def directory(tmp_path):
-    """A saved language model with its tokenizer."""
+    """Save a language model with its tokenizer."""
     tokenizer = build_tokenizer("char", [TEXT])
     MinGRUForCausalLM(tiny_config(scan_backend="torch")).eval().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -79,7 +79,7 @@ def test_a_subclass_travels_only_if_it_asks(tmp_path):
     model = Mine(MyConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.py"))
-    assert not json.loads((tmp_path / "config.json").read_text())["auto_map"]  # which would name files
+    assert not json.loads((tmp_path / "config.json").read_text())["auto_map"]  # an auto_map would name missing files
     with torch.no_grad():
         logits = model.eval()(torch.tensor([[1, 2]])).logits
         torch.testing.assert_close(MinGRUForCausalLM.from_pretrained(tmp_path)(torch.tensor([[1, 2]])).logits, logits)
@@ -117,7 +117,7 @@ def test_nothing_asks_for_trust_where_the_package_is_imported(directory, monkeyp
 
 
 def test_directory_loads_without_the_package_and_saves_whole_again(directory, tmp_path):
-    """All heads, no kernels' packages, the same tokens, and a second directory with the same code and weights."""
+    """All heads load without numba and triton, give the same tokens, and are saved with the same code and weights."""
     code = """
 import json, sys
 for name in ("mingru_hf", "numba", "triton"):
@@ -152,7 +152,7 @@ print(json.dumps({"loaded": loaded, "logits": logits, **written}))
 
     for module, missing in result["loaded"].values():
         assert module == "transformers_modules"
-        assert all(key.startswith("score.") for key in missing), missing  # the classifiers, new in any case
+        assert all(key.startswith("score.") for key in missing), missing  # these weights are new in any case
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     inputs = tokenizer(["the quick", "fox"], return_tensors="pt", padding=True)
@@ -254,7 +254,7 @@ print(json.dumps(results))
 
 
 def test_checkpoints_with_code_of_two_versions_live_in_one_process(directory, tmp_path):
-    """transformers' table of cache layers is one for all: who comes last must not bring the others to fall."""
+    """Both versions share transformers' table of cache layers: the one loaded last must not break the other."""
     later = tmp_path / "later"
     shutil.copytree(directory, later)
     for name in ("cache_mingru.py", "modeling_mingru.py"):

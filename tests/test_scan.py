@@ -1,4 +1,4 @@
-"""The scan: every backend against a float64 loop, outputs and gradients, and what wrong input gets."""
+"""The scan: outputs and gradients of every backend compared with a float64 loop, and the errors for wrong input."""
 
 import contextlib
 import os
@@ -25,14 +25,14 @@ FAST_BACKENDS = ["torch", pytest.param("numba", marks=needs_numba)]
 
 # Largest relative error of a state in float32 against float64, at any T: a few roundings, since errors decay.
 FLOAT32_RELATIVE = 1e-5
-# Gradients may cancel, so they are compared with the largest of them.
+# The terms of a gradient may cancel, so its error is relative to its largest element.
 GRADIENT_RELATIVE = 1e-5
-# One rounding of the result to bfloat16 (8 bits) on either side, and one more in the gradient's own output.
+# One rounding of the result to bfloat16 (8 bits), up or down. Gradients are rounded once more themselves.
 BFLOAT16_RELATIVE = 2.0**-8
 
 
 def make_inputs(batch, steps, channels, trailing=(), scale=2.0, flags=""):
-    """Pre-activations, state, and the flags named ("mask", "reset"), all of them in float32."""
+    """Return float32 pre-activations and initial state, and the boolean flags named in `flags` ("mask", "reset")."""
     x = scale * torch.randn(batch, steps, 2 * channels, *trailing)
     h0 = torch.rand(batch, 1, channels, *trailing) + 0.01
     mask = torch.rand(batch, steps) > 0.3 if "mask" in flags else None
@@ -41,7 +41,7 @@ def make_inputs(batch, steps, channels, trailing=(), scale=2.0, flags=""):
 
 
 def run(x, h0, mask, reset, weight, function, **kwargs):
-    """States and the gradients of a weighted sum of them."""
+    """Return the states, and the gradients of their weighted sum with respect to x and h0."""
     x, h0 = x.detach().requires_grad_(), h0.detach().requires_grad_()
     states = function(x, h0, mask, reset, **kwargs)
     (states * weight.to(states.dtype)).sum().backward()
@@ -49,7 +49,7 @@ def run(x, h0, mask, reset, weight, function, **kwargs):
 
 
 def scan_and_last(*args, **kwargs):
-    """States plus twice the last one: a function of both results."""
+    """Return the states plus twice the last state: a function of both results of the scan."""
     states, last = mingru_scan(*args, return_last_state=True, **kwargs)
     return states + 2 * last
 
@@ -95,7 +95,8 @@ def test_a_bias_meets_bfloat16_inputs(backend, states_dtype):
     exact = scan_reference((x.double() + bias), h0.double())
     states = mingru_scan(x, h0, bias=bias, backend=backend, dtype=states_dtype)
     assert states.dtype == states_dtype
-    # The torch backend adds in bfloat16, as a projection would: three roundings, of the bias, the sum and the state.
+    # The torch backend adds the bias in bfloat16, as a projection would, which makes three roundings: of the bias, the
+    # sum and the state.
     assert error_over_largest(states, exact) <= (3 if backend == "torch" else 1) * BFLOAT16_RELATIVE
 
 
@@ -130,7 +131,7 @@ def test_a_single_step_is_a_scan_of_one_step(backend, shape, dtype):
 )
 @pytest.mark.parametrize("trailing", [(), (2, 3)], ids=["rows", "frames"])
 def test_vmap_runs_the_samples_as_one_batch(mapped, trailing, backend):
-    """Over any of the inputs, along any axis of theirs, twice over; with gradients."""
+    """Map over any of the inputs, along their first or last axis and in nested calls, with gradients."""
     shape = {"x": (2, 5, 6, *trailing), "h0": (2, 1, 3, *trailing), "bias": (6,), "mask": (2, 5), "reset": (2, 5)}
     names, mapped = list(shape), mapped.split()
     inputs, in_dims = [], []
@@ -164,7 +165,7 @@ def test_vmap_runs_the_samples_as_one_batch(mapped, trailing, backend):
 
 
 def test_without_rows_a_bias_has_a_gradient_of_zero():
-    """Not None, which DistributedDataParallel takes for a parameter that is not used."""
+    """Not None: DistributedDataParallel would take the bias for an unused parameter."""
     bias = torch.randn(6, requires_grad=True)
     mingru_scan(torch.randn(0, 5, 6), bias=bias).sum().backward()
     assert torch.equal(bias.grad, torch.zeros(6))
@@ -173,7 +174,7 @@ def test_without_rows_a_bias_has_a_gradient_of_zero():
 @pytest.mark.parametrize("scan", [mingru_scan, mingru_step])
 @pytest.mark.parametrize("name", ["h0", "bias"])
 def test_inputs_on_another_device_are_refused(scan, name):
-    """Not read as if they were here: a kernel gets no more than an address."""
+    """A kernel receives only addresses and would read the inputs as if they were on the CPU."""
     inputs = {"h0": torch.ones(2, 1, 3), "bias": torch.ones(6)}
     inputs[name] = inputs[name].to("meta")
     with torch.no_grad(), pytest.raises(ValueError, match=f"{name} must be on cpu, .* got meta"):
@@ -187,7 +188,7 @@ def test_flags_on_another_device_are_refused(name):
         mingru_scan(torch.randn(2, 1, 6), **flags)
 
 
-# The last three are cut into chunks of time by the torch scan, two of them with a rest.
+# The torch scan cuts (1, 70, 3) and the last three into chunks of time; all but (1, 16, 1) leave a remainder.
 @pytest.mark.parametrize(
     "shape", [(1, 5, 1), (1, 70, 3), (2, 9, 257), (2, 5, 3, (4, 5)), (1, 16, 1), (2, 1003, 5, (2, 3)), (1, 1030, 130)]
 )
@@ -208,12 +209,12 @@ def test_odd_shapes_and_trailing_axes(backend, shape):
 )
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_long_sequences_keep_their_precision(backend, bias, scale, steps):
-    """Also where the state remembers millions of steps, and changes by less than its rounding at each."""
+    """This includes states that remember millions of steps and change at each step by less than their rounding."""
     x, h0, _, _ = make_inputs(1, steps, 3, scale=1.0)
     x[..., :3] = scale * x[..., :3] + bias + torch.tensor([0.0, 0.2, 0.5])
     weight = torch.randn(1, steps, 3)
     states, grad_x, grad_h0 = run(x, h0, None, None, weight, mingru_scan, backend=backend)
-    # The loop's gradients take minutes.
+    # The loop would take minutes to compute the gradients.
     expected = run(x.double(), h0.double(), None, None, weight, mingru_scan, backend=backend)
     largest = 1e-6 if backend == "numba" else 1e-5
     assert relative_error(states, scan_reference(x.double(), h0.double())) <= largest
@@ -225,7 +226,7 @@ def test_long_sequences_keep_their_precision(backend, bias, scale, steps):
 @pytest.mark.parametrize("kind", ["below the bound", "above it", "masked between", "with a period", "for a while"])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_long_memory_is_noticed(backend, kind, pieces):
-    """The torch scan looks at a few gates to tell whether float32 is enough."""
+    """The torch scan samples a few gates to decide whether float32 is precise enough."""
     steps = 20_000
     x, h0, _, _ = make_inputs(1, steps, 2, scale=1.0)
     x[..., :2], mask = {"below the bound": -4.86, "above it": -4.84}.get(kind, -9.0), None
@@ -234,7 +235,7 @@ def test_a_long_memory_is_noticed(backend, kind, pieces):
         x[:, ::16, :2] = 3.0
     if kind == "with a period":
         x[:, ::16, :2] = -5.0
-    if kind == "for a while":  # and in one channel
+    if kind == "for a while":  # and in one channel only
         x[:, 4000:, 0] = x[:, :, 1] = 0.0
     with torch.no_grad():
         expected, states, state = scan_reference(x.double(), h0.double(), mask), [], h0
@@ -250,10 +251,10 @@ def test_a_long_memory_is_noticed(backend, kind, pieces):
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, -6.0), (0.0, 0.0)])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_memory_from_one_block_to_the_next(backend, scale, bias, flags):
-    """What a chunk of time began with reaches through all of it, or is 1e-5 of most states where a block ends."""
-    x, h0, mask, _ = make_inputs(1, 1000, 128, flags=flags)
+    """The torch scan cuts time into 54 chunks of 55 steps, done in blocks of 18: memory outlasts them, or fades."""
+    x, h0, mask, _ = make_inputs(1, 3000, 128, flags=flags)
     x[:, :, :128] = scale * x[:, :, :128] + bias
-    weight = torch.randn(1, 1000, 128)
+    weight = torch.randn(1, 3000, 128)
     expected = run(x.double(), h0.double(), mask, None, weight, scan_reference)
     actual = run(x, h0, mask, None, weight, mingru_scan, backend=backend)
     assert relative_error(actual[0], expected[0]) <= FLOAT32_RELATIVE
@@ -291,9 +292,9 @@ def test_bfloat16_rounds_only_its_inputs_and_outputs(backend, steps):
 def test_the_last_state_and_its_gradients(backend, shape, flags, wanted):
     x, h0, mask, reset = make_inputs(*shape, flags=flags)
     if flags == "slow":
-        x[:, :, : shape[2]] -= 12  # pieces of time that begin with a guess never meet the true state
+        x[:, :, : shape[2]] -= 12  # pieces of time that start from a guess never reach the true state
     if reset is not None:
-        reset[:, shape[1] // 2 :] = False  # else little flows back
+        reset[:, shape[1] // 2 :] = False  # otherwise little gradient flows back
     of_states, of_last = torch.randn(shape[0], shape[1], *h0.shape[2:]), 10 * torch.randn_like(h0)
 
     def run(x, h0, scan):
@@ -368,7 +369,7 @@ def test_second_derivatives(backend, shape, flags):
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_second_derivatives_in_16_bits(backend):
-    """Of the rounded inputs, with one more rounding of each result; of one result alone as well."""
+    """Equal exact derivatives at the rounded inputs up to one more rounding, also from a single first gradient."""
 
     def penalty(x, h0, bias, wanted):
         inputs = [tensor.requires_grad_() for tensor in (x, h0, bias)]
@@ -387,7 +388,7 @@ def test_second_derivatives_in_16_bits(backend):
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_penalty_on_gradients_and_third_derivatives(backend):
-    """Where what comes into the backward pass depends on the inputs as well."""
+    """The gradient that enters the backward pass depends on the inputs, too."""
 
     def derivatives(backend):
         inputs = [tensor.clone().requires_grad_() for tensor in originals]
@@ -407,7 +408,7 @@ def test_a_penalty_on_gradients_and_third_derivatives(backend):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivatives_through_the_loop_take_linear_time(order):
-    """The backward pass of an index fills a tensor of all steps: one a step would make it quadratic."""
+    """The backward pass of an index fills a tensor of all steps: one index per step would take quadratic time."""
     x = torch.randn(2, 50, 4, requires_grad=True)
     if order == 1:
         root = scan_reference(x).sum()
@@ -423,7 +424,7 @@ def test_derivatives_through_the_loop_take_linear_time(order):
 @pytest.mark.parametrize("backend", ["auto", *FAST_BACKENDS])
 @pytest.mark.parametrize("flags", ["", "mask reset"])
 def test_torch_func_differentiates_the_kernels(flags, backend):
-    """As often as is asked, in any order with vmap; with a bias for all samples or one for each."""
+    """Any number of times and in any order with vmap, with one bias for all samples or one for each."""
     shared = torch.randn(8)
     x, h0, mask, reset = make_inputs(3, 5, 4, flags=flags)
 
@@ -456,7 +457,7 @@ def test_torch_func_differentiates_the_kernels(flags, backend):
 
 
 def test_torch_func_leaves_the_kernels_to_auto(monkeypatch):
-    """The loop is for forward mode."""
+    """The "auto" backend needs the loop only in forward mode."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     monkeypatch.setattr(mingru_hf.scan, "_IN_OPERATORS_OF_TORCH", {})
     x = torch.randn(3, 2, 5, 4)
@@ -487,8 +488,8 @@ def test_derivatives_by_torch_func_and_in_forward_mode(monkeypatch):
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, tangent)
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(loss(dual, h0)).tangent, expected)
-    # Not a derivative of zero from a kernel that cannot be seen into.
-    with pytest.raises(ValueError, match=r"'torch' cannot run here: forward mode cannot see into it"):
+    # Forward mode cannot see into a kernel: the result is an error, not a derivative of zero.
+    with pytest.raises(ValueError, match=r"'torch' cannot be used here: it has no derivative in forward mode"):
         torch.func.jvp(lambda x: loss(x, h0, "torch"), (x,), (tangent,))
 
 
@@ -558,7 +559,7 @@ def test_signs_that_are_yet_to_be_turned(backend, steps):
     with torch.enable_grad():
         biased = mingru_scan(leaf, -h0, bias=torch._neg_view(bias), backend=backend)
     torch.testing.assert_close(biased, mingru_scan(-x, -h0, bias=-bias, backend=backend))
-    later = torch.complex(torch.zeros(1, 1, 1), h0).conj().imag  # -h0 when somebody looks
+    later = torch.complex(torch.zeros(1, 1, 1), h0).conj().imag  # -h0, as a lazy negation
     torch.testing.assert_close(mingru_scan(-x, later, backend=backend), expected)
 
 
@@ -573,7 +574,7 @@ def test_shapes_alone_on_the_meta_device(grad):
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 600, 8)], ids=["steps", "chunks"])
 def test_the_torch_scan_looks_at_no_number_off_the_cpu(shape):
-    """Which a GPU would be waited for; on the meta device it is an error."""
+    """Reading a value would make the CPU wait for the GPU; on the meta device it raises an error."""
     x, flags = torch.empty(shape, device="meta"), torch.empty(shape[:2], dtype=torch.bool, device="meta")
     states, last = torch_forward(x, None, flags, flags, torch.float32)
     grad_x, grad_h0 = torch_backward(states, last, x, None, states, flags, flags)
@@ -582,7 +583,7 @@ def test_the_torch_scan_looks_at_no_number_off_the_cpu(shape):
 
 
 def test_the_torch_scan_launches_little_off_the_cpu():
-    """A launch takes as long as many numbers."""
+    """A kernel launch takes as long as the arithmetic on many elements."""
 
     class Count(TorchDispatchMode):
         total = 0
@@ -605,7 +606,7 @@ def test_the_torch_scan_launches_little_off_the_cpu():
 @pytest.mark.parametrize("scan", [mingru_scan, mingru_step])
 @pytest.mark.parametrize("kind", ["meta", "fake"])
 def test_a_step_of_what_holds_no_numbers(kind, scan):
-    """Not from the memory that a kernel would take its address for."""
+    """Meta and fake tensors have no memory that a kernel could read."""
     empty = FakeTensorMode().from_tensor if kind == "fake" else lambda tensor: tensor.to("meta")
     x, h0 = empty(torch.randn(2, 1, 6)), empty(torch.rand(2, 1, 3))
     for h in (h0, None):
@@ -613,7 +614,7 @@ def test_a_step_of_what_holds_no_numbers(kind, scan):
         assert type(state) is type(x)
         assert state.device == x.device
         assert state.shape == (2, 1, 3)
-    states = mingru_scan(empty(torch.randn(2, 5, 6)), mask=empty(torch.ones(2, 5)))  # whose numbers nobody can check
+    states = mingru_scan(empty(torch.randn(2, 5, 6)), mask=empty(torch.ones(2, 5)))  # which cannot be checked
     assert states.shape == (2, 5, 3)
 
 
@@ -628,7 +629,7 @@ def test_saturated_gates_stay_finite_with_true_gradients(backend):
         assert result.isfinite().all()
         assert error_over_largest(result, reference) <= GRADIENT_RELATIVE
         assert (result.double() * reference >= 0).all()  # underflow to zero is allowed, a wrong sign is not
-    x, h0, weight = x[torch.randperm(49)].reshape(1, 49, 2), h0[:1], torch.ones(1, 49, 1)  # and one after the other
+    x, h0, weight = x[torch.randperm(49)].reshape(1, 49, 2), h0[:1], torch.ones(1, 49, 1)  # all pairs in one sequence
     expected = run(x.double(), h0.double(), None, None, weight, scan_reference)
     actual = run(x, h0, None, None, weight, mingru_scan, backend=backend)
     assert relative_error(actual[0], expected[0]) <= FLOAT32_RELATIVE
@@ -697,7 +698,7 @@ def test_not_even_nan_crosses_a_reset(backend):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_bad_numbers_and_resets_in_chunks_of_time(backend, bad):
-    """225 steps are 15 chunks of 15: whatever the place, what a reset cuts off stays as it was."""
+    """225 steps form 15 chunks of 15. Wherever the bad value lies, it changes nothing beyond the reset."""
     x, h0, mask, _ = make_inputs(1, 225, 3, flags="mask")
     weight = torch.randn(1, 225, 3)
     for bad_step, reset_step in [(0, 14), (0, 15), (4, 100), (14, 15), (15, 16), (29, 31), (100, 224)]:
@@ -712,7 +713,7 @@ def test_bad_numbers_and_resets_in_chunks_of_time(backend, bad):
         assert grad_x[0, reset_step:].isfinite().all()
         grad_x[0, bad_step:reset_step, [1, 4]] = clean[1][0, bad_step:reset_step, [1, 4]]
         torch.testing.assert_close((states, grad_x, grad_h0), clean, rtol=0, atol=0)
-        poisoned = weight.clone()  # and a bad gradient on its way back
+        poisoned = weight.clone()  # a bad gradient does not flow back across the reset
         poisoned[0, reset_step + 1 :, 1] = bad
         _, grad_x, grad_h0 = run(x, h0, mask, reset, poisoned, mingru_scan, backend=backend)
         torch.testing.assert_close(
@@ -765,7 +766,7 @@ def test_empty_batches_and_sequences(backend, shape):
     h0 = torch.rand(shape[0], 1, shape[2] // 2, *shape[3:], requires_grad=True)
     states, last = mingru_scan(x, h0, backend=backend, return_last_state=True)
     assert states.shape == (shape[0], shape[1], shape[2] // 2, *shape[3:])
-    assert torch.equal(last, h0)  # where there is one, no step changes it
+    assert torch.equal(last, h0)  # no step changes any element of h0
     (states.sum() + last.sum()).backward()
     assert x.grad.shape == shape
     assert torch.equal(h0.grad, torch.ones_like(h0))
@@ -777,7 +778,7 @@ def test_empty_batches_and_sequences(backend, shape):
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.uint8])
 @pytest.mark.parametrize("backend", ["reference", "auto", *FAST_BACKENDS])
 def test_flags_may_be_zeros_and_ones(backend, dtype):
-    """As an attention_mask is."""
+    """An attention_mask holds zeros and ones."""
     x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
     expected = mingru_scan(x, h0, mask, reset, backend=backend)
     actual = mingru_scan(x, h0, mask.to(dtype), reset.to(dtype), backend=backend)
@@ -789,7 +790,7 @@ def test_flags_may_be_zeros_and_ones(backend, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("steps", [1, 9])
 def test_states_of_any_dtype(steps, dtype):
-    """Where the kernels have none of these, another scan runs."""
+    """If the kernels do not support the dtype, another backend runs."""
     x, h0, _, _ = make_inputs(2, steps, 3)
     states = mingru_scan(x, h0, dtype=dtype)
     assert states.dtype == dtype
@@ -821,7 +822,7 @@ def test_log_scan_agrees_while_it_is_short(steps):
 
 
 def test_log_scan_has_a_gradient_at_any_candidate():
-    """-0.5, too: g(v) is v + 0.5 elsewhere, whose logarithm has none there."""
+    """At -0.5 too, where the branch log(v + 0.5), which is not selected, would have no finite gradient."""
     x = torch.tensor([0.3, -0.5]).expand(1, 4, 2)
     weight = torch.ones(1, 4, 1)
     expected = run(x, torch.ones(1, 1, 1), None, None, weight, mingru_scan, backend="reference")
@@ -865,15 +866,15 @@ def test_environment_variable_forces_a_backend(monkeypatch):
     monkeypatch.setenv("MINGRU_SCAN", "log")
     with pytest.raises(ValueError, match="cannot reset"):
         mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool))
-    mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool), backend="torch")  # an argument says more
-    monkeypatch.setenv("MINGRU_SCAN", "")  # as good as not set
+    mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool), backend="torch")  # the argument takes precedence
+    monkeypatch.setenv("MINGRU_SCAN", "")  # the same as not set
     mingru_scan(x, reset=torch.zeros(1, 4, dtype=torch.bool))
     monkeypatch.setenv("MINGRU_SCAN", "quick")
     with pytest.raises(ValueError, match="MINGRU_SCAN 'quick'"):
         mingru_scan(x)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own, torch 2.15
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from opcheck, torch 2.15
 def test_the_operator_passes_opcheck():
     x, h0, mask, reset = make_inputs(2, 9, 3, flags="mask reset")
     operator = torch.ops.mingru_hf_v4.scan.default
@@ -922,7 +923,7 @@ def test_the_profiler_names_the_scan_and_the_numbers_stay(backend):
 
 @pytest.fixture
 def compiler():
-    """Torch's, without what it remembers of the functions that other tests compiled."""
+    """Yield torch.compile, without the cached results of other tests."""
     torch._dynamo.reset()
     yield torch.compile
     torch._dynamo.reset()
@@ -939,7 +940,7 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_are_compiled(transform, compiler, monkeypatch):
-    """A compiler that is handed a derivative; the kernels have no part in it, and no zero is given instead."""
+    """A compiled function that takes a derivative does not use the kernels, and the derivative is not zero instead."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     x, _, mask, reset = make_inputs(3, 6, 2, flags="mask reset")
     bias = torch.randn(4)
@@ -958,7 +959,7 @@ def test_transforms_are_compiled(transform, compiler, monkeypatch):
 
 
 def test_a_compiled_scan_is_used_in_transforms(compiler, monkeypatch):
-    """One after another: the compiler leaves the operators' own code alone where it has given up on a caller."""
+    """Use one compiled function in several transforms: after a graph break, the operators' own code is not traced."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     x = torch.randn(3, 5, 8)
     compiled = compiler(mingru_scan, backend="aot_eager")
@@ -980,7 +981,7 @@ def test_what_was_traced_before_has_no_tangent_of_zero(monkeypatch):
 
 
 def test_forward_mode_of_others_changes_nothing(compiler):
-    """Its level is the whole process's: another thread may have entered it."""
+    """The level of forward mode is global to the process: another thread may have entered it."""
     x = torch.randn(2, 5, 8)
     expected = torch.func.grad(lambda x: scan_reference(x).square().sum())(x)
     compiled = compiler(lambda x: mingru_scan(x).square().sum(), backend="aot_eager")
@@ -1002,7 +1003,7 @@ def test_forward_mode_of_others_changes_nothing(compiler):
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_a_gradient_is_differentiated_forward(backend):
-    """Of a scan that ran before forward mode began."""
+    """The scan itself ran before forward mode began."""
     x, h0, mask, reset = make_inputs(2, 5, 4, flags="mask reset")
     grad, tangent = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
 
@@ -1042,7 +1043,7 @@ def test_not_even_nan_crosses_a_reset_in_compiled_derivatives():
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_tracers_and_transforms_see_the_operator(grad, backend):
-    """Not the memory that a kernel writes behind their backs."""
+    """Otherwise tracers and transforms would miss what a kernel writes to memory."""
     x, other = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
 
     def function(x):
@@ -1058,7 +1059,7 @@ def test_tracers_and_transforms_see_the_operator(grad, backend):
 
 @pytest.mark.parametrize("shape", [(4, 12, 16), (3, 1, 6), (2, 9, 8, 2, 3)])
 def test_compiled_by_default_it_is_the_kernels_with_their_gradients(shape):
-    """Torch 2.9's compiler says of every function that it is being exported."""
+    """The compiler of torch 2.9 reports every function as being exported."""
     x = torch.randn(shape, requires_grad=True)
     weight = torch.randn(scan_reference(x).shape)
     graphs = []
@@ -1071,7 +1072,7 @@ def test_compiled_by_default_it_is_the_kernels_with_their_gradients(shape):
     (gradient,) = torch.autograd.grad((compiled(x) * weight).sum(), x)
     (expected,) = torch.autograd.grad((scan_reference(x) * weight).sum(), x)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
-    assert ("mingru_hf" in graphs[0]) == (shape[1] > 1)  # a single step is made of torch's own operators
+    assert ("mingru_hf" in graphs[0]) == (shape[1] > 1)  # a single step uses torch's own operators
 
 
 def test_an_exported_scan_can_be_trained():
@@ -1088,7 +1089,7 @@ def test_an_exported_scan_can_be_trained():
 
 
 def test_a_second_copy_of_the_files_uses_the_same_operator(tmp_path):
-    """As when code loaded from a Hub meets the installed package in one process."""
+    """This happens if code loaded from a Hub and the installed package run in one process."""
     (tmp_path / "copied").mkdir()
     for path in Path(mingru_hf.scan.__file__).parent.glob("*.py"):
         if path.stem.startswith("scan") or path.stem == "observers":
@@ -1125,23 +1126,23 @@ def test_a_backend_runs_its_own_kernels_both_ways(monkeypatch, backend):
 
 def test_impossible_choices_say_why(monkeypatch):
     x = torch.randn(2, 5, 4)
-    with pytest.raises(ValueError, match=r"'triton' cannot run here: .*[Tt]riton"):
+    with pytest.raises(ValueError, match=r"'triton' cannot be used here: .*[Tt]riton"):
         mingru_scan(x, backend="triton")
-    with pytest.raises(ValueError, match="'numba' cannot run here: "):
+    with pytest.raises(ValueError, match="'numba' cannot be used here: "):
         mingru_scan(x.half(), backend="numba")
-    with pytest.raises(ValueError, match="'numba' cannot run here: it runs on the CPU, and the tensors are on meta"):
+    with pytest.raises(ValueError, match="cannot be used here: it runs on the CPU, but the tensors are on meta"):
         mingru_scan(x.to("meta"), backend="numba")
     monkeypatch.setattr(mingru_hf.scan, "numba_unavailable_reason", lambda: "there is no numba")
     with pytest.raises(ValueError, match="there is no numba"):
         mingru_scan(x, backend="numba")
-    mingru_scan(x)  # "auto" goes on without it
+    mingru_scan(x)  # "auto" runs without numba
 
 
 @pytest.mark.parametrize(
     "fault", [None, "mask", "reset", "start", "16 bits", "32 bits", "last state", "one gradient", "memory"]
 )
 def test_kernels_of_a_card_are_tried_with_all_that_is_optional(fault, monkeypatch):
-    """The torch scan stands in for them here."""
+    """The torch scan stands in for the Triton kernels here."""
     forward, backward = mingru_hf.scan.KERNELS["torch"]
 
     def faulty_forward(x, h0, mask, reset, dtype):
@@ -1176,7 +1177,7 @@ def test_kernels_of_a_card_are_tried_with_all_that_is_optional(fault, monkeypatc
 
 @pytest.mark.parametrize("broken", ["missing", "broken"])
 def test_package_works_where_numba_does_not(tmp_path, broken):
-    """Missing: not a word. Installed and broken: one warning."""
+    """No warning if numba is missing, and one warning if it is installed but broken."""
     if broken == "broken":
         (tmp_path / "numba.py").write_text("raise RuntimeError('built for another NumPy')")
     code = """

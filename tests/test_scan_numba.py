@@ -1,4 +1,4 @@
-"""The fused CPU scan: against the float64 loop, on threads, in forked processes, and where numba is missing."""
+"""The fused CPU scan: compared with the float64 loop, on threads, in forked processes, and without numba."""
 
 import functools
 import gc
@@ -22,7 +22,8 @@ needs_numba = pytest.mark.skipif(
 
 # Largest relative error of a state against float64, at any T: a few roundings, since errors decay.
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8 * 1.001, torch.float64: 1e-13}
-# Gradients may cancel, so they are compared with the largest of them; the last bfloat16 is their own rounding.
+# The terms of a gradient may cancel, so its error is relative to its largest element. In bfloat16 the gradient
+# itself is rounded once more.
 GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float64: 1e-13}
 
 VARIANTS = [
@@ -35,7 +36,7 @@ VARIANTS = [
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads, for this test only."""
+    """Yield a function that sets the number of threads for this test only."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -50,13 +51,13 @@ def make_inputs(batch, steps, channels, flags="", dtype=torch.float32, scale=2.0
 
 
 def run(x, h0, mask, reset, weight, dtype):
-    """States, and the gradients of their weighted sum, by the kernels."""
+    """Return the states and the gradients of their weighted sum, computed by the kernels."""
     states, _ = scan_numba.numba_forward(x, h0, mask, reset, dtype)
     return states, *scan_numba.numba_backward(weight, None, x, h0, states, mask, reset)
 
 
 def run_reference(x, h0, mask, reset, weight):
-    """The same three in float64 by the loop."""
+    """Return the same three tensors, computed in float64 by the loop."""
     x = x.double().requires_grad_()
     h0 = torch.full_like(x[:, :1, : x.shape[2] // 2], 0.5) if h0 is None else h0.double()
     h0 = h0.detach().requires_grad_()
@@ -112,7 +113,7 @@ def test_gradcheck():
 
 @needs_numba
 def test_bfloat16_states_are_the_rounded_float32_states():
-    """The state itself is never rounded; its exp is a little coarser, which shows only next to a tie."""
+    """The state itself is never rounded; the kernel's exp is a little less accurate, which shows only near a tie."""
     x, h0, mask, reset = make_inputs(2, 500, 65, "h0 mask reset", torch.bfloat16)
     rounded, _ = scan_numba.numba_forward(x, h0, mask, reset, torch.bfloat16)
     exact = scan_reference(x.double(), h0.double(), mask, reset)
@@ -123,7 +124,7 @@ def test_bfloat16_states_are_the_rounded_float32_states():
 @needs_numba
 @pytest.mark.parametrize(("dtype", "states_dtype"), VARIANTS)
 def test_saturated_gates_and_candidates(dtype, states_dtype):
-    """At +-100: finite, close to float64, and of the right sign where they are not zero."""
+    """At +-100, results are finite and close to float64, and non-zero gradients have the right sign."""
     x = torch.tensor([-100.0, -88.0, -30.0, 0.0, 30.0, 88.0, 100.0]).to(dtype)
     x = torch.cat(torch.broadcast_tensors(x[:, None, None], x[None, :, None]), dim=2).reshape(1, 49, 2)
     x = x[:, torch.randperm(49)]
@@ -136,8 +137,8 @@ def test_saturated_gates_and_candidates(dtype, states_dtype):
         assert actual.isfinite().all()
         assert error_over_largest(actual, reference) <= GRADIENT[dtype]
     assert (grad_x[..., 1] >= 0).all()
-    # A gate's gradient has the sign of g - h, which says nothing where the two are equal but for rounding. (Not the
-    # sign the loop finds, whose sigmoid'(100) is 0 and sigmoid'(-100) is not.)
+    # A gate's gradient has the sign of g - h, which is arbitrary where the two differ by rounding only. (The sign that
+    # the loop finds is no reference: its sigmoid'(100) is 0 and its sigmoid'(-100) is not.)
     candidate = x[..., 1:].double()
     g = torch.where(candidate >= 0, candidate + 0.5, candidate.sigmoid())
     previous = torch.cat([h0.double(), expected[0][:, :-1]], dim=1)
@@ -164,11 +165,11 @@ def test_a_bad_number_reaches_only_what_depends_on_it(dtype, states_dtype, half,
         torch.testing.assert_close(actual[0][..., rest], expected[0][..., rest], rtol=0, atol=0)
     states, grad_x, grad_h0 = poisoned
     torch.testing.assert_close(states[0, :20], clean[0][0, :20], rtol=0, atol=0)
-    torch.testing.assert_close(grad_x[0, 21:, 33:], clean[1][0, 21:, 33:], rtol=0, atol=0)  # z g' of later steps
+    torch.testing.assert_close(grad_x[0, 21:, 33:], clean[1][0, 21:, 33:], rtol=0, atol=0)  # z g' ignores h
     expected = run_reference(x, h0, None, None, weight.double())
     for actual, reference in zip(poisoned, expected, strict=True):
         assert torch.equal(actual.isfinite(), reference.isfinite())  # compensated sums turn Inf into NaN
-    if half == "candidate":  # 1 - z is without it, and so is what earlier steps get
+    if half == "candidate":  # 1 - z, and so the gradient of earlier steps, ignores it
         torch.testing.assert_close(grad_h0, clean[2], rtol=0, atol=0)
 
 
@@ -189,7 +190,7 @@ def test_masked_steps_and_resets_stop_bad_numbers(bad):
     assert torch.equal(states[0, 20:], clean[0][0, 20:])
     assert torch.equal(grad_x[0, 20:], clean[1][0, 20:])
     x[0, 15, 17 + 3] = good
-    weight[0, 25] = bad  # a bad gradient, too, ends at the reset
+    weight[0, 25] = bad  # a bad gradient stops at the reset, too
     _, grad_x, grad_h0 = run(x, h0, mask, reset, weight, torch.float32)
     assert torch.equal(grad_h0, clean[2])
     assert not grad_x[0, 20:26].isfinite().all()
@@ -235,13 +236,13 @@ def test_impossible_dtypes_are_refused():
 @needs_numba
 @pytest.mark.parametrize(("real", "bound"), [(torch.float32, 3e-7), (torch.float64, 4e-15)])
 def test_error_of_exp(real, bound):
-    """h after one step with gate -x and candidate -inf is sigmoid(x) h0: as exact as e^-x. And g = sigmoid below."""
+    """After one step with gate 200 and candidate -x <= 0, h is sigmoid(-x), which is as accurate as e^-x."""
     x = torch.cat([torch.linspace(0, 87, 200_001, dtype=real), torch.logspace(-30, 0, 1001, dtype=real)])
     pre = torch.stack([torch.full_like(x, 200.0), -x]).reshape(1, 1, -1)  # z = 1: h = sigmoid(-x) = e^-x / (1 + e^-x)
     actual = scan_numba.numba_forward(pre, None, None, None, real)[0][0, 0]
     expected = torch.sigmoid(-x.double()) if real == torch.float32 else torch.exp(-x) / (1 + torch.exp(-x))
     error = (actual.double() - expected).abs() / expected
-    # One multiplication carries 1 / ln(2) rounded, which costs 2e-8 for each unit of x (in double next to nothing).
+    # exp multiplies by a rounded 1 / ln(2), which costs 2e-8 for each unit of x (next to nothing in float64).
     assert (error / (1 + 0.1 * x.double())).max() <= bound
     far = torch.full((1, 1, 2), -1000.0, dtype=real)
     far[..., 0] = 1000.0
@@ -252,7 +253,7 @@ def test_error_of_exp(real, bound):
 
 
 @needs_numba
-@pytest.mark.parametrize("bias", [0.0, -20.0])  # with -20 the state never forgets how a piece began
+@pytest.mark.parametrize("bias", [0.0, -20.0])  # with -20 the state never forgets the start of a piece
 @pytest.mark.parametrize("shape", [(1, 8192, 32), (3, 100, 520), (2, 1500, 64), (1, 600, 500)])
 @pytest.mark.parametrize("forked", [False, True], ids=["openmp", "pool"])
 def test_any_number_of_threads_gives_the_same_bits(threads, monkeypatch, forked, shape, bias):
@@ -289,7 +290,7 @@ def test_a_helper_outlives_a_call_that_is_interrupted(threads, monkeypatch):
         scan_numba.numba_forward(*(tensor.clone() for tensor in inputs), torch.float32, out)
     gc.collect()
     (function, args), *_ = tasks
-    function(*args)  # a thread that comes late: all it reads and writes is still there
+    function(*args)  # a thread that starts late: all memory that it reads and writes still exists
     assert torch.equal(out, expected)
 
 
@@ -343,7 +344,7 @@ def test_calls_from_several_python_threads(threads, monkeypatch, forked):
     assert not failures
 
 
-# scan_numba.py without the rest of the package: half its start-up time.
+# Load scan_numba.py without the rest of the package, which halves the start-up time.
 ALONE = f"""
 import importlib.util, sys
 from importlib.machinery import ModuleSpec
@@ -408,7 +409,7 @@ def test_forked_workers_of_a_process_that_used_it():
 @needs_numba
 @pytest.mark.parametrize("environment", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=["UTF-8", "C"])
 def test_files_of_any_name_may_be_in_the_memory(environment, tmp_path):
-    """Weights in a folder whose name the locale cannot read, say; the threads to share are found among such files."""
+    """The scan looks for OpenMP among the mapped files, which may have names that the locale cannot decode."""
     code = r"""
 import mmap, os, sys, torch
 
@@ -426,7 +427,7 @@ assert (states == 0.5).all()
 
 @needs_numba
 def test_plain_processor_and_no_folder_for_the_cache():
-    """Without AVX, FMA and the instruction that rounds to bfloat16; and no folder that can be written."""
+    """Run without AVX, FMA and the instruction that rounds to bfloat16, and without a writable cache folder."""
     code = """
 import torch
 from numba.core import caching
@@ -478,7 +479,7 @@ torch.testing.assert_close(scan_numba.numba_step(x[:, :1], None, None, torch.flo
         os.truncate(path, 0)
         run()
         if suffix == ".nbc":
-            run()  # which compiles and writes what the run before has thrown away
+            run()  # compiles and writes again what the previous run has discarded
         assert path.stat().st_size > 0
     if sys.platform == "linux":
         run("full disk", cache=tmp_path / "other")
@@ -487,7 +488,7 @@ torch.testing.assert_close(scan_numba.numba_step(x[:, :1], None, None, torch.flo
 @needs_numba
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer on this platform")
 def test_a_signal_that_runs_the_kernel_while_it_runs(tmp_path):
-    """Its handler may stand anywhere in the kernel's Python, the first call with its compilation included."""
+    """The handler may interrupt the kernel's Python code anywhere, including the compilation in the first call."""
     code = """
 import signal, time
 import torch
@@ -581,7 +582,7 @@ assert out.shape == (1, 2, 4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("bias_dtype", [None, torch.bfloat16, torch.float32])
 def test_a_token_takes_the_short_way_whatever_its_bias(dtype, bias_dtype):
-    """A model in bfloat16 has such biases, and states in float32."""
+    """A bfloat16 model has bfloat16 biases and float32 states."""
     x, h0 = torch.randn(3, 1, 14).to(dtype), torch.rand(3, 1, 7)
     bias = None if bias_dtype is None else torch.randn(14).to(bias_dtype)
     wide = torch.promote_types(dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""The Triton kernels: under Triton's interpreter on CPU tensors, through the compiler, and on a card where one is.
+"""The Triton kernels: under Triton's interpreter on CPU tensors, through the compiler, and on a GPU if there is one.
 
-The interpreter has to be chosen before triton is imported, so its comparisons run in one process of their own: this
-file as a script, which prints the error of each case.
+The interpreter must be selected before triton is imported, so its comparisons run in a process of their own. That
+process runs this file as a script, which prints the error of each case.
 """
 
 import functools
@@ -31,10 +31,11 @@ needs_card = pytest.mark.skipif(
     not (scan_triton.unavailable_reason() is None and torch.cuda.is_available()), reason="no CUDA card with Triton"
 )
 
-# A few roundings: the state is a convex combination, so errors decay. Gradients are compared with their largest.
+# A few roundings: the state is a convex combination, so errors decay. A gradient's error is relative to its largest
+# element.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2.0**-8}
-# The interpreter cuts float32 to bfloat16 instead of rounding: one unit in the last place, and one more in gradients,
-# which also see the rounded states.
+# The interpreter truncates float32 to bfloat16 instead of rounding: an error of one unit in the last place, and one
+# more in gradients, which also depend on the truncated states.
 INTERPRETED_BFLOAT16 = 2.0**-7
 
 # name: (batch, steps, channels), dtype, flags, (BLOCK_T, BLOCK_N, steps of a chunk)
@@ -65,16 +66,16 @@ CASES = {
         (130, 37, torch.float64, "", 0),
         (130, 37, torch.float32, "h0 mask reset", 0),
         (130, 37, torch.float32, "h0 mask reset", 40),
-        # Chunks shorter than a tile, and 17 of them: the pass over their summaries takes several tiles.
+        # 17 chunks, each shorter than a tile: the pass over their summaries takes several tiles.
         (130, 1, torch.float32, "h0 reset", 8),
-        # Without compensated sums these are off by 5e-5, the last one by its long chunks alone.
+        # Without compensated sums these two are off by 5e-5, the second because of its long chunks alone.
         (2000, 2, torch.float32, "slow", 0),
         (4000, 2, torch.float32, "h0 slow", 2000),
-        # States that remember across 42 chunks: what their summaries hold counts.
+        # States that remember across 42 chunks, so that the contents of the chunk summaries matter.
         (2000, 2, torch.float32, "h0 slow", 48),
     ]
 } | {
-    # What few programs and short sequences take: no chunks.
+    # Narrow tiles, used for few programs and short sequences: no chunks.
     f"narrow T={steps} D={channels} {str(dtype)[6:]} {flags}".strip(): (
         (2, steps, channels),
         dtype,
@@ -112,7 +113,7 @@ def make_inputs(batch, steps, channels, flags="h0 mask reset", device=None):
 
 
 def reference(x, h0, mask, reset, weight):
-    """States, the last one, and gradients of a weighted sum of both, from the float64 loop."""
+    """Return the states, the last state, and the gradients of a weighted sum of both, from the float64 loop."""
     x = x.double().requires_grad_()
     h0 = torch.full((x.shape[0], 1, x.shape[2] // 2), 0.5) if h0 is None else h0
     h0 = h0.double().requires_grad_()
@@ -122,7 +123,7 @@ def reference(x, h0, mask, reset, weight):
 
 
 def run(x, h0, mask, reset, weight, dtype=None):
-    """The same from the kernels."""
+    """Return the same from the kernels."""
     states, last = triton_forward(x, h0, mask, reset, x.dtype if dtype is None else dtype)
     grads = weight.to(states.dtype), torch.ones_like(last[..., :1]).expand_as(last)
     return states, last, *triton_backward(*grads, x, h0, states, mask, reset)
@@ -132,12 +133,12 @@ def run(x, h0, mask, reset, weight, dtype=None):
 
 
 def plan(*sizes):
-    """Let the kernels take these steps and channels of a tile and steps of a chunk."""
+    """Set the steps and channels of a tile and the steps of a chunk that the kernels use."""
     scan_triton._plan = lambda *_: sizes
 
 
 def measure(shape, dtype, flags, sizes):
-    """Errors of the states, of the states in float32 or wider, and of both gradients."""
+    """Return the errors of the states, of the states in float32 or wider, of the last state and of both gradients."""
     plan(*sizes)
     x, h0, mask, reset = make_inputs(*shape, flags)
     x, weight = x.to(dtype), torch.randn(shape).to(dtype)
@@ -162,7 +163,7 @@ def assert_same(actual, expected):
 
 
 def check(name, chunk):
-    """The checks of behaviour at 20 steps, in one pass (chunk 20) or more."""
+    """Run one of CHECKS on 20 steps, in a single pass (chunk 20) or in chunks."""
     plan(4, 4, chunk)
     x, h0, mask, reset = make_inputs(2, 20, 3)
     weight = torch.randn(2, 20, 3)
@@ -210,8 +211,8 @@ def check(name, chunk):
         states, last, grad_x, _ = run(x, h0, mask, reset, weight)
         assert states[:, 7].isnan().all()
         assert_same((states[:, 13:], last, grad_x[:, 13:]), (clean[0][:, 13:], clean[1], clean[2][:, 13:]))
-        weight[:, 16] = float("nan")  # and one in the gradient, on its way back
-        for step in (12, 13):  # the first of a tile and one inside
+        weight[:, 16] = float("nan")  # a NaN in the gradient does not flow back across the reset
+        for step in (12, 13):  # the first step of a tile, and one inside it
             x, h0, _, _ = make_inputs(2, 20, 3)
             reset = (torch.arange(20) == step).expand(2, 20)
             clean = run(x, h0, None, reset, weight.nan_to_num())
@@ -228,17 +229,17 @@ def check(name, chunk):
         pairs = torch.cartesian_prod(levels, levels)
         for x, h0 in (
             (pairs.reshape(49, 1, 2), torch.full((49, 1, 1), 0.3)),  # a row for each pair of gate and candidate
-            (pairs.reshape(1, 49, 2), torch.full((1, 1, 1), 0.3)),  # and all of them after each other
+            (pairs.reshape(1, 49, 2), torch.full((1, 1, 1), 0.3)),  # all pairs in one sequence
         ):
             weight = torch.ones(*x.shape[:2], 1)
-            # Not autograd's gradients: they subtract sigmoids from 1 and lose the smallest ones, signs included.
+            # Not autograd's gradients: 1 - sigmoid loses the smallest ones, including their signs.
             wide = x.double(), h0.double(), scan_reference(x.double(), h0.double())
             ones = torch.ones_like(wide[-1][:, -1:])
             expected = wide[-1], wide[-1][:, -1:], *torch_backward(weight.double(), ones, *wide, None, None)
             for result, other in zip(run(x, h0, None, None, weight), expected, strict=True):
                 assert result.isfinite().all()
                 assert error_over_largest(result, other) <= TOLERANCE[torch.float32]
-                if x.shape[1] == 1:  # else the state may equal g but for its rounding, with a gradient of either sign
+                if x.shape[1] == 1:  # otherwise state and g may differ by rounding only, with either sign
                     assert (result.double() * other >= 0).all()  # underflow is allowed, a wrong sign is not
 
 
@@ -265,7 +266,7 @@ def print_battery():
 
 @pytest.fixture(scope="module")
 def battery():
-    """Errors and verdicts by case, from the process with the interpreter."""
+    """Return the errors and verdicts by case, from the process that runs the interpreter."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
@@ -330,7 +331,7 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
     )
     aligned = channels % 16 == 0
     if channels == 1:
-        values["num_channels"] = 1  # as the launcher does with an argument of 1
+        values["num_channels"] = 1  # the launcher also makes an argument of 1 a constant
     for name in ("forward", "forward_summary", "boundary", "backward", "backward_summary"):
         kernel = getattr(scan_triton, f"_{name}_kernel")
         signature, constants, attributes = {}, {}, {}
@@ -349,24 +350,24 @@ def test_kernels_compile_without_a_card(architecture, dtype, accumulate, flags, 
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         assert compiled.asm["cubin"]
         if aligned and name != "boundary":
-            assert "cp.async" in compiled.asm["ptx"]  # the next tiles are on their way while one is at work
+            assert "cp.async" in compiled.asm["ptx"]  # the next tiles are loaded while one is processed
 
 
 @needs_triton
 def test_plan_fills_the_card_and_no_more():
     tile_t, tile_n, chunk = scan_triton._plan(64, 1024, 4096, 132, torch.float32)
-    assert (tile_t, tile_n, chunk) == (8, 64, 1024)  # rows x channels suffice: a single pass
-    assert scan_triton._plan(1, 256, 64, 132, torch.float32)[2] == 256  # too short to cut
-    assert scan_triton._plan(2, 521, 64, 132, torch.float32)[2] < 521  # what the first use tries, see scan._trial
-    assert scan_triton._plan(16, 1, 384, 132, torch.float32) == (1, 64, 1)  # decoding: no rows of padding
-    # Few programs, and time is not cut: narrow tiles, the narrowest where the card can run all of them at a time.
+    assert (tile_t, tile_n, chunk) == (8, 64, 1024)  # rows x channels give enough programs: a single pass
+    assert scan_triton._plan(1, 256, 64, 132, torch.float32)[2] == 256  # too short to cut into chunks
+    assert scan_triton._plan(2, 521, 64, 132, torch.float32)[2] < 521  # the size that scan._trial tries
+    assert scan_triton._plan(16, 1, 384, 132, torch.float32) == (1, 64, 1)  # decoding: no padding steps in a tile
+    # Few programs, and no chunks: narrow tiles, and the narrowest if the GPU can run all of them at once.
     assert scan_triton._plan(16, 256, 384, 132, torch.float32) == (16, 16, 256)
     assert scan_triton._plan(2, 256, 768, 132, torch.float32) == (16, 8, 256)
-    assert scan_triton._plan(2, 20, 64, 132, torch.float32) == (16, 8, 20)  # the first use tries these, too
+    assert scan_triton._plan(2, 20, 64, 132, torch.float32) == (16, 8, 20)  # scan._trial tries these, too
     assert scan_triton._plan(1, 256, 3, 132, torch.float32) == (64, 4, 256)  # narrower still
     assert scan_triton._plan(22, 256, 768, 132, torch.float32) == (8, 64, 256)  # 264 programs are enough
-    assert scan_triton._plan(16, 15, 384, 132, torch.float32) == (8, 64, 15)  # less than a tile
-    assert scan_triton._plan(16, 256, 384, 132, torch.float64) == (8, 16, 256)  # narrow as it is
+    assert scan_triton._plan(16, 15, 384, 132, torch.float32) == (8, 64, 15)  # fewer steps than a narrow tile has
+    assert scan_triton._plan(16, 256, 384, 132, torch.float64) == (8, 16, 256)  # already narrow
     for shape in [(8, 1024, 512), (1, 65536, 64), (2, 100_000, 257), (1, 1_000_000, 1)]:
         for accumulate in (torch.float32, torch.float64):
             batch, steps, channels = shape
@@ -465,15 +466,15 @@ def test_kernels_are_tried_at_first_use(fault, message):
     if message is None:
         assert lines == ["ran", "ran"]
     else:
-        assert len(lines) == 3  # both calls are refused, and one warning is enough
+        assert len(lines) == 3  # both calls are refused, with a single warning
         assert all(message in line for line in lines)
-        assert all(line.startswith("The scan backend 'triton' cannot run here: ") for line in lines[:2])
+        assert all(line.startswith("The scan backend 'triton' cannot be used here: ") for line in lines[:2])
         assert lines[2].startswith("warned: MinGRU runs without its fused Triton scan: ")
 
 
 @needs_triton
 def test_auto_goes_on_without_kernels_that_fail(monkeypatch):
-    """On a card that PyTorch says is there, and that fails at the first launch; with a true one the kernels do."""
+    """PyTorch reports a GPU. If there is none, its first use fails; on a real one the patched kernels fail."""
 
     def fail(*args):
         raise RuntimeError("Failed to find C compiler.")
@@ -484,14 +485,14 @@ def test_auto_goes_on_without_kernels_that_fail(monkeypatch):
     with FakeTensorMode():
         x = torch.randn(2, 5, 6, device="cuda")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert mingru_scan(x).shape == (2, 5, 3)  # no card, and nothing to run
+        assert mingru_scan(x).shape == (2, 5, 3)  # no GPU, and nothing is run
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         with pytest.warns(UserWarning, match="without its fused Triton scan: its kernels fail on cuda:0") as caught:
             states = [mingru_scan(x) for _ in range(2)]
         assert len(caught) == 1
         assert all(state.shape == (2, 5, 3) and state.device.type == "cuda" for state in states)
-        with pytest.raises(ValueError, match="'triton' cannot run here: its kernels fail on cuda:0"):
+        with pytest.raises(ValueError, match="'triton' cannot be used here: its kernels fail on cuda:0"):
             mingru_scan(x, backend="triton")
 
 
@@ -541,7 +542,7 @@ def test_on_a_card(shape, flags, dtype):
 @pytest.mark.parametrize("name", CHECKS)
 @pytest.mark.parametrize("chunk", [20, 4])
 def test_behaviour_on_a_card(name, chunk, monkeypatch):
-    monkeypatch.setattr(scan_triton, "_plan", scan_triton._plan)  # which the checks replace
+    monkeypatch.setattr(scan_triton, "_plan", scan_triton._plan)  # restored afterwards: the checks replace it
     with torch.device("cuda"):
         check(name, chunk)
 
@@ -561,7 +562,7 @@ def test_views_that_are_not_aligned_on_a_card():
 @pytest.mark.parametrize("steps", [64, 2000])
 def test_in_a_graph_on_a_card(steps):
     x, h0, mask, reset = make_inputs(2, steps, 64, device="cuda")
-    expected = mingru_scan(x, h0, mask, reset, backend="triton")  # compiles, too
+    expected = mingru_scan(x, h0, mask, reset, backend="triton")  # compiles the kernels, too
     fixed, graph = torch.zeros_like(x), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         states = mingru_scan(fixed, h0, mask, reset, backend="triton")

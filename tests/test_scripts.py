@@ -53,7 +53,7 @@ FAST = ["--mixed_precision", "no", "--num_warmup_steps", "0", "--learning_rate",
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """For models this small more threads only wait for each other."""
+    """Use one thread: for models this small, more threads only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,7 +61,7 @@ def _one_thread():
 
 
 def load(name):
-    """A script as a module."""
+    """Import a script as a module."""
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -69,19 +69,19 @@ def load(name):
 
 
 def call(name, *argv):
-    """Run a script's main() in this process; accelerate forgets the run before."""
+    """Run a script's main() in this process, after resetting the state that accelerate keeps from the last run."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     load(name).main([str(word) for word in argv])
 
 
 def run(*words, **kwargs):
-    """Run a command in a process of its own."""
+    """Run a command in a separate process."""
     return subprocess.run([str(w) for w in words], capture_output=True, text=True, timeout=300, **kwargs)
 
 
 def error_of(capsys, name, *argv):
-    """Run a script that must end with exit code 2 and one line, and give that line."""
+    """Run a script that must end with exit code 2 and a one-line error, and return that line."""
     with pytest.raises(SystemExit) as error:
         call(name, *argv)
     unlock_all()  # as at the end of the script's process
@@ -101,7 +101,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(text_file, tmp_path_factory):
-    """The directory of a character model after 40 steps."""
+    """Return the directory of a character model after 40 steps."""
     directory = tmp_path_factory.mktemp("runs") / "lm"
     call(
         "train_causal_lm", "--train_file", text_file, "--output_dir", directory, "--max_train_steps", 40, *TINY, *FAST
@@ -132,13 +132,13 @@ def test_evaluation_gives_the_loss_of_training(text_file, trained, tmp_path, cap
     file = tmp_path / "new" / "scores.json"
     options = ("evaluate_causal_lm", "--model_name_or_path", trained, "--use_cpu", "--mixed_precision", "no")
     held_out = (*options, "--train_file", text_file, "--split", "validation")
-    call(*held_out, "--block_size", 32, "--output_file", file)  # whose directory is made
+    call(*held_out, "--block_size", 32, "--output_file", file)  # the directory of the file is created
     scores = json.loads(file.read_text())
     assert scores["eval_loss"] == pytest.approx(metrics["final"]["eval_loss"], rel=1e-5)
     assert f"loss {scores['eval_loss']:.4f} nats per character, perplexity" in capsys.readouterr().out
     assert "--overwrite_output_file" in error_of(capsys, *held_out, "--output_file", file)
 
-    # With the state carried on, the cut makes no difference: it is that of one pass over the whole text.
+    # When the state is carried over, the block size does not change the loss: it is that of one pass over the text.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
     test = tmp_path / "test.txt"
     test.write_text(TEXT[:1000])
@@ -196,13 +196,13 @@ def test_evaluation_holds_out_what_training_held_out_or_says_what_to_do(trained,
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         shutil.copy(text_file, tmp_path / "data" / f"{split}.txt")
-    call(*evaluate, "--dataset_name", tmp_path / "data")  # its own validation split was not trained on
+    call(*evaluate, "--dataset_name", tmp_path / "data")  # the data set's own validation split was not trained on
     (model / "metrics.json").unlink()
-    call(*same)  # nobody knows
+    call(*same)  # without metrics.json, the training data are unknown
 
 
 def test_evaluation_ends_documents_where_training_did(tmp_path, capsys):
-    """Also where the text to evaluate on is one document, and the training text several; and the other way round."""
+    """Also for evaluation on one document after training on several, and the other way round."""
     documents, directory, file = tmp_path / "documents.jsonl", tmp_path / "lm", tmp_path / "scores.json"
     texts = [TEXT[:500], TEXT[500:1000], TEXT[1000:4000]]
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -225,8 +225,8 @@ def test_evaluation_ends_documents_where_training_did(tmp_path, capsys):
     several = (*options, "--test_file", documents, "--cache_dir", tmp_path / "cache")
     call(*several)
     scores = json.loads(file.read_text())
-    assert scores["eval_loss"] == scores["eval_loss_per_character"]  # no tokens but the characters'
-    assert "saw one text" in error_of(capsys, *several, "--packing", "reset")
+    assert scores["eval_loss"] == scores["eval_loss_per_character"]  # every token is a character
+    assert "was trained on one text" in error_of(capsys, *several, "--packing", "reset")
 
 
 def test_mistakes_in_evaluation_end_with_one_line(trained, text_file, tmp_path, capsys):
@@ -242,7 +242,7 @@ def test_mistakes_in_evaluation_end_with_one_line(trained, text_file, tmp_path, 
 
 
 def test_an_empty_prompt_is_a_token_that_the_model_was_trained_on(trained, tmp_path, capsys):
-    """A single text has no token for the beginning of texts."""
+    """After training on a single text, the tokenizer has no beginning-of-text token."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(trained), AutoTokenizer.from_pretrained(trained)
     assert tokenizer.bos_token is None
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == model.config.eos_token_id == 0
@@ -368,7 +368,7 @@ def test_documents_as_a_stream(tmp_path, capsys):
     metrics = json.loads((directory / "metrics.json").read_text())
     assert metrics["final"]["eval_loss"] < metrics["history"][0]["loss"] - 1
     assert "a stream" in (directory / "README.md").read_text()
-    # Documents held out until then would be trained on.
+    # The resumed run would train on documents that were held out before.
     again = (*stream, *bpe, "--packing", "reset", "--resume_from_checkpoint", "latest", "--validation_documents", 10)
     assert "with validation documents 20, not 10" in error_of(capsys, *again)
 
@@ -385,7 +385,7 @@ def test_a_checkpoint_keeps_its_own_tokenizer(trained, text_file, tmp_path, caps
     assert bare in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path / "bare")
     GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1)).save_pretrained(
         tmp_path / "bare"
-    )  # its tokenizer is made of nothing
+    )  # its tokenizer class would load with an empty vocabulary
     assert bare in error_of(capsys, "generate_text", "--model_name_or_path", tmp_path / "bare")
 
 
@@ -460,7 +460,7 @@ def test_a_run_goes_on_with_another_validation_text(text_file, tmp_path, capsys)
 
 
 def test_a_run_does_not_go_on_with_another_text(text_file, tmp_path, capsys):
-    """An edit that keeps the number of blocks moves the numbers of the tokens."""
+    """An edit can keep the number of blocks and yet change the token ids or the data."""
     edited, reordered = tmp_path / "edited.txt", tmp_path / "reordered.txt"
     edited.write_text(TEXT.replace("dog", "dög"))
     reordered.write_text(TEXT.replace("dog", "god"))
@@ -507,7 +507,7 @@ def test_generation_repeats_itself_with_a_seed_and_without_a_temperature(trained
 
 
 def test_output_that_cannot_show_a_character_shows_its_code(tmp_path):
-    """As on Windows, where a file takes the characters of one language: no run ends by what it prints."""
+    """On Windows, a file may only take the characters of one language; what a run prints must not end it."""
     (tmp_path / "text.txt").write_text("smörgåsbord\n" * 200, encoding="utf-8")
     options = "--tokenizer_name char --block_size 8 --per_device_train_batch_size 2 --max_train_steps 2 --use_cpu"
     sizes = "hidden_size=8,num_hidden_layers=1"
@@ -524,7 +524,7 @@ def test_output_that_cannot_show_a_character_shows_its_code(tmp_path):
 
 
 def test_a_prompt_file_is_read_as_training_reads_its_text(trained, tmp_path, monkeypatch, capsys):
-    """With its newlines, without a byte order mark; from a pipe as well."""
+    """Newlines are kept and a byte order mark is removed, also from a pipe."""
     prompts, module = [], load("generate_text")
     monkeypatch.setattr(module, "prompt_ids", lambda tokenizer, prompt: prompts.append(prompt) or torch.tensor([[2]]))
     generate = ["--model_name_or_path", str(trained), "--max_new_tokens", "1", "--use_cpu", "--prompt_file"]
@@ -595,7 +595,7 @@ def test_generation_tells_weights_that_are_no_numbers_and_searches_no_beams(trai
     model.lm_head.weight.data.fill_(math.nan)
     model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="hold NaN"):
-        assert f"{tmp_path} cannot write a text" in error_of(capsys, *generate)
+        assert f"{tmp_path} cannot generate text" in error_of(capsys, *generate)
 
 
 def test_ctrl_c_before_the_first_step_ends_with_one_line(trained, capsys, monkeypatch):
@@ -679,7 +679,7 @@ TINY_VIDEO = [
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """The directory of a few moving shapes of 32 pixels; one file of training and one of the test are broken."""
+    """Write a few moving shapes of 32 pixels, of which one training and one test file are broken."""
     pytest.importorskip("av", reason="videos are written by PyAV")
     pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
     directory = tmp_path_factory.mktemp("data") / "shapes"
@@ -692,7 +692,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video_model(shapes, tmp_path_factory):
-    """The directory of a video classifier after two epochs."""
+    """Return the directory of a video classifier after two epochs."""
     directory = tmp_path_factory.mktemp("runs") / "video"
     cache = tmp_path_factory.mktemp("cache")
     call(
@@ -712,7 +712,7 @@ def test_a_video_classifier_is_trained_and_saved_with_its_processor(video_model)
     metrics = json.loads((video_model / "metrics.json").read_text())
     assert metrics["frames_per_second"] > 0
     assert "tokens_per_second" not in metrics
-    assert metrics["step"] == 8  # the broken video's turn goes to another
+    assert metrics["step"] == 8  # another video replaces the broken one
     assert 0 <= metrics["final"]["eval_accuracy"] <= 1
     card = (video_model / "README.md").read_text()
     assert "Validation loss (nats per clip)" in card
@@ -720,7 +720,7 @@ def test_a_video_classifier_is_trained_and_saved_with_its_processor(video_model)
 
 
 def test_training_leaves_unreadable_validation_videos_out(shapes, tmp_path, capsys):
-    """So that it says of the model what the evaluation says."""
+    """The scores of the training script then equal those of the evaluation script."""
     shutil.copytree(shapes, tmp_path / "shapes")
     (tmp_path / "shapes" / "validation" / "up" / "000002.mp4").write_bytes(b"broken")
     data = ("--dataset_name", tmp_path / "shapes", "--cache_dir", tmp_path / "cache")
@@ -762,10 +762,10 @@ def test_a_pretrained_backbone_stays_as_it_is_when_frozen(shapes, tmp_path):
     for name, value in trained.model.backbone.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
-    # Its checkpoint has no image processor: ImageNet's numbers.
+    # The checkpoint of the backbone has no image processor, so ImageNet's statistics are used.
     assert list(AutoVideoProcessor.from_pretrained(tmp_path / "run").image_mean) == IMAGENET_DEFAULT_MEAN
 
-    # From there on, by the checkpoint's own processor.
+    # Training that starts from this model uses the processor saved with it.
     more = ("--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "more", "--max_train_steps", 1)
     call("train_video_classification", "--dataset_name", shapes, "--cache_dir", tmp_path / "cache", *more, "--use_cpu")
     assert AutoVideoProcessor.from_pretrained(tmp_path / "more").num_frames == 4
@@ -870,7 +870,7 @@ def test_a_run_does_not_go_on_with_other_classes_or_pixels(shapes, tmp_path, cap
 
 
 def test_a_model_may_spell_its_classes_otherwise(video_model, shapes, tmp_path):
-    """With a ü in one character, where the model's has two, as from macOS."""
+    """The folder name has ü as one character, the model's label as two, as macOS writes it."""
     shutil.copytree(video_model, tmp_path / "model", ignore=shutil.ignore_patterns("evaluation*"))
     shutil.copytree(shapes, tmp_path / "shapes")
     composed, apart = (unicodedata.normalize(form, "üp") for form in ("NFC", "NFD"))
@@ -904,7 +904,7 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
     assert "--overwrite_output_dir" in again
     metrics = json.loads((video_model / "evaluation-test" / "metrics.json").read_text())
     assert (metrics["videos"], metrics["unreadable"]) == (15, 1)
-    assert metrics["arguments"]["views"] == "center"  # it was trained with --no_flip
+    assert metrics["arguments"]["views"] == "center"  # because it was trained with --no_flip
     assert "000010.mp4" in caplog.text
     matrix = torch.tensor(metrics["confusion_matrix"])
     assert matrix.sum().item() == 15
@@ -920,7 +920,7 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
     assert "1 of 16 videos could not be read" in out
     assert f"accuracy {100 * metrics['accuracy']:.2f} % of 15 videos" in out
 
-    # The mean over a single view of one clip is what the model says of that clip.
+    # The mean over a single view of one clip is the model's output for that clip.
     call(*test, *machine, "--clips_per_video", 1, "--views", "center", "--output_dir", tmp_path / "one")
     one = json.loads((tmp_path / "one" / "metrics.json").read_text())
     model = AutoModelForVideoClassification.from_pretrained(video_model).eval()
@@ -936,7 +936,7 @@ def test_a_video_classifier_is_tested_on_whole_videos(video_model, shapes, tmp_p
 
 @pytest.fixture
 def own_videos(shapes, tmp_path):
-    """A directory of videos without a validation split, and that of a model which was trained on them with seed 3."""
+    """Return the directories of videos without a validation split and of a model trained on them with seed 3."""
     directory = tmp_path / "mine"
     for split in ("train", "test"):
         for path in (shapes / split).rglob("*.mp4"):
@@ -1020,7 +1020,7 @@ def test_a_stream_shows_a_phones_video_upright(tmp_path):
     write_video(tmp_path / "phone.mp4", frames)
     data = bytearray((tmp_path / "phone.mp4").read_bytes())
     start = data.index(b"tkhd") + 44  # the display matrix
-    data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # a quarter clockwise
+    data[start : start + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # 90 degrees clockwise
     (tmp_path / "phone.mp4").write_bytes(data)
     with av.open(str(tmp_path / "phone.mp4")) as container:
         seen = np.stack(list(load("stream_video").read_frames(container, None)))
@@ -1105,7 +1105,9 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     assert "no such directory" in error_of(capsys, *test, "--dataset_name", "./missing")
     for name in ("left", "right"):
         shutil.copytree(shapes / "test" / name, tmp_path / "two" / name)
-    assert "other classes" in error_of(capsys, *test, "--dataset_name", tmp_path / "two", "--split", "train")
+    assert "classes other than those of" in error_of(
+        capsys, *test, "--dataset_name", tmp_path / "two", "--split", "train"
+    )
     assert "no test: give --split validation" in error_of(capsys, *test, "--dataset_name", tmp_path / "two")
     assert "clips_per_video" in error_of(capsys, *test, "--clips_per_video", 0)
     assert "use --views center" in error_of(capsys, *test, "--dataset_name", shapes, "--views", "ten_crops")
@@ -1119,7 +1121,7 @@ def test_mistakes_with_videos_end_with_one_line(video_model, shapes, tmp_path, c
     config = AutoConfig.from_pretrained(video_model, bidirectional=True)
     AutoModelForVideoClassification.from_config(config).save_pretrained(tmp_path / "both")
     error = error_of(capsys, "stream_video", "--model_name_or_path", tmp_path / "both", "--video", "a.mp4")
-    assert "classifies whole clips only, as it is bidirectional" in error
+    assert "classifies only whole clips, because it is bidirectional" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -1178,7 +1180,7 @@ def test_the_server_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve.py", "model"])
     with pytest.raises(SystemExit) as error:
         runpy.run_path(str(SCRIPTS / "serve.py"), run_name="__main__")
-    assert error.value.code.startswith("serve.py: error: ")  # a line on stderr, and status 1
+    assert error.value.code.startswith("serve.py: error: ")  # Python prints it on stderr and exits with status 1
     assert "pip install transformers[serving]" in error.value.code
 
 
@@ -1187,7 +1189,7 @@ def test_the_server_says_what_to_install(monkeypatch):
 
 TEXT_SCRIPTS = ["train_causal_lm", "generate_text", "train_selective_copying"]
 SHARING_SCRIPTS = ["convert_torch_mingru", "export_onnx", "push_to_hub"]
-# The options that each script cannot do without.
+# The options that each script requires.
 MODEL, OUTPUT = ["--model_name_or_path", "model"], ["--output_dir", "out"]
 MINIMAL = {
     "train_causal_lm": OUTPUT,
@@ -1209,16 +1211,16 @@ def test_help_explains_every_option(name, capsys):
         call(name, "--help")
     assert end.value.code == 0
     out = capsys.readouterr().out
-    assert f"\n    python scripts/{name}.py --" in out  # the example, on lines of its own
+    assert f"\n    python scripts/{name}.py --" in out  # the example starts on its own line
     assert max(map(len, out.splitlines())) <= 110
-    assert not re.search(r"(\[.*\]) \1", out)  # one default for each
+    assert not re.search(r"(\[.*\]) \1", out)  # each default is shown once
 
     parser, *_ = load(name).parse_args(MINIMAL[name])
     options = [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
     for action in options:
         assert action.help, action.option_strings
         takes_a_value = action.nargs != 0
-        assert bool(action.metavar) == takes_a_value, action.option_strings  # not --output_dir OUTPUT_DIR
+        assert bool(action.metavar) == takes_a_value, action.option_strings  # explicit, unlike --output_dir OUTPUT_DIR
 
 
 def test_as_a_user_runs_them(text_file, tmp_path):
@@ -1243,7 +1245,7 @@ def test_as_a_user_runs_them(text_file, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(text_file, tmp_path):
-    """The launchers with batch 8 each, against one process with batch 16, without dropout: the same losses."""
+    """Two processes with batch size 8 each give the losses of one with batch size 16, without dropout."""
     launchers = {
         "one": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1),
         "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
@@ -1269,7 +1271,7 @@ def test_two_processes_equal_one(text_file, tmp_path):
         assert one["examples_per_step"] == two["examples_per_step"] == 16
         for a, b in zip(one["history"], two["history"], strict=True):
             name = "loss" if "loss" in a else "eval_loss"
-            assert a[name] == pytest.approx(b[name], rel=1e-3)  # sums in another order, through 20 steps of Adam
+            assert a[name] == pytest.approx(b[name], rel=1e-3)  # sums in a different order, through 20 steps of Adam
         assert one["final"]["eval_loss"] == pytest.approx(two["final"]["eval_loss"], rel=1e-3)
 
 
@@ -1290,7 +1292,7 @@ def test_a_launcher_that_starts_one_process_only_is_reported(text_file, tmp_path
 
 @pytest.fixture
 def benchmarking(monkeypatch):
-    """What the benchmarks import from beside them, as a script run by its path does."""
+    """Import the module that the benchmarks share; scripts/ is on the path, as for a script run by its path."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module("benchmarking")
 
@@ -1407,7 +1409,7 @@ def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking
 
 
 class _NoGradientOfTheState(torch.autograd.Function):
-    """As flash-linear-attention's HGRN, on another recurrence."""
+    """Return no gradient for the state, as flash-linear-attention's HGRN does; the recurrence is a different one."""
 
     @staticmethod
     def forward(ctx, x, h0):
@@ -1425,7 +1427,7 @@ class _NoBackward(_NoGradientOfTheState):
 
 
 def test_scan_benchmark_on_a_card(tmp_path, capsys, monkeypatch, benchmarking):
-    """The code for a card, on a CPU that is taken for one."""
+    """Run the code for a CUDA card on a CPU that is made to look like one."""
     module, waits = load("benchmark_scan"), []
     for place in (module, benchmarking):
         monkeypatch.setattr(place, "is_cuda", lambda device: True)
@@ -1457,7 +1459,7 @@ def test_scan_benchmark_on_a_card(tmp_path, capsys, monkeypatch, benchmarking):
     monkeypatch.setattr(module, "profile", Profile)
     monkeypatch.setattr(module, "NUMBA_AVAILABLE", False)
     monkeypatch.setattr(module, "enough", lambda calls, device: 8)
-    monkeypatch.setattr(module, "INPUT_BYTES", 3 * 2 * 20 * 16 * 4)  # three inputs of that shape
+    monkeypatch.setattr(module, "INPUT_BYTES", 3 * 2 * 20 * 16 * 4)  # the size of three inputs of that shape
     monkeypatch.setitem(module.PEERS, "HGRN", lambda channels: _NoGradientOfTheState.apply)
     monkeypatch.setitem(module.PEERS, "accelerated-scan", lambda channels: _NoBackward.apply)
     words = ["--shapes", "2,20,8", "--rounds", "1", "--backends", "torch", "--json", str(tmp_path / "scan.json")]

@@ -1,4 +1,4 @@
-"""The trainers that others wrote, and torch's ways to share a model between processes, on the text model."""
+"""Third-party trainers and torch's ways to distribute a model over processes, with the text model."""
 
 import multiprocessing
 import socket
@@ -20,7 +20,7 @@ from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 from mingru_hf.data.text import build_tokenizer
 
 LETTERS = "abcdefghijklmnop"
-TEXTS = [(LETTERS * 2)[i % 16 : i % 16 + 4 + i % 7] for i in range(48)]  # the alphabet, from anywhere
+TEXTS = [(LETTERS * 2)[i % 16 : i % 16 + 4 + i % 7] for i in range(48)]  # parts of the alphabet, from any letter on
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def arguments(cls, directory, **changes):
 
 
 def mean_loss(model, tokenizer, texts=TEXTS, ends=""):
-    """Nats per token over all texts, one after the other."""
+    """Return the mean loss in nats per token over all texts, evaluated one by one."""
     losses = []
     for text in texts:
         ids = tokenizer(text + ends, return_tensors="pt").input_ids
@@ -71,9 +71,10 @@ def mean_loss(model, tokenizer, texts=TEXTS, ends=""):
 @pytest.mark.clients("transformers")
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_trainer_with_the_collator_for_language_modeling(model, tokenizer, tmp_path, skip_logits):
-    """Padded batches and gradient accumulation: the loss is that of the texts one by one, as a mean of batches."""
+    """With padding and gradient accumulation, the mean of the batches' losses is close to that of single texts."""
     model.config.skip_logits = skip_logits
-    tokenizer.padding_side = "right"  # on the left the last padding would be asked for the first token
+    # With padding on the left, the last pad token would have to predict the first token of the text.
+    tokenizer.padding_side = "right"
     rows = Dataset.from_dict({"text": TEXTS}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
     trainer = Trainer(
         model,
@@ -88,7 +89,7 @@ def test_trainer_with_the_collator_for_language_modeling(model, tokenizer, tmp_p
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert losses[0] == pytest.approx(before, rel=0.2)
-    assert (tmp_path / "checkpoint-40" / "modeling_mingru.py").is_file()  # it loads without this package, too
+    assert (tmp_path / "checkpoint-40" / "modeling_mingru.py").is_file()  # it can be loaded without this package
     after = trainer.evaluate()["eval_loss"]
     assert after == pytest.approx(mean_loss(model, tokenizer), rel=0.03)
     assert after < before - 1
@@ -113,7 +114,7 @@ def test_trainer_learns_the_same_with_and_without_logits(tokenizer, tmp_path):
 
 
 @pytest.mark.clients("trl")
-@pytest.mark.filterwarnings("default")  # TRL's own
+@pytest.mark.filterwarnings("default")  # TRL's own warnings
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_trainer(model, tokenizer, tmp_path, packing):
     trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
@@ -126,7 +127,7 @@ def test_sft_trainer(model, tokenizer, tmp_path, packing):
         processing_class=tokenizer,
     )
     before = mean_loss(model, tokenizer, ends="<|endoftext|>")
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=0.03)  # a mean of batches' means
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=0.03)  # a mean of the batches' means
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
     assert after == pytest.approx(mean_loss(model, tokenizer, ends="<|endoftext|>"), rel=0.03)
@@ -137,7 +138,7 @@ def test_sft_trainer(model, tokenizer, tmp_path, packing):
 
 
 def join(function, rank, port, queue, *args):
-    """Run `function` as one of two processes; hand its results to the parent."""
+    """Run `function` in one of two processes; the first one sends its result to the parent."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
@@ -148,7 +149,7 @@ def join(function, rank, port, queue, *args):
 
 
 def in_two_processes(function, *args):
-    """The result of `function(rank, *args)` in the first of two processes."""
+    """Return the result of `function(rank, *args)` in the first of two processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
     with socket.socket() as free:
@@ -158,7 +159,7 @@ def in_two_processes(function, *args):
     children = [context.Process(target=join, args=(function, rank, port, queue, *args)) for rank in range(2)]
     for child in children:
         child.start()
-    result = queue.get(timeout=120)  # before they are waited for: a long one fills the pipe
+    result = queue.get(timeout=120)  # read it before joining: a long result fills the pipe
     for child in children:
         child.join(120)
         assert child.exitcode == 0
@@ -170,7 +171,7 @@ def rows_of_ids():
 
 
 def train_sharded(rank):
-    """Train on this process's half of the rows with the blocks sharded, and one whole model on all rows."""
+    """Train a whole model on all rows, and a sharded one on this process's half of the rows; return both curves."""
     ids, results = rows_of_ids(), []
     mine = ids[2 * rank : 2 * rank + 2]
     for options in ({}, {"tie_word_embeddings": True, "lm_head_bias": True}):
@@ -208,7 +209,7 @@ def test_two_processes_that_share_a_model_equal_one():
 
 
 def recompute_sharded(rank):
-    """Loss and gradients, flat, of a model and of the same in FSDP's first form, its activations recomputed."""
+    """Return loss and gradients of a model, and of the same model under FSDP1 with recomputed activations."""
     ids, results = rows_of_ids(), []
     for sharded in (False, True):
         torch.manual_seed(0)
@@ -237,7 +238,7 @@ def test_activations_are_recomputed_in_the_first_fsdp():
 
 
 def compute_in_parallel(rank, path, saved):
-    """A saved model's logits, losses, gradients and tokens, and those of its matrices split over the processes."""
+    """Compute a saved model's logits, losses, gradients and tokens, first whole, then split over the processes."""
     ids, results = rows_of_ids(), []
     for split in (False, True):
         shares = {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")} if split else {}
@@ -272,7 +273,7 @@ def full(tensor):
 def test_tensor_parallelism_equals_one_process(tmp_path, options):
     torch.manual_seed(0)
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, **options))
-    for parameter in model.parameters():  # biases, too: they are split along with their matrices
+    for parameter in model.parameters():  # including biases, which are split along with their matrices
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(tmp_path / "whole")
     (whole, split), num_split = in_two_processes(compute_in_parallel, tmp_path / "whole", tmp_path / "split")
@@ -298,4 +299,4 @@ def split_by_columns(rank):
 
 @forks
 def test_a_split_between_gates_and_candidates_is_refused():
-    assert "gate_hidden gave 32 of its 64 channels" in in_two_processes(split_by_columns)
+    assert "gate_hidden returned 32 of its 64 channels" in in_two_processes(split_by_columns)

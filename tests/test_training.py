@@ -53,15 +53,15 @@ from mingru_hf.training.optim import make_optimizer, make_schedule, parameter_gr
 
 ROOT = Path(__file__).parent.parent
 
-# Sums of the same float32 numbers in another order, through a few steps of Adam, which divides by small roots.
+# Sums of the same float32 numbers in a different order, through a few steps of Adam, which divides by small roots.
 ORDER_OF_SUMS = {"rtol": 1e-3, "atol": 1e-5}
 
 
 @pytest.fixture(autouse=True)
 def _fresh_process():
-    """accelerate keeps device and precision for the whole process: forget them between tests.
+    """Reset between tests the device and precision that accelerate keeps for the whole process.
 
-    One thread: for models this small more of them only wait for each other.
+    Use one thread: for models this small, more threads only wait for each other.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def _fresh_process():
 
 @pytest.fixture
 def args(tmp_path):
-    """Make arguments of a tiny run; keywords change them."""
+    """Return a function that makes the arguments of a tiny run; keyword arguments override them."""
 
     def make(**changes):
         values = {
@@ -83,7 +83,7 @@ def args(tmp_path):
             "max_train_steps": 4,
             "num_warmup_steps": 0,
             "logging_steps": 1,
-            "eval_steps": 1000,  # at the end alone, for speed
+            "eval_steps": 1000,  # only at the end, for speed
             "mixed_precision": "no",
             "use_cpu": True,
         }
@@ -98,13 +98,13 @@ def make_model():
 
 
 def make_blocks(num_examples, seed=0):
-    """Rows of 12 tokens that count up from a random one, so that there is something to learn."""
+    """Make rows of 12 tokens that count up from a random token, so that there is something to learn."""
     starts = torch.randint(7, (num_examples, 1), generator=torch.Generator().manual_seed(seed))
     return Dataset.from_dict({"input_ids": ((starts + torch.arange(12)) % 7).tolist()})
 
 
 def make_answers(num_examples):
-    """The same rows, of which only the ends are asked for: 0, 3, 6 or 9 tokens."""
+    """Make the same rows with labels only for the last 0, 3, 6 or 9 tokens."""
     rows = make_blocks(num_examples)["input_ids"]
     labels = [[-100] * (12 - 3 * (i % 4)) + row[12 - 3 * (i % 4) :] for i, row in enumerate(rows)]
     return Dataset.from_dict({"input_ids": rows, "labels": labels})
@@ -175,7 +175,7 @@ def test_the_optimizer_is_fused_and_refuses_a_frozen_model(args):
 
 @pytest.mark.parametrize("make_rows", [make_blocks, make_answers])
 def test_gradient_accumulation_equals_a_bigger_batch(args, tmp_path, make_rows):
-    """Every target counts the same, however many there are in its piece; one of the pieces may have none."""
+    """Each target has the same weight, however many its micro-batch has; a micro-batch may have none."""
     whole, result = run(args(output_dir=str(tmp_path / "whole")), dataset=make_rows(16))
     AcceleratorState._reset_state()
     pieces, result_of_pieces = run(
@@ -189,7 +189,7 @@ def test_gradient_accumulation_equals_a_bigger_batch(args, tmp_path, make_rows):
 
 
 def test_clips_are_not_held_until_the_step_is_complete(args, tmp_path, monkeypatch):
-    """They are large, and the workers load the next ones meanwhile."""
+    """Clips are large, and the workers load the next ones in the meantime."""
     model, train_clips, _ = clips()
     drawn, seen = [], []
 
@@ -219,7 +219,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(args, tmp_p
 
 
 def test_gradients_are_clipped(args, tmp_path, monkeypatch):
-    """With a bound near 0 AdamW still moves (it divides by the norm), so look at the norms themselves."""
+    """Even with a bound near 0, AdamW moves the weights (it rescales gradients), so check the norms themselves."""
     norms = []
     step = torch.optim.AdamW.step
 
@@ -264,14 +264,14 @@ def test_by_time_a_warm_up_ends_with_a_tenth_of_the_run_at_the_latest(args):
     assert [rate(step, 1e-4) for step in (0, 49, 100)] == pytest.approx([1 / 101, 50 / 101, 1])  # fast steps
     assert [rate(step, step / 40) for step in (0, 2, 4, 5)] == pytest.approx([1 / 101, 0.5, 1, 1])  # slow ones
     rate = make_schedule(args(**default | {"num_warmup_steps": 9}, lr_scheduler_type="constant_with_warmup"), None)
-    assert rate(4, 0.5) == pytest.approx(0.5)  # as it was asked for
+    assert rate(4, 0.5) == pytest.approx(0.5)  # the requested warm-up is not shortened
 
 
 def test_a_limit_of_seconds_leaves_the_warm_up_of_a_run_of_known_length(args):
     both = args(max_train_seconds=1000, num_warmup_steps=None, learning_rate=1.0, lr_scheduler_type="linear")
     rate = make_schedule(both, 40)
     assert [rate(step, step / 40) for step in (0, 3, 4, 20)] == pytest.approx([0.2, 0.8 * 37 / 40, 0.9, 0.5])
-    assert rate(4, 0.5) == pytest.approx(0.5)  # the seconds are what ends it
+    assert rate(4, 0.5) == pytest.approx(0.5)  # the limit of seconds ends this run
 
 
 @pytest.mark.parametrize("limit", [{"max_train_steps": 40}, {"max_train_steps": None, "max_train_seconds": 60.0}])
@@ -285,7 +285,7 @@ def test_a_constant_rate_has_no_warm_up(args, limit, num_warmup_steps):
 
 @pytest.fixture
 def a_second_a_step(monkeypatch):
-    """The loop's clock moves a second in every step."""
+    """Advance the loop's clock by one second per step."""
     clock = [0.0]
 
     def slow(batch):
@@ -344,7 +344,7 @@ def test_epochs_make_steps(args):
 
 
 def test_the_speed_is_that_of_the_training_alone(args, monkeypatch):
-    """By a clock that moves a second in every batch, ten in an evaluation and five in a checkpoint."""
+    """The clock advances by one second per batch, ten per evaluation and five per checkpoint."""
     clock = [0.0]
 
     def slow(name, seconds):
@@ -364,19 +364,19 @@ def test_the_speed_is_that_of_the_training_alone(args, monkeypatch):
     for steps, seconds in (
         (1, 1),
         (3, 3 + 10 + 5),
-    ):  # the second resumes from the first; the last pause is not counted
+    ):  # the second run resumes from the first; the pause at the end of a run is not counted
         _, result = run(args(max_train_steps=steps, **choices))
         assert result["tokens_per_second"] == 4 * 12
         assert result["train_seconds"] == seconds
 
 
 def test_a_budget_of_seconds_is_kept(args, monkeypatch):
-    monkeypatch.setattr(loop, "plot_loss", lambda *args: None)  # slower than all the rest
+    monkeypatch.setattr(loop, "plot_loss", lambda *args: None)  # it takes longer than everything else
     _, result = run(args(max_train_steps=None, max_train_seconds=1.5, logging_steps=1000, eval_steps=None))
     assert 1.5 <= result["train_seconds"] < 2.5
     assert result["step"] > 5
     assert 5 <= sum("eval_loss" in record for record in result["history"]) <= 10
-    assert result["history"][-2]["learning_rate"] < 1e-4  # the cosine has come down
+    assert result["history"][-2]["learning_rate"] < 1e-4  # the cosine schedule has decayed
 
 
 def test_steps_end_a_budget_of_seconds_early(args):
@@ -385,7 +385,7 @@ def test_steps_end_a_budget_of_seconds_early(args):
 
 
 def test_early_stopping_and_the_best_weights(args, monkeypatch, capsys):
-    """Losses as if the third evaluation were the best: its weights are kept, and two more, worse ones end the run."""
+    """By the fake losses the third evaluation is the best: its weights are kept, and the run ends after two more."""
     losses, seen = iter([3.0, 3.5, 2.0, 2.5, 2.0, 1.0]), []
 
     def fake(model, *args, **kwargs):
@@ -414,7 +414,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(args, tmp_path):
 
 @pytest.mark.parametrize("which", ["weight", "loss"])
 def test_no_checkpoint_holds_what_is_not_finite(args, tmp_path, monkeypatch, which):
-    """Those before it stay: else every resumed run would fail, with nothing to go back to."""
+    """Earlier checkpoints stay; otherwise every resumed run would fail, with none left to go back to."""
     model, update = make_model(), loop._Run.update_weights
 
     def diverge(run):
@@ -434,7 +434,7 @@ def test_no_checkpoint_holds_what_is_not_finite(args, tmp_path, monkeypatch, whi
 
 
 def test_the_model_comes_back_as_it_was(args, tmp_path):
-    """Without autocast around it, and with what it had of its own."""
+    """The autocast wrapper is removed; the model's own `forward` and activation checkpointing are restored."""
     arguments = args(mixed_precision="bf16", gradient_checkpointing=True)
     model, _ = run(arguments)
     assert not model.is_activation_checkpointing
@@ -459,7 +459,7 @@ def test_the_model_comes_back_as_it_was(args, tmp_path):
 
 @pytest.mark.parametrize("place", ["_make_batches", "_Run.update_progress"])
 def test_the_model_comes_back_as_it_was_from_a_run_that_fails(args, monkeypatch, place):
-    """As when a run in a notebook is interrupted, be it while it is set up or later."""
+    """For example when a run in a notebook is interrupted, during its set-up or later."""
     model = make_model()
     monkeypatch.setattr(f"mingru_hf.training.loop.{place}", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -468,12 +468,12 @@ def test_the_model_comes_back_as_it_was_from_a_run_that_fails(args, monkeypatch,
     assert "forward" not in vars(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by dynamo itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # caused by dynamo itself
 def test_a_step_may_be_compiled(args, tmp_path, monkeypatch):
-    """As by `accelerate launch --dynamo_backend inductor`, less the code of inductor."""
+    """Like `accelerate launch --dynamo_backend inductor`, but without generating inductor's code."""
     _, expected = run(args())
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is read by a process's first Accelerator alone
+    AcceleratorState._reset_state(reset_partial_state=True)  # only a process's first Accelerator reads the variable
     compiled = []
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **kwargs: compiled.append(model) or compile_(model, **kwargs))
@@ -489,12 +489,12 @@ def test_a_step_may_be_compiled(args, tmp_path, monkeypatch):
 
 
 def counting():
-    """A tiny model, what it is trained on, and what it is validated on."""
+    """Return a tiny model, its training set and its validation set."""
     return make_model(), make_answers(16), make_blocks(13, seed=1)
 
 
 def clips():
-    """The same with a backbone that normalises by the statistics of its batches."""
+    """Return the same for a video model whose backbone normalises by batch statistics."""
     torch.manual_seed(1)
     sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
     config = MinConvGRUConfig(backbone_config=ResNetConfig(**sizes, out_features=["stage1"]), num_labels=2)
@@ -503,7 +503,7 @@ def clips():
 
 
 def train_as_one_of(rank, num_processes, port, batch_size, directory, task):
-    """Train a tiny model for a few steps as one of several processes, which torchrun's variables make of it."""
+    """Train a tiny model for a few steps as one of several processes, set up by torchrun's environment variables."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
     os.environ |= {name: str(value) for name, value in names.items()}
@@ -528,7 +528,7 @@ def train_as_one_of(rank, num_processes, port, batch_size, directory, task):
 
 
 def train_in_processes(num_processes, directory, task=counting):
-    """Train as `num_processes` on 8 examples per step, and return the curve without its times."""
+    """Train in `num_processes` processes on 8 examples per step, and return the losses."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mingru_hf.training.loop", "mingru_hf.data.text", "datasets"])
     with socket.socket() as free:
@@ -562,7 +562,7 @@ def test_two_processes_equal_one_with_twice_the_batch_and_go_on_as_they_would_ha
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_the_loss_that_selects_the_best_weights_is_that_of_the_saved_ones(tmp_path):
-    """Each process has seen other examples, and BatchNorm's running statistics are of those."""
+    """Each process sees different examples, so BatchNorm's running statistics differ between processes."""
     train_in_processes(2, tmp_path, clips)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["final"]["eval_loss"] == pytest.approx(metrics["best"]["eval_loss"], rel=1e-6)
@@ -592,7 +592,7 @@ def test_gradient_checkpointing_changes_no_weight(args, tmp_path):
     forwards, model = [], make_model()
     model.model.layers[0].mixer.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     run(args(output_dir=str(tmp_path / "saving"), gradient_checkpointing=True, max_train_steps=4), model)
-    assert sum(forwards) == 2 * 4  # with gradients once more in every backward pass
+    assert sum(forwards) == 2 * 4  # each backward pass repeats the forward pass with gradients
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), **ORDER_OF_SUMS)
 
 
@@ -625,21 +625,21 @@ def test_a_sample_at_every_evaluation_and_the_same_weights(args, tmp_path, capsy
 
 
 def test_an_evaluation_shows_how_far_it_is(args, monkeypatch, capsys):
-    """Below the training's bar while that runs, then in its place, after a line that says what is evaluated."""
+    """The bar is below that of training, or in its place at the end, after a line that says what is evaluated."""
     tqdm, bars, shown = loop.tqdm, [], {"disable": False, "mininterval": 0}
     monkeypatch.setattr(loop, "tqdm", lambda *args, **kwargs: bars.append(tqdm(*args, **kwargs | shown)) or bars[-1])
     run(args(eval_steps=2))
-    assert [bar.total for bar in bars] == [4, 3, 3, 3]  # 13 examples, 5 at once
+    assert [bar.total for bar in bars] == [4, 3, 3, 3]  # 4 steps; 13 examples in batches of 5
     assert [bar.n for bar in bars] == [4, 3, 3, 3]
     assert [bar.pos for bar in bars] == [0, 1, 1, 0]
     printed = capsys.readouterr()
     assert "evaluating the best weights on all 13 validation examples" in printed.out
     assert "evaluating: 100%" in printed.err
-    assert not printed.err.rpartition("\r")[2].strip()  # nothing is left of it
+    assert not printed.err.rpartition("\r")[2].strip()  # the bar is cleared
 
 
 def test_evaluation_is_the_mean_over_all_targets(args):
-    """Batches of 5, 5 and 3 rows, a different number of labels a row."""
+    """The batches have 5, 5 and 3 rows, and the number of labels varies by row."""
     arguments = args()
     accelerator = start(arguments)
     model, blocks = make_model().eval(), make_blocks(13)
@@ -656,7 +656,7 @@ def test_evaluation_is_the_mean_over_all_targets(args):
         characters_per_token=2.0,
     )
 
-    class Wrapped(torch.nn.Module):  # as by PEFT or torch.compile
+    class Wrapped(torch.nn.Module):  # a wrapper such as PEFT's or torch.compile's
         def forward(self, **kwargs):
             return model(**kwargs)
 
@@ -673,12 +673,12 @@ def test_evaluation_is_the_mean_over_all_targets(args):
 
 
 def test_labels_of_tokens_count_where_they_are(args):
-    """A tagger does not shift: its first label counts, and the last one, whatever the batch."""
+    """A token classifier does not shift labels: the first and the last count, whatever the batch size."""
     torch.manual_seed(1)
     config = MinGRUConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, initializer_range=0.5, num_labels=3)
     model, rows = MinGRUForTokenClassification(config).eval(), make_blocks(7)
     labels = torch.full((7, 12), -100)
-    labels[0, 0] = 1  # one in the first column, and a varying number in the others
+    labels[0, 0] = 1  # one label in the first row, and a varying number in the others
     for row in range(1, 7):
         labels[row, : 2 * row] = row % 3
     with torch.no_grad():
@@ -691,7 +691,7 @@ def test_labels_of_tokens_count_where_they_are(args):
 
 
 def test_an_evaluation_draws_no_random_number(args):
-    """Which training's dropout would have drawn."""
+    """The dropout of training would otherwise draw different numbers."""
     arguments = args()
     accelerator, model = start(arguments), make_model()
     before = torch.get_rng_state()
@@ -756,7 +756,7 @@ def test_the_saved_model_evaluates_to_the_logged_loss(args, tmp_path):
         "counting",
         f"{result['final']['eval_loss']:.4f}",
         "- `num_warmup_steps`: 0",
-        f'from_pretrained("{tmp_path / "run"}")',  # a place where it can be loaded from
+        f'from_pretrained("{tmp_path / "run"}")',  # the directory, from which the model can be loaded
     ):
         assert part in card
     assert not list((tmp_path / "run").glob(".*"))
@@ -776,7 +776,7 @@ def test_the_directory_of_another_run_is_refused_and_its_files_stay(args, tmp_pa
     (directory / "notes.txt").write_text("mine")
     (directory / "data").mkdir()
     (directory / "data" / "README.md").write_text("mine")
-    check_output_dir(directory)  # notes are no run, nor are data
+    check_output_dir(directory)  # neither notes nor data count as a run
     for name in ("README.md", "tokenizer.json", "scan.py", "modeling_mingru.py"):
         (directory / name).write_text("mine")
         with pytest.raises(ValueError, match=rf"a run writes \({name}\).*--overwrite_output_dir"):
@@ -788,7 +788,7 @@ def test_the_directory_of_another_run_is_refused_and_its_files_stay(args, tmp_pa
     _, result = run(args(overwrite_output_dir=True), processing_class=build_tokenizer("char", ["abcde"]))
     assert result["step"] == 4
     assert (directory / "notes.txt").read_text() == (directory / "data" / "README.md").read_text() == "mine"
-    for path in directory.iterdir():  # whatever a run wrote, another one would replace
+    for path in directory.iterdir():  # another run would replace any file that a run wrote
         (tmp_path / path.name).mkdir()
         if path.name not in ("notes.txt", "data"):
             shutil.copy(path, tmp_path / path.name)
@@ -841,7 +841,7 @@ def test_a_tracker_that_is_not_installed_is_named(args):
 
 @pytest.mark.clients("trackio")
 def test_tracking_with_trackio(args, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # heard only if no one has imported trackio yet
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read only when trackio is first imported
     trackio = pytest.importorskip("trackio")
     name = f"run-{uuid.uuid4()}"
     tracked = args(
@@ -856,7 +856,7 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_last(args, tmp_path,
 
     def push(directory, name):
         calls.append(("upload", name))
-        assert (tmp_path / "run" / "README.md").is_file()  # all is written by then
+        assert (tmp_path / "run" / "README.md").is_file()  # everything is written by then
 
     def make_repository(name):
         calls.append(("create", name))
@@ -1028,8 +1028,8 @@ def test_a_directory_without_a_model_is_not_asked_for_on_the_hub(tmp_path):
 
 
 def test_freed_memory_is_kept_for_the_next_step(tmp_path):
-    """Pages that the system has to clear, counted in steps that make and free 160 MB of tensors each."""
-    if platform.libc_ver()[0] != "glibc":  # has its own way, and is left to it
+    """Count the pages that the system has to clear, in steps that each allocate and free 160 MiB of tensors."""
+    if platform.libc_ver()[0] != "glibc":  # another C library manages memory in its own way, and is left to it
         assert not keep_freed_memory()
         return
     code = f"""
@@ -1055,7 +1055,7 @@ print(faults(3))
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     before, after = (int(line) for line in process.stdout.splitlines())
-    assert before > 3 * 2**15  # each of them is 4 KiB
+    assert before > 3 * 2**15  # a page has 4 KiB
     assert after < before / 20
 
 
@@ -1093,7 +1093,7 @@ def test_dropout_depends_on_the_seed_and_not_on_what_was_drawn_before(args, tmp_
 
 
 def test_every_update_is_made_in_training_mode(args):
-    """Of a model as `from_pretrained` gives it, and after an evaluation."""
+    """Even if the model comes in evaluation mode from `from_pretrained`, and after an evaluation."""
     model, modes = make_model().eval(), []
     model.register_forward_hook(lambda module, args, output: modes.append(module.training))
     run(args(max_train_steps=3, eval_steps=1), model)
@@ -1137,7 +1137,7 @@ def test_a_part_of_an_epoch_makes_a_step(args):
 
 
 class Workers(torch.utils.data.Dataset):
-    """Rows that only a worker process reads."""
+    """Rows that only a worker process may read."""
 
     def __len__(self):
         return 5
@@ -1180,7 +1180,7 @@ def test_a_tracked_run_goes_on_only_where_the_training_does(args, monkeypatch):
 
 
 def watch_evaluations(monkeypatch, losses):
-    """Let the evaluations of a run find these losses, as long as there are some."""
+    """Make the evaluations of a run return these losses in turn, and 1.0 after the last."""
     losses = iter(losses)
     monkeypatch.setattr(
         loop, "evaluate", lambda *args, **kwargs: {"eval_loss": next(losses, 1.0), "eval_perplexity": 1.0}
@@ -1208,7 +1208,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(args, monkeypatch, tm
     watch_evaluations(monkeypatch, [2.0, math.nan])
     with pytest.raises(FloatingPointError, match="the validation loss is nan at step 2"):
         run(args(eval_steps=1))
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())  # of the evaluation before
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())  # written after the first evaluation
     assert [record["eval_loss"] for record in metrics["history"] if "eval_loss" in record] == [2.0]
     assert "final" not in metrics
 
@@ -1289,21 +1289,21 @@ def test_a_perplexity_beyond_all_numbers_is_infinite(args):
 def test_a_sample_depends_on_its_seed_alone_and_ends_where_the_positions_do():
     tokenizer = build_tokenizer("char", ["abcde"])
     model = GPT2LMHeadModel(GPT2Config(vocab_size=7, n_positions=8, n_embd=8, n_layer=1, n_head=1)).eval()
-    model.generation_config.suppress_tokens = [0, 1]  # the text does not end by itself
+    model.generation_config.suppress_tokens = [0, 1]  # no end-of-text token ends the text early
     texts = [sample_text(model, tokenizer, 100, seed) for seed in (0, 0, 1, 2)]
     assert texts[0] == texts[1]
     assert len(set(texts)) > 1
-    assert [len(text) for text in texts] == [7] * 4  # after the token that it begins with
+    assert [len(text) for text in texts] == [7] * 4  # 8 positions, of which the start token takes one
     model = make_model().eval()
     model.generation_config.suppress_tokens = [0, 1]
-    assert len(sample_text(model, tokenizer, 40)) == 40  # it counts no positions
+    assert len(sample_text(model, tokenizer, 40)) == 40  # MinGRU has no limit of positions
 
 
 # ---- more of several processes ----
 
 
 def dropping():
-    """A model whose dropout each process draws for itself."""
+    """Return a model whose dropout each process draws independently, with its training and validation sets."""
     return make_dropping_model(), make_blocks(16), make_blocks(13, seed=1)
 
 
@@ -1414,7 +1414,7 @@ def test_words_that_are_no_options_are_refused(words, message, capsys):
 
 @pytest.mark.parametrize("name", ["output_dir", "resume_from_checkpoint", "report_to", "lr_scheduler_kwargs"])
 def test_an_empty_text_is_no_value(args, name):
-    """But a variable of a shell that is not set; for paths it would be the directory where one is."""
+    """An empty value usually comes from an unset shell variable; as a path it would mean the current directory."""
     with pytest.raises(ValueError, match=f"^{name} must not be empty: give it a value, or leave it out$"):
         args(**{name: ""})
 

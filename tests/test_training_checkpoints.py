@@ -1,7 +1,7 @@
-"""Interrupted runs: killed at any moment they go on to the same weights, and what lies on the disk is whole.
+"""Interrupted runs: killed at any moment, they resume to the same weights, and the checkpoints on disk are complete.
 
-The runs are processes of their own, forked from a server that has imported everything: they start in a moment, and
-SIGKILL ends them as a power cut would.
+Each run is a process forked from a server that has already imported everything, so that it starts quickly; SIGKILL
+ends it as a power cut would.
 """
 
 import atexit
@@ -63,12 +63,12 @@ LETTERS = "abcdefg"
 def train_counting(
     output_dir, stream=None, settings=(), tokenizer=None, config=None, checksums=(None, None), **changes
 ):
-    """Train a tiny model with dropout on rows that count up, evaluating and saving all the time.
+    """Train a tiny model with dropout on rows that count up, with frequent evaluations and checkpoints.
 
-    Changes are of TrainArguments or, by their names, of the model's config.
+    `changes` override TrainArguments or, for the names in `fields`, the model's config.
     """
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which would outlive a killed process
+    tqdm.set_lock(threading.RLock())  # its default is a system semaphore, which would outlive a killed process
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     values = {
@@ -95,7 +95,7 @@ def train_counting(
     rows = Dataset.from_dict({"input_ids": ((starts + torch.arange(10)) % 7 + 2).tolist()})
     tokenizer = tokenizer or build_tokenizer("char", [LETTERS])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "plot_loss", lambda *args: None)  # most of the time of such small runs
+        patch.setattr(loop, "plot_loss", lambda *args: None)  # it would take most of the time of such small runs
         return train(
             AutoModelForCausalLM.from_config(config),
             stream or rows,
@@ -109,7 +109,7 @@ def train_counting(
 
 
 def die_in(writer, time, call, number, output_dir):
-    """Train, and be killed in the `time`-th run of a function, just before the `number`-th system call of a kind."""
+    """Train, and be killed in the `time`-th run of `writer`, just before its `number`-th use of `call`."""
     module = shutil if call == "rmtree" else os
     write, original = getattr(loop, writer), getattr(module, call)
     runs, calls = itertools.count(1), itertools.count(1)
@@ -129,13 +129,13 @@ def die_in(writer, time, call, number, output_dir):
 
 
 def train_and_tell(begun, output_dir):
-    """Train, and say into the pipe `begun` first that it begins."""
+    """Train, after announcing the start through the pipe `begun`."""
     begun.send(True)
     train_counting(output_dir)
 
 
 class Counting(torch.utils.data.IterableDataset):
-    """A stream without end of rows that count up, as `StreamedBlocks` gives blocks."""
+    """An endless stream of rows that count up, in the form in which `StreamedBlocks` yields blocks."""
 
     def __iter__(self):
         return ({"input_ids": (torch.arange(10) + 3 * i) % 7 + 2} for i in itertools.count())
@@ -148,14 +148,14 @@ def process(target, *args):
 
 
 def finish(output_dir):
-    """Go on until the end, which must come."""
+    """Start or resume a run, and check that it reaches its end."""
     child = process(train_counting, output_dir)
     child.join(120)
     assert child.exitcode == 0
 
 
 def assert_same_run(output_dir, whole):
-    """Weights, optimizer, curve and choice of the best as in the run that nobody interrupted."""
+    """Assert that weights, optimizer, curve and best step are those of the uninterrupted run."""
     torch.testing.assert_close(
         load_file(output_dir / "model.safetensors"), load_file(whole / "model.safetensors"), rtol=0, atol=0
     )
@@ -180,20 +180,20 @@ def assert_same_run(output_dir, whole):
 
 
 def curve(output_dir):
-    """metrics.json without the times, which differ from run to run."""
+    """Return the results in metrics.json without the times, which differ from run to run."""
     metrics = json.loads((output_dir / "metrics.json").read_text())
     history = [{k: v for k, v in record.items() if k != "seconds"} for record in metrics["history"]]
     return history, metrics["best"]["step"], metrics["final"], metrics["step"]
 
 
 def contents(directory):
-    """Every file's name and bytes."""
+    """Return the bytes of every file by its path."""
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The directory of a run that nobody interrupted."""
+    """Return the directory of an uninterrupted run."""
     directory = tmp_path_factory.mktemp("whole") / "run"
     finish(directory)
     return directory
@@ -213,7 +213,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(moments, tmp_
         time.sleep(generator.uniform(0, seconds))
         child.kill()
         child.join()
-        if child.exitcode == 0:  # it was faster
+        if child.exitcode == 0:  # it finished before the kill
             assert_same_run(directory, whole)
             directory = tmp_path / f"run-{len(killed_at)}"
             continue
@@ -231,13 +231,13 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("writer", "time", "call", "number", "left"),
     [
-        ("write_json", 1, "fsync", 1, []),  # before there is a checkpoint
+        ("write_json", 1, "fsync", 1, []),  # before the first checkpoint
         pytest.param("write_checkpoint", 1, "fsync", 3, [], marks=SLOW),
-        pytest.param("save_pretrained", 1, "fsync", 2, [2], marks=SLOW),  # in an evaluation
-        ("write_checkpoint", 2, "fsync", 5, [2]),  # the second one has the best weights beside its own
-        pytest.param("write_checkpoint", 2, "rename", 1, [2], marks=SLOW),  # before it gets its name
-        pytest.param("write_checkpoint", 3, "rename", 2, [2, 4, 6], marks=SLOW),  # before the first is pushed out
-        ("write_checkpoint", 3, "rmtree", 1, [4, 6]),  # while it is
+        pytest.param("save_pretrained", 1, "fsync", 2, [2], marks=SLOW),  # during an evaluation
+        ("write_checkpoint", 2, "fsync", 5, [2]),  # the second checkpoint also holds the best weights
+        pytest.param("write_checkpoint", 2, "rename", 1, [2], marks=SLOW),  # before the checkpoint gets its name
+        pytest.param("write_checkpoint", 3, "rename", 2, [2, 4, 6], marks=SLOW),  # before the first is removed
+        ("write_checkpoint", 3, "rmtree", 1, [4, 6]),  # while the first is removed
     ],
 )
 def test_killed_in_the_middle_of_writing(writer, time, call, number, left, tmp_path, whole):
@@ -256,7 +256,7 @@ def test_killed_in_the_middle_of_writing(writer, time, call, number, left, tmp_p
 
 @pytest.fixture
 def run(whole, tmp_path):
-    """A copy of the whole run, to be spoilt."""
+    """Copy the uninterrupted run, so that a test can damage it."""
     shutil.copytree(whole, tmp_path / "run")
     return tmp_path / "run"
 
@@ -286,7 +286,7 @@ def test_going_on_from_the_checkpoint_before_a_damaged_one(run, whole):
 
 
 def test_without_a_whole_checkpoint_nothing_begins_anew(run):
-    """The best weights beside them would be lost."""
+    """A new run would overwrite the best weights next to the damaged checkpoints."""
     metrics = json.loads((run / "metrics.json").read_text())
     del metrics["final"]  # as in a run that was killed
     metrics["arguments"]["output_dir"] = str(run)
@@ -306,7 +306,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(run):
 
 
 def test_a_full_disk_ends_with_a_clear_error_and_leaves_the_last_checkpoint(tmp_path, whole):
-    """A limit on the size of files stands for the full disk: the optimizer's state no longer fits."""
+    """A limit on the file size simulates the full disk: the optimizer's state no longer fits."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     write, sizes = checkpoints.write_checkpoint, []
 
@@ -369,7 +369,7 @@ def test_a_card_that_was_edited_stays_when_the_run_goes_on(run, capsys):
     edited = card.read_text()
     train_counting(run)
     assert card.read_text() == edited
-    assert "README.md was edited and stays as it is: add --overwrite_output_dir" in capsys.readouterr().out
+    assert "README.md was edited and is kept: add --overwrite_output_dir" in capsys.readouterr().out
     train_counting(run, overwrite_output_dir=True)
     assert "## My results" not in card.read_text()
     train_counting(run, max_train_steps=21)
@@ -384,7 +384,7 @@ def test_a_run_that_becomes_longer_is_evaluated_as_often(tmp_path):
 
 
 def test_the_best_weights_come_along(run, whole, tmp_path):
-    """Going on with a rate that spoils the model: what is kept at the end was the best before."""
+    """The resumed run has a learning rate that ruins the model: it keeps the best weights from before."""
     before = (
         load_file(run / "checkpoint-20" / "best" / "model.safetensors")
         if (run / "checkpoint-20" / "best").exists()
@@ -432,7 +432,7 @@ def test_a_stream_that_is_read_again_shows_how_far_it_is(tmp_path, monkeypatch, 
 
 
 def test_reading_a_stream_again_is_no_training(tmp_path, monkeypatch):
-    """Neither does it use up max_train_seconds, nor does it lower the speed."""
+    """Reading it again neither uses up max_train_seconds nor lowers the reported speed."""
     train_counting(tmp_path, Counting(), max_train_steps=6)
     clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
     monkeypatch.setattr(loop, "time", clock)
@@ -459,7 +459,7 @@ def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
     blocks = Noted(Dataset.from_dict({"input_ids": text.tolist()}), seed=1)
     options = {"max_train_steps": 18, "checkpoints_total_limit": 0}  # 2.7 passes
     train_counting(tmp_path / "whole", blocks, **options)
-    assert sorted(seen[:40]) == list(range(40))  # in the second pass others than in the first
+    assert sorted(seen[:40]) == list(range(40))  # the second pass uses other indices than the first
     assert len(set(seen[40:])) == 14
     assert min(seen[40:]) >= 40
     del seen[:]
@@ -472,7 +472,7 @@ def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
 
 
 def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_path, capsys):
-    """Their old loss says nothing about later ones: here no later loss could be below it."""
+    """Their old loss cannot be compared with later ones; here it is 0, which no later loss could beat."""
     first = train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=6, checkpoints_total_limit=0)
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")  # the best weights are those of step 3, not checkpoint-4's
     first["best"] = json.loads((tmp_path / "run" / "checkpoint-4" / STATE_FILE).read_text())["best"]
@@ -491,12 +491,12 @@ def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_
     files = ("run/model.safetensors", "run/checkpoint-9/model.safetensors", "same/checkpoint-9/model.safetensors")
     best, last, of_same = (load_file(tmp_path / file) for file in files)
     torch.testing.assert_close(best, last, rtol=0, atol=0)
-    torch.testing.assert_close(of_same, last, rtol=0, atol=0)  # what was evaluated changed nothing in training
+    torch.testing.assert_close(of_same, last, rtol=0, atol=0)  # the additional evaluation did not change the training
 
 
 def test_on_other_training_data_no_run_goes_on(tmp_path):
     train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=4)
-    assert train_counting(tmp_path / "run", max_train_steps=5)["step"] == 5  # if nobody knows
+    assert train_counting(tmp_path / "run", max_train_steps=5)["step"] == 5  # without checksums, data are not compared
     with pytest.raises(SetupError, match="belongs to a run on other training data: resume with the data"):
         train_counting(tmp_path / "run", checksums=(9, 2), max_train_steps=6)
 
@@ -537,7 +537,7 @@ def test_settings_are_recorded_and_the_fixed_ones_stay(tmp_path, capsys):
 
 
 def test_a_run_goes_on_with_the_vocabulary_and_labels_it_began_with(tmp_path):
-    """Their numbers are what the weights know: an edit of the data must not move them."""
+    """The weights rely on the ids of both, so an edit of the data must not change these ids."""
     tokenizer = build_tokenizer("char", [LETTERS])
     run = {"max_train_steps": 2, "tokenizer": tokenizer, "id2label": {0: "down", 1: "up"}}
     train_counting(tmp_path / "run", **run)
@@ -607,13 +607,13 @@ def test_other_runs_and_other_data_are_refused(run, tmp_path):
         train_counting(tmp_path / "new", resume_from_checkpoint=str(run / "checkpoint-5"))
     for path in checkpoints_in(run):
         shutil.rmtree(path)
-    with pytest.raises(ValueError, match="holds another run"):  # a finished one: nothing to go on from
+    with pytest.raises(ValueError, match="holds another run"):  # a finished run without checkpoints: nothing to resume
         train_counting(run)
     metrics = json.loads((run / "metrics.json").read_text())
     del metrics["final"]
     metrics["arguments"]["output_dir"] = str(run)
     (run / "metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match="holds another run"):  # an interrupted one, but not this one
+    with pytest.raises(ValueError, match="holds another run"):  # an interrupted run, but with other arguments
         train_counting(run, learning_rate=0.5)
     assert train_counting(run)["step"] == 20
 
@@ -684,7 +684,7 @@ def test_a_directory_that_takes_no_file_is_refused():
 
 
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
-    """Before training, not by the library that writes the tokenizer after it."""
+    """The error comes before training, not after it from the library that writes the tokenizer."""
     with pytest.raises(ValueError, match=r"s.udcf6rtie' is not valid UTF-8"):
         check_writable(tmp_path / os.fsdecode(b"s\xf6rtie"))
 
@@ -700,7 +700,7 @@ def test_new_files_replace_none_unless_the_user_allows_it(tmp_path):
 
 
 class Part:
-    """Stands for a model: saves one file."""
+    """A stand-in for a model that saves one file."""
 
     def save_pretrained(self, directory):
         (directory / "model.safetensors").write_bytes(b"best")
@@ -708,7 +708,7 @@ class Part:
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "model.safetensors.index.json"])
 def test_files_of_another_kind_of_model_are_refused_where_others_are_replaced(name, tmp_path):
-    """transformers would put the adapter into the new model."""
+    """For example, transformers would load the adapter into the new model."""
     for file in (name, "config.json"):
         (tmp_path / file).write_text("{}")
     with pytest.raises(ValueError, match=rf"another model \({name}\), which would be read with the new one: .*move"):
@@ -723,7 +723,7 @@ def test_files_of_another_tokenizer_are_refused_before_the_training(tmp_path):
     with pytest.raises(SetupError, match=r"another model \(added_tokens.json, chat_template.jinja\)"):
         train_counting(tmp_path, tokenizer=tokenizer, checkpointing_steps=None, **changes)
     (tmp_path / "added_tokens.json").unlink()
-    tokenizer.chat_template = "{{ 2 }}"  # which replaces the other one
+    tokenizer.chat_template = "{{ 2 }}"  # saving it replaces the other template
     train_counting(tmp_path, tokenizer=tokenizer, checkpointing_steps=None, **changes)
     assert type(tokenizer).from_pretrained(tmp_path).chat_template == "{{ 2 }}"
 
@@ -733,11 +733,11 @@ def arguments(output_dir, **changes):
 
 
 def start_and_wait(channel, output_dir):
-    """Begin a run, and end it without a file when told to."""
+    """Start a run, and end it when told to, so that no file remains."""
     start(arguments(output_dir))
     channel.send(True)
     channel.recv()
-    atexit._run_exitfuncs()  # as at a script's end, which multiprocessing leaves out
+    atexit._run_exitfuncs()  # as at the end of a script; multiprocessing skips these functions
 
 
 @pytest.mark.parametrize("killed", [True, False])
@@ -776,13 +776,13 @@ def test_a_child_does_not_give_up_its_parents_directory(tmp_path):
 
 
 def test_runs_of_one_process_follow_each_other_in_one_directory(tmp_path, monkeypatch):
-    for _ in range(2):  # the first one goes no further
+    for _ in range(2):  # the first run goes no further than this
         start(arguments(tmp_path))
     with pytest.raises(SetupError, match="the training set has no examples"):
         train(None, [], [], arguments(tmp_path), None)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(loop, "lock_output_dir", lambda path: write_json(path + "/metrics.json", {}))
-    with pytest.raises(ValueError, match="holds another run"):  # which ended just before
+    with pytest.raises(ValueError, match="holds another run"):  # one that ended just before
         start(arguments(tmp_path))
 
 
@@ -798,7 +798,7 @@ def test_a_file_system_without_locks_takes_a_run(number, tmp_path, monkeypatch):
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    """By a run that ended between the opening and the locking of the file."""
+    """A run that ends may remove the file after this run has opened it and before it has locked it."""
     lock, path = checkpoints.fcntl.lockf, tmp_path / checkpoints.LOCK_FILE
 
     def remove_once(*args):
@@ -813,7 +813,7 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
 
 
 def checkpoint(directory, step=2, best=None, limit=None, part=None, **tensors):
-    """Write a small one; `best` is the step of the best weights so far."""
+    """Write a small checkpoint; `best` is the step of the best weights so far."""
     return write_checkpoint(directory, step, (part,), tensors, {"best": best and {"step": best}}, limit)
 
 
@@ -869,7 +869,7 @@ def test_damage_anywhere_in_a_large_file_is_recognised(tmp_path):
     content = bytearray(path.read_bytes())
     content[2 * 10**6] ^= 1
     path.write_bytes(content)
-    assert damage(path.parent) == "training_state.pt is not what was written"
+    assert damage(path.parent) == "training_state.pt is damaged: it differs from what was written"
 
 
 def test_only_weights_that_are_not_the_checkpoints_own_lie_beside_it(tmp_path):
@@ -896,7 +896,7 @@ def test_a_checkpoint_may_have_any_name(tmp_path):
 
 
 def test_only_the_files_that_a_checkpoint_lists_come_back(tmp_path):
-    """Others that lie there are the user's, or a stranger's."""
+    """Other files in its directory are the user's or a stranger's."""
     path = checkpoint(tmp_path / "run", 2, best=2, part=Part())
     (path / "notes.txt").write_text("old")
     (path / "passwords.txt").symlink_to("/etc/passwd")
@@ -924,14 +924,14 @@ def test_a_checkpoint_that_lists_files_elsewhere_is_refused(name, tmp_path):
 
 
 def test_the_checkpoint_that_was_just_written_stays(tmp_path):
-    """Later ones may lie there if they are damaged."""
+    """Checkpoints of later steps may be there if they are damaged."""
     for step in (4, 6):
         (checkpoint(tmp_path, step) / checkpoints.TENSORS_FILE).write_bytes(b"half")
     assert checkpoint(tmp_path, 3, limit=1).is_dir()
 
 
 def test_restored_weights_leave_nothing_half_written_and_no_checkpoint_changed(run):
-    """Not even where a restore was killed, whose temporary file is a second name of a checkpoint's weights."""
+    """Also after a restore that was killed: its temporary file is a hard link to a checkpoint's weights."""
     os.link(run / "checkpoint-18" / "model.safetensors", run / ".incomplete-model.safetensors")
     for _ in range(2):
         restore_best(run / "checkpoint-20", run)
@@ -958,7 +958,7 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_checkpoint_that_was_moved_to_another_disk_stays_there(there, tmp_path):
-    """The link that was left in its place goes as the checkpoint would have gone."""
+    """The symlink left in its place is removed as the checkpoint would have been."""
     (tmp_path / "disk").mkdir()
     moved = checkpoint(tmp_path / "run", 1).rename(tmp_path / "disk" / "checkpoint-1")
     for name in ("checkpoint-1", ".incomplete-checkpoint-0-old", ".incomplete"):
@@ -991,13 +991,13 @@ def test_errors_of_the_libraries_that_write_say_what_to_do_too(error, tmp_path):
         def save_pretrained(self, directory):
             raise error
 
-    with pytest.raises(OSError, match=r"could not be written, .* bytes were free there: .*Free some space"):
+    with pytest.raises(OSError, match=r"could not be written \(.* bytes free there\): .*Free some space"):
         write_checkpoint(tmp_path, 2, (Part(),), {}, {"best": None})
     assert not list(tmp_path.iterdir())
 
 
 class Trap:
-    """Unpickled, it would make a file."""
+    """An object whose pickle would create a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -1015,7 +1015,7 @@ def test_no_checkpoint_runs_code(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs the names of open files")
 def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
-    """After a power cut a name must not be there without its content."""
+    """After a power cut, no file name may exist without its content."""
     synced, renamed = set(), []
     sync, replace, rename = os.fsync, os.replace, os.rename
 
@@ -1039,11 +1039,11 @@ def test_what_is_renamed_is_on_the_disk_first(tmp_path, monkeypatch):
     checkpoint(tmp_path, a=torch.zeros(2))
     assert {"metrics.json", "config.json", "checkpoint-2"} <= {name for name, _ in renamed}
     assert all(is_synced for _, is_synced in renamed)
-    assert str(tmp_path) in synced  # the names too
+    assert str(tmp_path) in synced  # the directory with the new names too
 
 
 def test_directories_that_cannot_be_flushed(tmp_path, monkeypatch):
-    """As on some network file systems; a file that cannot be is an error."""
+    """On some network file systems a flush gives EINVAL for directories only; every other failure is an error."""
 
     def fail(number, is_kind):
         def flush(descriptor):
@@ -1079,7 +1079,7 @@ def test_a_run_does_not_go_on_with_more_or_fewer_examples(run):
     rows = [{"input_ids": torch.arange(10) % 7 + 2}] * 21
     with pytest.raises(SetupError, match="belongs to a run with training examples 20, not 21"):
         train_counting(run, rows)
-    with pytest.raises(SetupError, match=r"processes; changed: learning_rate .* -> 0.5"):  # what else is different
+    with pytest.raises(SetupError, match=r"processes; changed: learning_rate .* -> 0.5"):  # other changes are named
         train_counting(run, rows, learning_rate=0.5)
 
 
@@ -1094,7 +1094,7 @@ def test_a_run_with_settings_starts_again_before_its_first_checkpoint(tmp_path):
 
 
 class Noisy(torch.utils.data.Dataset):
-    """Rows that count up from a start that Python's and NumPy's generators draw anew."""
+    """Rows that count up from a start drawn by Python's and NumPy's generators at each access."""
 
     def __len__(self):
         return 20
@@ -1124,7 +1124,7 @@ def test_the_training_loss_so_far_is_the_mean_over_the_processes_whatever_their_
     result = train_counting(tmp_path / "on", resume_from_checkpoint=str(path))
     before = json.loads((run / "metrics.json").read_text())
     first, last = ([r["loss"] for r in each["history"] if "loss" in r][-1] for each in (before, result))
-    assert last == pytest.approx(first + 20 / 4, abs=0.5)  # another dropout
+    assert last == pytest.approx(first + 20 / 4, abs=0.5)  # dropout draws differ
 
 
 def test_a_file_that_could_not_be_written_to_its_end_is_as_it_was(tmp_path):
@@ -1142,7 +1142,7 @@ def test_a_file_that_could_not_be_written_to_its_end_is_as_it_was(tmp_path):
 def test_a_checkpoint_whose_list_of_files_was_cut_short_does_not_stop_the_run(run):
     path = run / "checkpoint-20" / "trainer_state.json"
     path.write_text(path.read_text()[:50])
-    check_output_dir(run, resume="latest")  # says nothing yet: the run itself does, once
+    check_output_dir(run, resume="latest")  # does not warn yet: the run itself does, once
     with pytest.warns(UserWarning, match=r"checkpoint-20 .* is not JSON\): resuming from the one before"):
         assert find_checkpoint("latest", run) == run / "checkpoint-18"
 
@@ -1156,18 +1156,19 @@ def test_only_an_interrupted_run_of_the_same_arguments_begins_again(metrics, tmp
         check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
     (tmp_path / "metrics.json").write_text('{"arguments": {"seed": 0}}')
     check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
-    (tmp_path / "metrics.json").write_text('{"arguments": {"seed": 0, "add_eos": true}}')  # found in the text
+    # A run derives add_eos from its text.
+    (tmp_path / "metrics.json").write_text('{"arguments": {"seed": 0, "add_eos": true}}')
     check_output_dir(tmp_path, resume="latest", arguments={"seed": 0})
 
 
 def test_a_tokenizer_with_several_chat_templates_is_saved_whole(tmp_path):
-    """They lie in a folder of their own."""
+    """The templates are in a separate folder."""
     tokenizer = build_tokenizer("char", [LETTERS])
     tokenizer.chat_template = {"default": "{{ 1 }}", "tool": "{{ 2 }}"}
     for _ in range(2):
         save_pretrained(tmp_path, tokenizer)
     checkpoint = write_checkpoint(tmp_path, 1, (tokenizer,), {}, {"best": None})
-    restore_best(checkpoint, tmp_path / "elsewhere")  # where a run that resumes there begins
+    restore_best(checkpoint, tmp_path / "elsewhere")  # as a run that resumes there does first
     for directory in (tmp_path, checkpoint, tmp_path / "elsewhere"):
         assert type(tokenizer).from_pretrained(directory).chat_template == tokenizer.chat_template
 

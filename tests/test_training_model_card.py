@@ -1,4 +1,4 @@
-"""The card that training writes: what the Hub reads of it, and what it tells."""
+"""The card that training writes: the metadata that the Hub reads, and the text."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -23,7 +23,7 @@ RESULTS = {
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a card of a tiny model, and return it as the Hub parses it."""
+    """Return a function that writes the card of a tiny model and returns it as the Hub parses it."""
     model = MinGRUForCausalLM(MinGRUConfig(vocab_size=7, hidden_size=8, num_hidden_layers=2, use_mlp=False))
 
     def card(results=RESULTS, args=None, dataset_name="Märchen", **kwargs):
@@ -43,7 +43,7 @@ def test_the_hub_reads_kind_tags_and_results(write):
     assert {(result.task_type, result.dataset_name) for result in data.eval_results} == {
         ("text-generation", "Märchen")
     }
-    data = write().data  # the task is one that the Hub does not know
+    data = write().data  # without one of the Hub's tasks
     assert data.pipeline_tag is None
     assert {result.task_type for result in data.eval_results} == {"other"}
 
@@ -109,7 +109,7 @@ def test_only_a_card_that_nobody_edited_may_be_rewritten(write, tmp_path):
     assert may_be_rewritten(path)
     write(task="text-generation")
     assert may_be_rewritten(path)
-    name_model_card(path, "me/größe")  # as an upload does
+    name_model_card(path, "me/größe")  # an upload does this
     assert may_be_rewritten(path)
     generated = path.read_bytes()
     for content in (

@@ -1,4 +1,4 @@
-"""Options that name a model or a tokenizer: what they give, and what is said where they give nothing."""
+"""Options that name a model or a tokenizer: what they load, and the errors if they cannot load it."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ def test_a_checkpoint_is_not_described_a_second_time(name):
 def test_a_checkpoint_takes_a_tokenizer_that_is_not_built_anew():
     check_one_source(options(model_name_or_path="m", tokenizer_name="gpt2"))
     check_one_source(options(tokenizer_name="char"))
-    check_one_source(SimpleNamespace(model_name_or_path="m"))  # a script without the others
+    check_one_source(SimpleNamespace(model_name_or_path="m"))  # a script without the other options
 
 
 def test_overrides_go_before_values_and_values_before_the_file(tmp_path):
@@ -58,7 +58,7 @@ def test_blanks_and_equals_signs_in_overrides():
 
 
 class Asked:
-    """Stands for an Auto class, and notes what it is asked for."""
+    """A stand-in for an Auto class that records the names that it is asked for."""
 
     names, error = [], None
 
@@ -114,7 +114,7 @@ def test_a_tokenizer_is_made_of_a_file_of_its_own(file, tmp_path):
 
 
 def words(**tokens):
-    """A tokenizer that leaves white space out."""
+    """Build a tokenizer that drops white space."""
     backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)

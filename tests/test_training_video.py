@@ -1,4 +1,4 @@
-"""The test of whole videos: what counts as a view, how views decide, and what training's stream asks of clips."""
+"""Evaluation of whole videos: views, how their votes and probabilities decide, and which split is used."""
 
 import json
 from types import SimpleNamespace
@@ -31,14 +31,14 @@ from mingru_hf.video_processing_minconvgru import MinConvGRUVideoProcessor
 
 @pytest.fixture
 def accelerator():
-    """One CPU process; accelerate forgets it afterwards."""
+    """Return an accelerator for one CPU process, and reset the state of accelerate afterwards."""
     yield Accelerator(cpu=True)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
 class Reader(torch.nn.Module):
-    """A classifier that believes in class i as strongly as the weights of the first pixel's grey level say."""
+    """A classifier whose logits are the weights stored for the grey level of the first pixel."""
 
     def __init__(self, weights):
         super().__init__()
@@ -53,7 +53,10 @@ class Reader(torch.nn.Module):
 
 @pytest.fixture
 def clips(tmp_path):
-    """Make clips of one frame of videos of 3 frames, grey levels 0, 20, 40: pixels stay bytes, crops are 8 of 16."""
+    """Return a function that makes one-frame clips of 3-frame videos with grey levels 0, 20 and 40.
+
+    Pixels stay in 0..255, and crops are 8 of 16 pixels wide.
+    """
 
     def make(labels, clips_per_video=3, **kwargs):
         frames = np.stack([np.full((16, 16, 3), 20 * t, np.uint8) for t in range(3)])
@@ -70,7 +73,7 @@ def clips(tmp_path):
 
 
 def test_the_vote_and_the_mean_of_the_views_decide(clips, accelerator):
-    # Two views prefer class 0 by little, one class 1 by much.
+    # Two views slightly prefer class 0, one strongly prefers class 1.
     model = Reader({0: [1.0, 0.0], 1: [1.0, 0.0], 2: [0.0, 9.0]})
     result = evaluate_videos(model, clips([0, 1]), accelerator, views="center")
     assert result["label"].tolist() == [0, 1]
@@ -88,7 +91,7 @@ def test_the_mean_decides_a_tied_vote(clips, accelerator):
 
 
 def test_votes_are_counted_before_probabilities(clips, accelerator):
-    """Three views that prefer class 0 by little, against two that are sure of class 1."""
+    """Three views slightly prefer class 0, and two are sure of class 1."""
     model = Reader({0: [0.1, 0.0], 1: [0.1, 0.0], 2: [0.0, 9.0]})
     result = evaluate_videos(model, clips([0], clips_per_video=5), accelerator, views="center")
     assert sorted(level for batch in model.seen for level in batch)[2:] == [1, 2, 2]
@@ -115,7 +118,7 @@ def test_views_are_upright(clips, accelerator, tmp_path, views):
 @pytest.mark.parametrize("views", ["center", "ten_crops"])
 @pytest.mark.parametrize("size", [(60, 100), (102, 38), (20, 30)])
 def test_frames_are_resized_before_clips_share_them(clips, accelerator, tmp_path, views, size):
-    """So that memory is that of small frames, and the views are those of whole clips that are resized."""
+    """Memory then holds only small frames, and the views equal those of clips that are resized as a whole."""
     data, seen = clips([0], clips_per_video=5), []
     noise = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
     write_video(str(tmp_path / "0.mp4"), noise)
@@ -169,8 +172,8 @@ def test_a_model_is_tested_on_the_fold_and_the_split_of_its_training(tmp_path):
         return data_args.validation_split_percentage, data_args.fold, seed
 
     assert split("test") == split("validation") == split("validation", 20, 2, seed=3) == (20, 2, 3)
-    assert split("test", 50, seed=1) == (50, 2, 1)  # neither moves a video into the test
-    assert split("validation", 50, 1, "others", seed=1) == (50, 1, 1)  # the model has seen none of them
+    assert split("test", 50, seed=1) == (50, 2, 1)  # neither moves a video into the test split
+    assert split("validation", 50, 1, "others", seed=1) == (50, 1, 1)  # the model has seen none of these videos
     with pytest.warns(UserWarning, match=r"with seed 3, not 0: .* validation videos differ.*Remove --seed"):
         assert split("validation", seed=0) == (20, 2, 0)
     with pytest.raises(ValueError, match=r"with fold 2, not 1: the test videos would differ.*Remove --fold"):
@@ -232,7 +235,7 @@ def test_a_run_goes_on_with_the_order_of_frames_it_began_with():
 
 
 def split_of(directory, dataset="ucf101", seed=None):
-    """Percentage and seed of the validation split that a model in a directory is tested on."""
+    """Return percentage and seed of the validation split on which a model in a directory is tested."""
     asked = VideoDataArguments(dataset_name=dataset, validation_split_percentage=None, fold=None)
     data_args, seed = split_as_in_training(asked, seed, "validation", directory)
     return data_args.validation_split_percentage, seed

@@ -1,4 +1,4 @@
-"""The video processor: which frames, which pixels, from arrays and from files."""
+"""The video processor: the frames and pixels that it gives, from arrays and from files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from mingru_hf.video_processing_minconvgru import (
 
 @pytest.fixture
 def frames():
-    """(12, 24, 32, 3) bytes; frame t is 20 t everywhere but for one white corner."""
+    """Return (12, 24, 32, 3) bytes; frame t is 20 t everywhere except in a white corner."""
     video = np.full((12, 24, 32, 3), 20, np.uint8) * np.arange(12, dtype=np.uint8)[:, None, None, None]
     video[:, :8, :8] = 255
     return video
@@ -45,7 +45,7 @@ def file(frames, tmp_path):
 
 
 def levels(pixels):
-    """Frame numbers of (T, C, H, W) pixels in 0..255, read off below the corner."""
+    """Return the frame numbers of (T, C, H, W) pixels in 0..255, read opposite the white corner."""
     return torch.as_tensor(pixels)[:, 0, -1, -1].float().div(20).round().int().tolist()
 
 
@@ -78,7 +78,7 @@ def test_frames_are_sampled_by_stride_and_by_rate(frames):
     assert sampled(do_sample_frames=False) == list(range(12))
     metadata = {"total_num_frames": 12, "fps": 30}
     assert sampled(num_frames=3, fps=10, video_metadata=metadata) == [2, 5, 8]
-    assert sampled(num_frames=3, fps=60, video_metadata=metadata) == [4, 5, 6]  # no frame twice
+    assert sampled(num_frames=3, fps=60, video_metadata=metadata) == [4, 5, 6]  # no frame is repeated
     with pytest.raises(ValueError, match="rate is not known"):
         sampled(num_frames=3, fps=10)
 
@@ -128,7 +128,8 @@ def test_a_file_gives_what_its_frames_give(file, frames):
     processor = MinConvGRUVideoProcessor(num_frames=4, frame_stride=2, size={"shortest_edge": 24}, crop_size=24)
     from_file = processor(str(file), return_tensors="pt").pixel_values_videos
     from_array = processor(frames, return_tensors="pt").pixel_values_videos
-    torch.testing.assert_close(from_file, from_array, atol=0.15, rtol=0)  # H.264: a few grey levels of 0.017
+    # H.264 changes pixels by a few grey levels, each of which is 0.017 after normalisation.
+    torch.testing.assert_close(from_file, from_array, atol=0.15, rtol=0)
 
 
 def test_any_frames_are_decoded_in_any_order(file):
@@ -166,7 +167,7 @@ def test_a_broken_file_is_named(file, content, tmp_path):
 
 
 def damage(path, numbers):
-    """Overwrite packets of a file."""
+    """Overwrite the packets of a file that have these numbers."""
     av = pytest.importorskip("av", reason="videos are written by PyAV")
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
@@ -199,7 +200,7 @@ def test_a_short_file_is_named(file):
 
 @pytest.fixture
 def model_dir(tmp_path):
-    """A tiny classifier saved with its processor."""
+    """Save a tiny classifier with its processor."""
     backbone = ResNetConfig(
         embedding_size=4, hidden_sizes=[4], depths=[1], layer_type="basic", out_features=["stage1"]
     )
@@ -285,7 +286,7 @@ PLAIN = {"do_resize": False, "do_center_crop": False, "do_rescale": False, "do_n
 
 def test_fractions_of_a_frame_add_up_to_whole_ones():
     assert clip_indices(200, 101, frame_stride=1.15, position=0)[100] == 115  # 1.15 * 100 is less in floating point
-    assert clip_indices(10, 3, position=0.25).tolist() == [2, 3, 4]  # 1.75 is nearer to 2
+    assert clip_indices(10, 3, position=0.25).tolist() == [2, 3, 4]  # the start 1.75 is rounded to 2
 
 
 def test_a_rate_between_whole_strides(frames):
@@ -296,7 +297,7 @@ def test_a_rate_between_whole_strides(frames):
 
 
 def test_a_clip_has_the_frames_of_its_processor():
-    """As training takes them, one place after another."""
+    """At any position, as training takes clips."""
     metadata = VideoMetadata(total_num_frames=12, fps=30)
     by_stride, by_rate = MinConvGRUVideoProcessor(frame_stride=3), MinConvGRUVideoProcessor(fps=15)
     for processor, stride in ((by_stride, 3), (by_rate, 2)):
@@ -387,7 +388,7 @@ def test_a_video_that_players_turn_is_turned(matrix, stored, frames, tmp_path):
 
     video, _ = read_video(str(path), choose)
     assert sizes == [(24, 32)]
-    assert np.abs(video - frames.astype(int)).mean() < 2  # above 20 where the white corner is another one
+    assert np.abs(video - frames.astype(int)).mean() < 2  # it is above 20 if the white corner is in another place
 
 
 def test_frames_that_no_file_holds_are_an_error(file):

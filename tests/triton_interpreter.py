@@ -1,12 +1,13 @@
-"""Triton's interpreter, faster: imported after TRITON_INTERPRET=1 was set."""
+"""A faster scan for Triton's interpreter, which runs the kernels when TRITON_INTERPRET=1 is set."""
 
 import functools
 
 
 def combine_rows_at_once():
-    """The interpreter's associative_scan calls the combination once an element; once a row is a hundred times faster.
+    """Make the interpreter's associative_scan combine whole rows at once, which is a hundred times faster.
 
-    Its interface is not public, so where it changes this does nothing and the cases take minutes.
+    By itself, the interpreter calls the combine function once per element. The patched method is not public: if a
+    later version of Triton does not have it, this function does nothing and the tests take minutes.
     """
     from triton.runtime import interpreter
 

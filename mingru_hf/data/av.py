@@ -1,4 +1,4 @@
-"""PyAV, which reads and writes video files: an optional package."""
+"""Import PyAV, an optional package that reads and writes video files, and write videos with it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,10 +7,10 @@ import numpy as np
 
 
 def import_av():
-    """Return the package PyAV.
+    """Import and return the package PyAV.
 
     Raises:
-        ImportError: if it is missing, saying how to install it.
+        ImportError: if PyAV is missing; the message says how to install it.
     """
     try:
         import av

@@ -23,11 +23,11 @@ def make_selective_copying_dataset(
     """Make examples of selective copying: data tokens scattered among noise, to be repeated at the end.
 
     An example has N = num_noise_tokens noise tokens (id 0) with M = num_memorize_tokens data tokens (ids 1 to
-    vocab_size - 2, uniform) at random positions between them, then M markers (id vocab_size - 1). At the i-th
-    marker the model must predict the i-th data token. A causal model of transformers compares the logits at
-    step t with labels[t + 1], so the answer to the marker at N + M + i is the label at N + M + i + 1, and one
-    more marker closes the sequence: it asks nothing and only makes room for the last label. With three
-    noise and two data tokens:
+    vocab_size - 2, uniform) at random positions among them, followed by M markers (id vocab_size - 1). At the i-th
+    marker, the model must predict the i-th data token. A causal model of transformers compares the logits at
+    step t with labels[t + 1], so the answer to the marker at N + M + i is the label at N + M + i + 1. One more
+    marker ends the sequence: nothing is predicted there, it only provides the position of the last label. With
+    three noise and two data tokens:
 
         input_ids     0     4     0     0     1     5     5     5
         labels     -100  -100  -100  -100  -100  -100     4     1
@@ -36,8 +36,8 @@ def make_selective_copying_dataset(
         num_examples: rows of the dataset.
         num_noise_tokens: noise tokens N per example.
         num_memorize_tokens: data tokens M per example.
-        vocab_size: all token ids, noise and marker included: vocab_size - 2 different data tokens.
-        seed: of the examples; the same seed gives the same dataset, another one a different one.
+        vocab_size: number of token ids, including noise and marker; vocab_size - 2 of them are data tokens.
+        seed: seed of the examples; the same seed gives the same dataset, another seed a different one.
 
     Returns:
         `input_ids` and `labels`: (num_examples, N + 2 M + 1) int32, held in memory (8 bytes per step).
@@ -71,14 +71,14 @@ def make_selective_copying_dataset(
 
 
 def selective_copying_accuracy(logits, labels) -> float:
-    """Return the share of data tokens that are predicted exactly; chance is 1 / (vocab_size - 2).
+    """Return the fraction of data tokens that are predicted correctly; chance is 1 / (vocab_size - 2).
 
     Args:
-        logits: (B, T, vocab_size) of a causal model: those at step t are about step t + 1. Torch or numpy.
-        labels: (B, T) of `make_selective_copying_dataset`, not shifted; -100 where nothing is asked.
+        logits: (B, T, vocab_size) from a causal model: the logits at step t predict step t + 1. Torch or numpy.
+        labels: (B, T) from `make_selective_copying_dataset`, not shifted; -100 where there is no target.
 
     Raises:
-        ValueError: if the shapes do not fit, or the labels ask for nothing.
+        ValueError: if the shapes do not fit, or all labels are -100.
     """
     if tuple(logits.shape[:-1]) != tuple(labels.shape) or labels.ndim != 2:
         raise ValueError(
@@ -94,9 +94,9 @@ def selective_copying_accuracy(logits, labels) -> float:
 
 
 def _distinct_positions(generator: np.random.Generator, rows: int, count: int, size: int) -> np.ndarray:
-    """Draw for every row a uniform set of `count` out of `size` positions: (rows, count), in no order.
+    """Draw, for every row, a uniformly random set of `count` out of `size` positions: (rows, count), unsorted.
 
-    Floyd's algorithm over all rows at once: no array of rows x size is needed.
+    This is Floyd's algorithm for all rows at once, which needs no array of rows x size.
     """
     drawn = np.empty((rows, count), np.int64)
     for i, last in enumerate(range(size - count, size)):

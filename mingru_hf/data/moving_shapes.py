@@ -1,14 +1,15 @@
 """Moving shapes: short videos of eight classes that only the order of the frames tells apart.
 
-A shape has four coordinates: horizontal and vertical position, angle and size. Each lives on a circle: what
-leaves the frame on one side comes in on the other, and what has grown to the largest size starts again at the
-smallest. In a video one of them keeps moving; the class says which one and in which direction. So less than the whole
-sequence says little:
+A shape has four coordinates: horizontal and vertical position, angle and size. Each coordinate is periodic: a shape
+that leaves the frame on one side enters it on the other, and a shape that has grown to the largest size starts again
+at the smallest. In each video, one coordinate changes; the class says which one and in which direction. Anything less
+than the ordered sequence therefore says little about the class:
 
-- A single frame says nothing: each coordinate starts anywhere on its circle, so at every time step the four are
-  uniform and independent, whatever the class.
-- All frames without their order show what moves, but not which way: at most half of the answers can be right.
-- Time reversed gives the opposite class: left for right, growing for shrinking.
+- A single frame says nothing: each coordinate starts at a random point of its period, so at every time step the four
+  are uniform and independent, whatever the class.
+- All frames without their order show which coordinate changes, but not in which direction: at most half of the answers
+  can be right.
+- The reversed sequence belongs to the opposite class: left for right, growing for shrinking.
 """
 
 import math
@@ -28,14 +29,14 @@ from .av import import_av, write_video
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "growing", "shrinking")
 SPLITS = ("train", "validation", "test")
-# Steps per frame, lowest and highest, in turns of each circle: 1.3 to 2.7 pixels of 64 (positions), 10 to 15 degrees,
-# and 5 to 6 % of the way from the smallest to the largest size.
+# Smallest and largest step per frame, in periods of each coordinate: 1.3 to 2.7 pixels of 64 (positions), 10 to 15
+# degrees, and 5 to 6 % of the way from the smallest to the largest size.
 STEPS = ((1 / 48, 1 / 24), (1 / 48, 1 / 24), (10 / 360, 15 / 360), (0.05, 0.06))
 RADII = (0.10, 0.42)  # smallest and largest, in widths of the frame
 SUPERSAMPLING = 4
-MIN_CONTRAST = 80  # of luma, 0 to 255
+MIN_CONTRAST = 80  # difference in luma, which lies in 0 to 255
 
-# Outlines around (0, 0), x to the right and y down. Each has a direction to be read off, up to half a turn at least.
+# Outlines around (0, 0), x to the right and y down. Each shows its angle, if only up to half a turn (the bar).
 SHAPES = (
     ((-0.8, -0.6), (1.0, 0.0), (-0.8, 0.6)),  # wedge
     ((-1.0, -0.35), (1.0, -0.35), (1.0, 0.35), (-1.0, 0.35)),  # bar
@@ -45,7 +46,7 @@ SHAPES = (
 
 
 def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> np.ndarray:
-    """Draw at random the course of a shape's four coordinates.
+    """Draw a random trajectory of a shape's four coordinates.
 
     Args:
         label: index into `CLASSES`.
@@ -53,7 +54,7 @@ def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> n
         generator: source of the randomness.
 
     Returns:
-        (T, 4) horizontal position, vertical position (down), angle (clockwise) and size, in turns: [0, 1).
+        (T, 4) horizontal position, vertical position (down), angle (clockwise) and size, in periods: [0, 1).
     """
     axis, backwards = divmod(label, 2)
     backwards ^= axis in (0, 1)  # the classes of the positions are listed backwards first: left, right, up, down
@@ -64,11 +65,11 @@ def trajectory(label: int, num_frames: int, generator: np.random.Generator) -> n
 
 
 def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    """Render a shape of random outline and colours along its course.
+    """Render a shape with a random outline and random colours along a trajectory.
 
     Args:
         course: (T, 4) from `trajectory`.
-        size: width and height of a frame, pixels.
+        size: width and height of a frame, in pixels.
         generator: source of the outline and the colours.
 
     Returns:
@@ -84,7 +85,7 @@ def render(course: np.ndarray, size: int, generator: np.random.Generator) -> np.
         points = radius * outline @ np.array([[cosine, sine], [-sine, cosine]]) + np.array([x, y]) * width
         image = Image.new("RGB", (width, width), background)
         draw = ImageDraw.Draw(image)
-        for shift_x in (-width, 0, width):  # what leaves on one side comes in on the other
+        for shift_x in (-width, 0, width):  # a shape that leaves on one side enters on the other
             for shift_y in (-width, 0, width):
                 draw.polygon([(px + shift_x, py + shift_y) for px, py in points], fill=color)
         frame[:] = np.asarray(image.reduce(SUPERSAMPLING))
@@ -97,14 +98,14 @@ def make_moving_shape(label: int, num_frames: int = 16, size: int = 64, seed: in
     Args:
         label: index into `CLASSES`.
         num_frames: frames T, 2 or more.
-        size: width and height, pixels; even, as the codec wants it.
-        seed: of everything except the class.
+        size: width and height in pixels; even, as the codec requires.
+        seed: seed of everything except the class.
 
     Returns:
         (T, size, size, 3) uint8 RGB.
 
     Raises:
-        ValueError: if the label is not a class, or a number is too small or odd.
+        ValueError: if the label is not a class, `num_frames` or `size` is too small, or `size` is odd.
     """
     if not 0 <= label < len(CLASSES):
         raise ValueError(f"label {label} is not a class: expected 0 to {len(CLASSES) - 1}")
@@ -128,16 +129,16 @@ def write_moving_shapes(
     num_proc: int = 1,
     overwrite: bool = False,
 ) -> Path:
-    """Write the dataset as `datasets`' videofolder reads it: SPLIT/CLASS/NUMBER.mp4.
+    """Write the dataset in the layout that `datasets`' videofolder reads: SPLIT/CLASS/NUMBER.mp4.
 
     The classes are equally frequent in each split. The same arguments give the same frames, though the encoder may
     round them differently; a larger split begins with the videos of a smaller one.
 
     Args:
-        output_dir: made under a temporary name next to it and renamed once complete.
-        num_train, num_validation, num_test: videos of each split.
-        num_frames, size, fps: of each video: frames, pixels, frames per second.
-        seed: of all videos.
+        output_dir: written under a temporary name in the same folder, and renamed once complete.
+        num_train, num_validation, num_test: number of videos in each split.
+        num_frames, size, fps: frames, width and height in pixels, and frames per second of each video.
+        seed: seed of all videos.
         num_proc: processes that render and encode.
         overwrite: replace an `output_dir` that holds nothing but such a dataset.
 
@@ -145,7 +146,7 @@ def write_moving_shapes(
         `output_dir` as a path.
 
     Raises:
-        ValueError: if `output_dir` exists and may not be replaced, or a number is too small.
+        ValueError: if `output_dir` exists and may not be replaced, a number is too small, or `size` is odd.
         ImportError: if PyAV is missing.
     """
     output_dir = Path(output_dir)
@@ -163,7 +164,7 @@ def write_moving_shapes(
     import_av()
     make_moving_shape(0, num_frames, size)  # refuses bad sizes before anything is written
 
-    place = output_dir.resolve()  # a link stays one
+    place = output_dir.resolve()  # if output_dir is a link, its target is replaced and the link stays
     place.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=place.parent))
     try:
@@ -183,7 +184,7 @@ def write_moving_shapes(
                 pass
         umask = os.umask(0)
         os.umask(umask)
-        staging.chmod(0o777 & ~umask)  # mkdtemp's is private
+        staging.chmod(0o777 & ~umask)  # mkdtemp makes a directory that only its owner can read
         if place.exists():
             old = Path(tempfile.mkdtemp(prefix=".old-", dir=place.parent))
             os.rename(place, old / place.name)
@@ -203,7 +204,7 @@ def write_moving_shapes(
 
 
 def _foreign_file(directory: Path) -> str | None:
-    """Return the name of something that `write_moving_shapes` did not write, None if there is nothing."""
+    """Return the name of a file or folder that `write_moving_shapes` would not write; None if there is none."""
     if not directory.is_dir():
         return directory.name
     ours = re.compile(rf"({'|'.join(SPLITS)})(/({'|'.join(CLASSES)})(/\d{{6}}\.mp4)?)?")
@@ -219,7 +220,7 @@ def _write_one(path: Path, label: int, seed: tuple[int, ...], num_frames: int, s
 
 
 def _colors(generator: np.random.Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Draw at random a background and a colour that is visibly brighter."""
+    """Draw a random background colour and a random colour that is visibly brighter."""
     luma = np.array([0.299, 0.587, 0.114])
     while True:
         background, color = generator.integers(0, 256, (2, 3))

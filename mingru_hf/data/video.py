@@ -1,7 +1,7 @@
-"""Videos to train on: datasets with a Video column, folders of files and UCF101, as clips decoded on demand.
+"""Load videos to train on, from datasets with a Video column, folders of files or UCF101, as clips decoded on demand.
 
 A dataset here has one row per video: `video` (a file's path, or its bytes; never decoded by `datasets` itself, which
-needs torchcodec for that) and `label` (a class). `VideoClips` cuts clips out of them in the DataLoader's workers.
+would need torchcodec) and `label` (a class). `VideoClips` cuts clips from the videos in the DataLoader's workers.
 """
 
 import logging
@@ -36,7 +36,7 @@ VIDEO_EXTENSIONS = (
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts"),
     *(".vob", ".webm", ".wmv"),
 )
-# They say what a folder's videos are, as `datasets` describes for "videofolder".
+# Tables that describe the videos of a folder, in the format that `datasets` documents for "videofolder".
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FRAME_ORDERS = ("forward", "shuffled")
 IGNORE_INDEX = -100
@@ -62,11 +62,11 @@ def load_video_datasets(
         dataset_name: `ucf101`; a directory of videos (CLASS/*.mp4, or SPLIT/CLASS/*.mp4 with train, validation, test),
             or of .parquet, .arrow, .json or .csv files (`split_files`); or a dataset on the Hub.
         dataset_config_name: configuration of a dataset on the Hub.
-        video_column_name, label_column_name: the columns; None: the one of type Video, and `label` or the one of
-            type ClassLabel.
-        validation_split_percentage: percent of the training videos to validate on where there is no validation set.
+        video_column_name, label_column_name: the columns; None: the first of type Video, and `label` or else the first
+            of type ClassLabel.
+        validation_split_percentage: percent of the training videos to validate on if there is no validation set.
         fold, ucf101_path, ucf101_annpath: as for `load_ucf101`.
-        seed: of the split.
+        seed: seed of the split.
         cache_dir: where `datasets` keeps what it downloads and prepares.
 
     Returns:
@@ -74,8 +74,8 @@ def load_video_datasets(
         (null, or -1 in a ClassLabel) are left out, with a warning that counts them.
 
     Raises:
-        ValueError: if there is no such dataset or column, no video or one that lies in no folder of a class, only one
-            class, or a file that cannot be read.
+        ValueError: if the dataset or a column does not exist, there is no video, a video lies outside the folders of
+            the classes, there is only one class, or a file cannot be read.
     """
     if not 0 < validation_split_percentage < 100:
         raise ValueError(f"validation_split_percentage must lie between 0 and 100, not {validation_split_percentage}")
@@ -108,16 +108,16 @@ def load_ucf101(
 ) -> DatasetDict:
     """Load UCF101 (arXiv 1212.0402) from its two archives, UCF101.rar and UCF101TrainTestSplits, unpacked.
 
-    Clips with the same number g01..g25 are cut out of one source video. The validation set takes whole source videos
-    of the training list, the same share of every class: clips of one source in both sets would make the validation
-    accuracy too high.
+    Clips of a class with the same number g01..g25 are cut from the same source video. The validation set takes all
+    clips of some source videos in the training list, the same share of every class: clips of one source video in both
+    sets would make the validation accuracy too high.
 
     Args:
         video_dir: CLASS/v_CLASS_gXX_cYY.avi; None: the environment variable UCF101_PATH.
         annotation_dir: classInd.txt, trainlist0N.txt and testlist0N.txt; None: UCF101_ANNPATH.
         fold: 1, 2 or 3.
         validation_split_percentage: percent of each class's source videos (at least one) to validate on.
-        seed: of this choice.
+        seed: seed for the choice of these source videos.
 
     Returns:
         `train`, `validation` and `test` with `video`, `label` and `group` (the source video's number). Files that
@@ -171,27 +171,28 @@ def load_ucf101(
 class VideoClips(torch.utils.data.Dataset):
     """Clips of videos as `{"pixel_values_videos": (N, C, H, W) float32, "labels": int}`, decoded on demand.
 
-    Item i is clip `i % clips_per_video` of video `i // clips_per_video`. In training its position in the video
-    and its augmentation are random, and depend only on the seed and i: item `i + e * len(self)` is the same clip
+    Item i is clip `i % clips_per_video` of video `i // clips_per_video`. In training, its position in the video
+    and its augmentation are random but depend only on the seed and i: item `i + e * len(self)` is the same clip
     redrawn for epoch e, whichever worker makes it. Otherwise the clips are spread evenly from beginning to end; a
     single one is in the middle.
 
-    A file that cannot be decoded or is too short is named in a warning once and counted in `unreadable`, and the next
-    readable video takes its place; except in training its label is then -100, so that losses and metrics leave it out.
-    Each draw tries it anew: what an item is must not depend on those drawn before, or a resumed run would see others.
+    A file that cannot be decoded or is too short is reported in a warning once and listed in `unreadable`, and the
+    next readable video takes its place. Outside training, the label of the item is then -100, so that losses and
+    metrics leave it out. Every access tries the file again: an item must not depend on the items drawn before it, or
+    a resumed run would see different items.
 
     Args:
-        videos: with columns `video` and `label`.
+        videos: a dataset with columns `video` and `label`.
         processor: chooses the frames of a clip and prepares their pixels.
         clips_per_video: clips of each video.
-        augment: from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8, random by torch's generator; it
-            replaces the processor's resizing and cropping; None: the processor's.
+        augment: a function from (N, C, H, W) uint8 to (N, C, crop height, crop width) uint8 that uses torch's global
+            random generator; it replaces the processor's resizing and cropping. None keeps the processor's.
         training: draw the clips' positions at random.
-        frame_order: forward, or shuffled (a control: what can be learned without the order of time?).
-        seed: of all randomness.
+        frame_order: forward, or shuffled (a control: how much can be learned without temporal order).
+        seed: seed of all randomness.
     """
 
-    draws_anew = True  # for training's stream of indices, which then keeps counting from epoch to epoch
+    draws_anew = True  # makes training's `BatchStream` keep counting indices across epochs
 
     def __init__(
         self,
@@ -216,7 +217,7 @@ class VideoClips(torch.utils.data.Dataset):
         return len(self.videos) * self.clips_per_video
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
-        return map(self.__getitem__, range(len(self)))  # Python's own way would go on into all epochs
+        return map(self.__getitem__, range(len(self)))  # Python's default would go on through all epochs
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         epoch, clip = divmod(index, len(self))
@@ -246,15 +247,15 @@ class VideoClips(torch.utils.data.Dataset):
         """Decode clips of one video.
 
         Args:
-            video: its row.
+            video: the video's row.
             positions: where the clips lie, each from 0 (the beginning) to 1 (the end).
-            kwargs: for `read_video`.
+            kwargs: passed to `read_video`.
 
         Returns:
             (clips, N, H, W, 3) uint8.
 
         Raises:
-            VideoReadError: if it cannot be decoded, or is too short.
+            VideoReadError: if the video cannot be decoded, or is too short.
         """
 
         def choose(metadata):
@@ -265,7 +266,7 @@ class VideoClips(torch.utils.data.Dataset):
         return frames.reshape(len(positions), -1, *frames.shape[1:])
 
     def prepare(self, frames: np.ndarray) -> torch.Tensor:
-        """Make the model's input of one clip: (N, H, W, 3) uint8 to (N, C, crop height, crop width) float32."""
+        """Make the model's input from one clip: (N, H, W, 3) uint8 to (N, C, crop height, crop width) float32."""
         frames = torch.from_numpy(frames).permute(0, 3, 1, 2)
         if self.frame_order == "shuffled":
             frames = frames[torch.randperm(len(frames), device="cpu")]
@@ -276,13 +277,13 @@ class VideoClips(torch.utils.data.Dataset):
         return inputs["pixel_values_videos"][0]
 
     def report(self, video: int, error: Exception) -> None:
-        """Name an unreadable video in a warning, the first time, and count it."""
+        """Warn about an unreadable video the first time it is met, and record it."""
         if not self._unreadable[video]:
             logger.warning("skipped %s: %s", self.name(video), error)
         self._unreadable[video] = True
 
     def name(self, video: int) -> str:
-        """Name a video by its path, or by its row where it has none."""
+        """Return a video's path, or a name made from its row if it has no path."""
         return self.videos[video]["video"]["path"] or f"video {video}"
 
     @property
@@ -297,20 +298,20 @@ def clip_positions(clips_per_video: int) -> list[float]:
 
 
 def compose(name: object) -> object:
-    """Spell a class's name, if it is a word, with composed characters: macOS takes an ü apart, which prints alike."""
+    """Convert a class name, if it is a string, to composed Unicode (NFC): macOS splits ü into two characters."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) else name
 
 
 def make_augmentation(
     processor: MinConvGRUVideoProcessor, min_crop_scale: float = 0.4, flip: bool = True, color_jitter: float = 0.0
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Make the random crops of training, the same for all frames of a clip.
+    """Make the random augmentation for training, the same for all frames of a clip.
 
     Args:
         processor: its `crop_size` is the size of the result.
-        min_crop_scale: smallest share of the frame's area that a crop takes, with sides 3:4 to 4:3; 1: the
-            processor's own resizing and crop.
-        flip: mirror half of the clips; wrong where left and right differ in meaning.
+        min_crop_scale: smallest fraction of the frame's area that a crop covers, with aspect ratios from 3:4 to 4:3;
+            1: the processor's own resizing and cropping.
+        flip: mirror half of the clips; unsuitable if left and right differ in meaning.
         color_jitter: largest relative change of brightness, contrast and saturation; 0: none.
 
     Returns:
@@ -336,11 +337,11 @@ def make_augmentation(
 
 
 class FitAndCrop(torch.nn.Module):
-    """Resize and crop as the processor does at inference, with pixels still from 0 to 255.
+    """Resize and crop as the processor does at inference; pixel values stay between 0 and 255.
 
     Args:
-        processor: the one to follow.
-        views: one crop (`center`), `five_crops` (the corners and the middle) or `ten_crops` (and their mirrors).
+        processor: the processor whose settings apply.
+        views: one crop (`center`), `five_crops` (corners and centre) or `ten_crops` (these and their mirror images).
     """
 
     def __init__(self, processor: MinConvGRUVideoProcessor, views: str = "center"):
@@ -367,7 +368,7 @@ class FitAndCrop(torch.nn.Module):
 
 
 def _load_directory(directory: Path, config_name: str | None, cache_dir: str | None) -> DatasetDict:
-    """Load a directory's videos with their folders' names as classes, or its tables."""
+    """Load a directory's videos, with the names of their folders as classes, or its tables."""
     videos = list_files(directory, VIDEO_EXTENSIONS)
     tables = [file for file in list_files(directory, TABLES) if Path(file).name in METADATA_FILES]
     if videos and tables:
@@ -385,7 +386,7 @@ def _load_directory(directory: Path, config_name: str | None, cache_dir: str | N
 
     splits, root = split_files(directory, videos, min_folders=1), directory.resolve()
     paths = {name: [Path(file) for file in files] for name, files in splits.items()}
-    examples: dict[int, Path] = {}  # one by the number of folders that it lies in
+    examples: dict[int, Path] = {}  # one for each number of folders above a video, SPLIT not counted
     for path in (path.relative_to(root) for part in paths.values() for path in part):
         folders = len(path.parts) - 1
         examples.setdefault(folders - (folders > 1 and path.parts[0] in WORDS), path)
@@ -404,7 +405,7 @@ def _load_directory(directory: Path, config_name: str | None, cache_dir: str | N
 
 
 def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None, label: str | None) -> DatasetDict:
-    """Bring each split to the columns `video`, undecoded, and `label`, the same ClassLabel in all."""
+    """Reduce each split to the columns `video` (not decoded) and `label` (the same ClassLabel in all splits)."""
     features = splits["train"].features
     if video is None:
         video = next((name for name, feature in features.items() if isinstance(feature, Video)), None)
@@ -441,29 +442,29 @@ def _normalize_columns(splits: DatasetDict, dataset_name: str, video: str | None
 
 
 def _dataset(rows: list[dict], names: list[str]) -> Dataset:
-    """Make a dataset of rows of `video` (path), `label` and `group`."""
+    """Make a dataset from rows with `video` (path), `label` and perhaps `group`."""
     dataset = Dataset.from_list(rows).cast_column("video", Video(decode=False))
     return dataset.cast_column("label", ClassLabel(names=names))
 
 
 def _ucf101_directory(given: str | Path | None, argument: str, variable: str, content: str) -> Path:
-    """Find a directory of UCF101 by argument or environment."""
+    """Return a directory of UCF101, given as an argument or by an environment variable."""
     path = given or os.environ.get(variable)
     if not path:
-        raise ValueError(f"where is UCF101? Give {argument}, or set {variable} to the directory with {content}")
+        raise ValueError(f"UCF101 not found: give {argument}, or set {variable} to the directory with {content}")
     if not Path(path).is_dir():
         raise ValueError(f"{argument}: no such directory: {path} (expected {content} in it)")
     return Path(path)
 
 
 def _ucf101_lines(path: Path, pattern: str) -> list[str]:
-    """Read the lines of an annotation file, each of which must match."""
+    """Read the lines of an annotation file, each of which must match `pattern`."""
     if not path.is_file():
         raise ValueError(f"no annotation file {path}: unpack UCF101TrainTestSplits-RecognitionTask.zip there")
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for number, line in enumerate(lines, start=1):
         if not re.fullmatch(pattern, line):
-            raise ValueError(f"{path}, line {number}, is not as expected: {line!r}")
+            raise ValueError(f"{path}, line {number}, has an unexpected format: {line!r}")
     if not lines:
         raise ValueError(f"{path} is empty")
     return lines

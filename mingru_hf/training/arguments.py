@@ -1,4 +1,4 @@
-"""The options of a training run: one dataclass, from which the command line is made."""
+"""The options of a training run: one dataclass, from which the command-line parser is built."""
 
 import argparse
 import dataclasses
@@ -25,7 +25,7 @@ SCHEDULES = (
 
 
 class SetupError(ValueError):
-    """A set-up mistake that the user can fix; scripts print it as one line."""
+    """A set-up mistake that the user can fix; the scripts print its message on one line."""
 
 
 def option(
@@ -38,32 +38,32 @@ def option(
     positive: bool = False,
     least: int | None = None,
 ):
-    """Return a dataclass field with the text, the choices and the heading that `--help` shows for it.
+    """Return a dataclass field with metadata for `--help` and for `check_values`.
 
     Args:
         default: the field's default; `dataclasses.MISSING` makes the option required.
-        help: what it means, with its unit.
-        choices: the words allowed, None for any.
-        group: heading in `--help` from this field on, None to stay under the last one.
-        fixed: whether it determines the examples, so that a run must resume with the value it began with.
-        positive: whether it must be finite and above 0, for `check_values`.
-        least: the least value allowed, for `check_values`; None for any.
+        help: what the option means, with its unit.
+        choices: the allowed values; None allows any.
+        group: heading in `--help` for this field and those after it; None continues the previous group.
+        fixed: whether the option determines the examples, so that a resumed run must keep the original value.
+        positive: whether the value must be finite and greater than 0.
+        least: the smallest allowed value; None allows any.
     """
     known = {"help": help, "choices": choices, "group": group, "fixed": fixed, "positive": positive, "least": least}
     return field(default=default, metadata=known)
 
 
 def check_values(arguments: object) -> None:
-    """Hold the fields of a dataclass made with `option` against what they may be; None is always allowed.
+    """Check that every field of a dataclass made with `option` has an allowed value; None is always allowed.
 
     Raises:
-        ValueError: if one is an empty text, not among its choices, or outside its range.
+        ValueError: if a value is an empty string, not among the choices, or outside the range of its field.
     """
     for f in dataclasses.fields(arguments):
         value, choices, least = getattr(arguments, f.name), f.metadata["choices"], f.metadata["least"]
         if value is None:
             continue
-        if value == "":  # an unset variable of a shell
+        if value == "":  # for example from an unset shell variable
             raise ValueError(f"{f.name} must not be empty: give it a value, or leave it out")
         if choices and value not in choices:
             raise ValueError(f"{f.name} must be one of {', '.join(choices)}, not {value!r}")
@@ -77,11 +77,12 @@ def check_values(arguments: object) -> None:
 class TrainArguments:
     """How to train; every field is an option of the training scripts, where `--help` explains it.
 
-    Counts are of optimizer steps (updates) unless named otherwise; a step sees
+    Counts are in optimizer steps (updates) unless stated otherwise; a step uses
     `per_device_train_batch_size x gradient_accumulation_steps x processes` examples.
 
     Raises:
-        ValueError: if a value lies outside its range, or an option has no effect without another that is missing.
+        ValueError: if a value is malformed or outside its range, an option would have no effect without another one
+            that is missing, or two options contradict each other.
     """
 
     output_dir: str = option(
@@ -128,7 +129,7 @@ class TrainArguments:
         "cosine", "learning-rate schedule (inverse_sqrt: not with max_train_seconds)", SCHEDULES
     )
     lr_scheduler_kwargs: str | None = option(
-        None, "more arguments of the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr"
+        None, "further arguments for the schedule, as JSON: '{\"min_lr_rate\": 0.1}' for cosine_with_min_lr"
     )
     num_warmup_steps: int | None = option(
         None,
@@ -136,7 +137,7 @@ class TrainArguments:
         "with max_train_seconds); constant has none",
         least=0,
     )
-    weight_decay: float = option(0.1, "AdamW's weight decay of matrices; norms and biases have none", least=0)
+    weight_decay: float = option(0.1, "AdamW's weight decay for matrices; norms and biases have none", least=0)
     adam_beta1: float = option(0.9, "AdamW's beta1")
     adam_beta2: float = option(0.999, "AdamW's beta2")
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0: off", least=0)
@@ -144,10 +145,10 @@ class TrainArguments:
     num_train_epochs: float = option(
         3.0, "passes over the data; ignored with max_train_steps or max_train_seconds", group="duration", positive=True
     )
-    max_train_steps: int | None = option(None, "optimizer steps in all", positive=True)
+    max_train_steps: int | None = option(None, "total number of optimizer steps", positive=True)
     max_train_seconds: float | None = option(
         None,
-        "wall-clock seconds in all, evaluations included, except the final one; the learning rate then "
+        "total wall-clock seconds, evaluations included, except the final one; the learning rate then "
         "follows the fraction of this time that has passed",
         positive=True,
     )
@@ -166,7 +167,7 @@ class TrainArguments:
         positive=True,
     )
     sample_tokens: int = option(
-        0, "tokens of a sample text written at every evaluation of a model with a tokenizer; 0: none", least=0
+        0, "tokens of the sample text that a model with a tokenizer writes at every evaluation; 0: none", least=0
     )
     logging_steps: int = option(10, "optimizer steps between two points of the training curve", positive=True)
 
@@ -217,10 +218,10 @@ class TrainArguments:
         return 100 if max_steps is None else min(100, max_steps // 10)
 
     def scheduler_kwargs(self) -> dict:
-        """Read `lr_scheduler_kwargs`.
+        """Parse `lr_scheduler_kwargs`.
 
         Raises:
-            ValueError: if it is not a JSON object.
+            ValueError: if the option is not a JSON object.
         """
         try:
             kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
@@ -232,16 +233,16 @@ class TrainArguments:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, and errors of one line (exit code 2) instead of the whole usage.
+    """An argparse parser that shows defaults in the help, and reports errors on one line (exit code 2) without usage.
 
-    transformers' HfArgumentParser also makes options from dataclasses, but has neither these errors nor `fixed`.
+    transformers' HfArgumentParser also makes options from dataclasses, but supports neither such errors nor `fixed`.
     """
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        """As in argparse; from now on the process prints what its output cannot encode as escapes, and goes on."""
+        """Parse as argparse does; from then on, stdout and stderr escape characters that they cannot encode."""
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
@@ -252,11 +253,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextmanager
     def user_errors(self) -> Iterator[None]:
-        """End the script with one line if the block raises an error that a wrong argument or file causes.
+        """Exit with a one-line message if the block raises an error that a wrong argument or file can cause.
 
-        Ctrl-C ends it with one line, too, and exit code 130.
+        Ctrl-C also exits with one line, and with exit code 130.
 
-        Wrap the set-up in it, not the training: a bug there must keep its traceback.
+        Use this for the set-up, not for the training: a bug in the training must keep its traceback.
         """
         try:
             yield
@@ -267,7 +268,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @contextmanager
     def setup_errors(self) -> Iterator[None]:
-        """The same for SetupError alone, for a loss that is not finite and for Ctrl-C: wrap the training in it."""
+        """Exit with a one-line message on SetupError, a non-finite loss or Ctrl-C only; use this for the training."""
         try:
             yield
         except KeyboardInterrupt:
@@ -280,7 +281,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One column of names, one of texts; a text ends with the default if it tells anything."""
+    """Help in two columns; a text ends with the default, unless that is None or False or the text mentions one."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=34, width=110)
@@ -302,7 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser, cls: type, **defaults: object
     Args:
         parser: gets one option per field.
         cls: the dataclass.
-        defaults: other defaults for this script, by field name.
+        defaults: defaults that replace those of the dataclass, by field name.
     """
     hints, group = typing.get_type_hints(cls), parser
     for f in dataclasses.fields(cls):
@@ -329,25 +330,25 @@ def as_settings(*parts: object) -> dict:
 
 
 def fixed_settings(*parts: object) -> dict:
-    """Return those of them that must not change when a run is resumed."""
+    """Return the fields of these dataclasses that are marked `fixed`: a resumed run must not change them."""
     return {
         f.name: getattr(part, f.name) for part in parts for f in dataclasses.fields(part) if f.metadata.get("fixed")
     }
 
 
 def from_namespace(cls: type, namespace: argparse.Namespace):
-    """Fill the dataclass `cls` from the parsed options that bear its fields' names."""
+    """Make an instance of the dataclass `cls` from the parsed options that have the names of its fields."""
     return cls(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(cls)})
 
 
 def parse_dataclasses(description: str, argv: list[str] | None, *classes: type, **defaults: object) -> tuple:
-    """Parse a command line into dataclasses made with `option`; return the parser and one object a class.
+    """Parse a command line into dataclasses made with `option`; return the parser and one object per class.
 
     Args:
-        description: of the script, for `--help`.
-        argv: the words; None: those of the process.
-        classes: the dataclasses, in the order of their options.
-        defaults: other defaults for this script, by field name.
+        description: description of the script, for `--help`.
+        argv: the command-line arguments; None: those of the process.
+        classes: the dataclasses, in the order in which `--help` lists their options.
+        defaults: defaults that replace those of the dataclasses, by field name.
     """
     parser = ArgumentParser(description=description)
     for cls in classes:

@@ -1,4 +1,4 @@
-"""What a run writes to the disk, in such a way that a crash at any moment damages no existing file."""
+"""Write the files of a run such that a crash at any moment damages no existing file, and read its checkpoints."""
 
 import atexit
 import errno
@@ -27,11 +27,11 @@ except ImportError:  # Windows: no locks
 
 METRICS_FILE = "metrics.json"
 STAGING = ".incomplete"
-LOCK_FILE = ".mingru-hf.lock"  # there while a run writes, or after it was killed
+LOCK_FILE = ".mingru-hf.lock"  # exists while a run writes, and remains if the run is killed
 
-# Files that mark a run or a model.
+# Files that show that a directory holds a run or a model.
 RUN_FILES = (METRICS_FILE, "config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-# Other files that a run writes: card and curve, tokenizer or processor, and the code that travels with the model.
+# Other files that a run writes: model card and loss curve, tokenizer or processor, and the code saved with the model.
 OTHER_FILES = (
     *("README.md", "loss.png", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
@@ -39,14 +39,15 @@ OTHER_FILES = (
     *sorted(path.name for path in Path(__file__).parents[1].glob("[!_]*.py")),
 )
 
-# Files that are read with a run's model if another one left them: no run writes these, or only with some tokenizers.
+# Leftovers of other models that would be loaded with a run's own model or tokenizer, because the run does not replace
+# them: no run writes the former, and only runs with certain tokenizers write the latter.
 OF_OTHER_MODELS = ("adapter_config.json", "model.safetensors.index.json")
 OF_OTHER_TOKENIZERS = (
     *("added_tokens.json", "special_tokens_map.json"),
     *("chat_template.jinja", "additional_chat_templates"),
 )
 
-# A checkpoint is a directory `checkpoint-STEP`: a model as `from_pretrained` loads it, and next to it
+# A checkpoint is a directory `checkpoint-STEP` that holds a model for `from_pretrained`, and in addition:
 STATE_FILE = "trainer_state.json"  # the run's progress, and the size and checksum of every file
 TENSORS_FILE = "training_state.pt"  # the optimizer's state, and each process's random state
 BEST_DIRECTORY = "best"  # the best weights so far, unless they are the checkpoint's own
@@ -66,14 +67,14 @@ def check_output_dir(
 
     Args:
         output_dir: need not exist.
-        overwrite: the user allows it; files of the same name are replaced, none is deleted.
+        overwrite: allow files of the same name to be replaced; no file is deleted.
         resume: `resume_from_checkpoint`.
-        arguments: of the run, as metrics.json holds them.
+        arguments: the arguments of the run, as in metrics.json.
 
     Raises:
-        ValueError: if it holds another run or model, or files with names that a run writes, and `overwrite` is False;
-            or files of another model that would be read with the new one; or checkpoints of another program, or
-            ones that would be mistaken for the new run's; or is a file.
+        ValueError: if `output_dir` is a file; if it holds another run or model, or files with names that a run writes,
+            and `overwrite` is False; or if it holds files of another model that would be loaded with the new one,
+            checkpoints of another program, or checkpoints that would be mistaken for the new run's.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
@@ -115,14 +116,14 @@ def check_output_dir(
 
 
 def check_tokenizer_files(output_dir: str | Path, part: object) -> None:
-    """Refuse a directory with files of another tokenizer that would be read with the new one, which replaces them not.
+    """Refuse a directory with files of another tokenizer that the new one would not replace, but be loaded with.
 
     Args:
         output_dir: need not exist.
         part: the tokenizer or processor that will be saved there; None for none.
 
     Raises:
-        SetupError: if there is one.
+        SetupError: if there is such a file.
     """
     with tempfile.TemporaryDirectory() as directory:
         _save_parts(Path(directory), [part])
@@ -131,7 +132,7 @@ def check_tokenizer_files(output_dir: str | Path, part: object) -> None:
 
 
 def _refuse_leftovers(output_dir: Path, names: Sequence[str]) -> None:
-    """Raise a SetupError that says which of the files are there, if there are any."""
+    """Raise a SetupError that lists the existing files among `names`, if there are any."""
     existing = [name for name in names if (output_dir / name).exists()]
     if existing:
         raise SetupError(
@@ -141,7 +142,7 @@ def _refuse_leftovers(output_dir: Path, names: Sequence[str]) -> None:
 
 
 def check_new_files(output_dir: str | Path, names: Sequence[str], overwrite: bool = False) -> None:
-    """Refuse to replace files that are already there, unless the user allows it, and a directory that none can enter.
+    """Refuse to replace existing files unless `overwrite` is set, and refuse a directory that cannot be written to.
 
     Raises:
         ValueError: if `output_dir` holds one of the files and `overwrite` is False, or cannot be written to.
@@ -156,15 +157,15 @@ def check_new_files(output_dir: str | Path, names: Sequence[str], overwrite: boo
 
 
 def check_writable(output_dir: str | Path) -> None:
-    """Check that a directory can be made and written to; nothing is left behind.
+    """Check that a directory can be created and written to; nothing is left behind.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it cannot be created or written to, or its name is not valid UTF-8.
     """
     path = Path(output_dir)
     try:
         str(path).encode()
-    except UnicodeEncodeError:  # libraries that write files could not find it
+    except UnicodeEncodeError:  # libraries that write files would not find it
         raise ValueError(f"output_dir {str(path)!a} is not valid UTF-8: choose another name") from None
     missing = [place for place in (path, *path.parents) if not place.exists()]
     try:
@@ -175,25 +176,26 @@ def check_writable(output_dir: str | Path) -> None:
         raise ValueError(f"output_dir {path} cannot be written ({error}): choose another one") from None
     finally:
         for place in missing:
-            _remove_empty(place)  # it could not be made, or another process writes there
+            _remove_empty(place)  # does nothing if it could not be made, or another process has written there
 
 
-_LOCKS: dict[Path, ExitStack] = {}  # what gives up the directories that this process has locked
+_LOCKS: dict[Path, ExitStack] = {}  # the directories that this process has locked; closing a stack unlocks one
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_LOCKS.clear)  # they stay the parent's
+    os.register_at_fork(after_in_child=_LOCKS.clear)  # the locks stay with the parent
 
 
 def lock_output_dir(output_dir: str | Path) -> None:
-    """Keep other processes from writing a run into a directory, until `unlock_output_dir` or this process's end.
+    """Keep other processes from writing a run into a directory, until `unlock_output_dir` or the end of this process.
 
-    A killed process leaves the file, but no lock. Workers inherit none: it is the process's, not the open file's.
-    On Windows, and on a file system without locks, nothing is locked.
+    A killed process leaves the lock file behind, but not the lock. Workers do not inherit the lock, since it belongs
+    to the process and not to the open file. On Windows, and on a file system without locks, nothing is locked.
 
     Args:
-        output_dir: made if missing. If this process has locked it, for a run that failed, it locks it anew.
+        output_dir: created if missing. If this process has already locked it, for a run that failed, it is unlocked
+            and locked again.
 
     Raises:
-        ValueError: if a run of another process is writing there.
+        ValueError: if a run in another process is writing there.
     """
     if fcntl is None:
         return
@@ -212,32 +214,32 @@ def lock_output_dir(output_dir: str | Path) -> None:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     os.close(descriptor)
                     raise ValueError(
-                        f"another run is writing to output_dir {output_dir}: wait for its end, or choose another one"
+                        f"another run is writing to output_dir {output_dir}: wait until it ends, or choose another"
                     ) from None
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.stat()):
                     break
-            os.close(descriptor)  # its file was removed by a run that ended meanwhile
+            os.close(descriptor)  # a run that ended in the meantime has removed the file
         stack.callback(os.close, descriptor)
-        stack.callback(path.unlink, missing_ok=True)  # before it is unlocked: nobody else's file has this name yet
+        stack.callback(path.unlink, missing_ok=True)  # called before os.close unlocks: the file is still this run's
         _LOCKS[place] = stack.pop_all()
     atexit.unregister(unlock_all)
-    atexit.register(unlock_all)  # now: a process of multiprocessing forgets those of the one it was forked from
+    atexit.register(unlock_all)  # not at import: multiprocessing clears the handlers that a forked process inherits
 
 
 def unlock_output_dir(output_dir: str | Path) -> None:
-    """Give up a directory if this process has locked it; one that was made for that, and is still empty, goes."""
+    """Unlock a directory if this process has locked it; remove it if it was created for the lock and is empty."""
     _LOCKS.pop(Path(output_dir).resolve(), ExitStack()).close()
 
 
 def unlock_all() -> None:
-    """Leave no lock file behind when a script ends between its start and its training."""
+    """Unlock all directories, so that a script that ends between `start` and `train` leaves no lock file behind."""
     for place in list(_LOCKS):
         unlock_output_dir(place)
 
 
 def _remove_empty(directory: Path) -> None:
-    """Remove a directory if nothing is in it."""
+    """Remove a directory if it exists and is empty."""
     with suppress(OSError):
         directory.rmdir()
 
@@ -259,17 +261,17 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)  # two names of one file (`_link`): os.replace did nothing
+        temporary.unlink(missing_ok=True)  # os.replace does nothing if both are hard links to one file (see `_link`)
 
 
 def save_pretrained(output_dir: str | Path, *parts: object) -> None:
     """Save models, tokenizers or processors into one directory, each file under a temporary name first.
 
-    A reader of `output_dir` finds every file complete, the old or the new one; other files are not changed.
+    A reader of `output_dir` finds every file complete, either the old or the new one; other files are not changed.
 
     Args:
-        output_dir: made if missing.
-        parts: anything with `save_pretrained`; None is skipped.
+        output_dir: created if missing.
+        parts: any objects with `save_pretrained`; None is skipped.
     """
     output_dir = Path(output_dir)
     staging = output_dir / STAGING
@@ -289,21 +291,23 @@ def save_pretrained(output_dir: str | Path, *parts: object) -> None:
 def write_checkpoint(
     output_dir: str | Path, step: int, parts: Sequence[object], tensors: dict, state: dict, limit: int | None = None
 ) -> Path:
-    """Write `checkpoint-STEP`, and then remove the oldest ones beyond `limit`.
+    """Write `checkpoint-STEP`, and then remove the oldest checkpoints beyond `limit`.
 
-    It gets its name in one rename, once all of it is on the disk: a directory of that name is complete, whenever the
-    process or the machine dies. Where the file system breaks that promise, `damage` finds out.
+    The directory gets its name in one rename, once all of its content is on the disk. A directory of that name is
+    therefore complete, no matter when the process or the machine dies. Where a file system does not guarantee this,
+    `damage` detects incomplete checkpoints.
 
     Args:
-        output_dir: made if missing; if its weights are the best ones so far they are put into the checkpoint too.
+        output_dir: created if missing; if it holds the best weights so far, and they are from an earlier step, they
+            are added to the checkpoint.
         step: number of updates so far.
-        parts: model, tokenizer: anything with `save_pretrained`; None is skipped.
-        tensors: what `torch.load(weights_only=True)` can read again.
-        state: what JSON can hold; `best` is the record of the best evaluation, with its `step`, or None.
-        limit: checkpoints to keep; None: all.
+        parts: model and tokenizer, or any objects with `save_pretrained`; None is skipped.
+        tensors: content that `torch.load(weights_only=True)` can load.
+        state: content that JSON can represent; `best` is the record of the best evaluation, with its `step`, or None.
+        limit: number of checkpoints to keep; None keeps all.
 
     Raises:
-        OSError: if it cannot be written (a full disk); earlier checkpoints are not changed.
+        OSError: if the checkpoint cannot be written (a full disk); earlier checkpoints are not changed.
     """
     output_dir = Path(output_dir)
     target = output_dir / f"checkpoint-{step}"
@@ -322,7 +326,7 @@ def write_checkpoint(
         (staging / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
         for path in (*staging.rglob("*"), staging):
             _sync(path)
-        if os.path.lexists(target):  # a damaged one, or the run would have resumed from it
+        if os.path.lexists(target):  # it is damaged, or the run would have resumed from it
             _remove(target)
         staging.rename(target)
         _sync(output_dir)
@@ -343,7 +347,7 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict, dict]:
 def restore_best(checkpoint: str | Path, output_dir: str | Path) -> None:
     """Put a checkpoint's best weights so far, and its tokenizer, back into `output_dir`.
 
-    Of other files that lie in the checkpoint, which `damage` has not looked at, none is copied.
+    Files that the checkpoint does not list are not copied, since `damage` has not checked them.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
@@ -361,15 +365,15 @@ def find_checkpoint(choice: str | Path | None, output_dir: str | Path, warn: boo
     """Find the checkpoint to resume from.
 
     Args:
-        choice: a directory; `latest` for the newest complete one in `output_dir`; None for none.
-        output_dir: of the run.
-        warn: of newer ones that are damaged.
+        choice: a directory; `latest` for the newest complete checkpoint in `output_dir`; None for none.
+        output_dir: the output directory of the run.
+        warn: whether to warn about newer checkpoints that are damaged.
 
     Returns:
-        Its directory; None if none was asked for, or there is none yet.
+        The directory of the checkpoint; None if none was requested, or none exists yet.
 
     Raises:
-        ValueError: if the directory is not a complete checkpoint, or there are some and none is complete.
+        ValueError: if the directory is not a complete checkpoint, or `latest` finds only incomplete ones.
     """
     if choice is None:
         return None
@@ -382,7 +386,7 @@ def find_checkpoint(choice: str | Path | None, output_dir: str | Path, warn: boo
                     warnings.warn(f"{words}: resuming from the one before", stacklevel=2)
                 return path
             damaged.append(f"{path} is not a complete checkpoint ({reason})")
-        if damaged:  # to start again would cost the best weights, which are in the same directory
+        if damaged:  # starting again would overwrite the best weights, which are in the same directory
             raise ValueError(
                 f"{'; '.join(damaged)}: restore the files, choose another output_dir, or move these directories away "
                 "to start again"
@@ -395,7 +399,7 @@ def find_checkpoint(choice: str | Path | None, output_dir: str | Path, warn: boo
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """List the directories `checkpoint-STEP`, by their steps."""
+    """List the `checkpoint-STEP` directories in the order of their steps."""
     names = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(names, key=_step)
 
@@ -410,7 +414,7 @@ def damage(checkpoint: str | Path) -> str | None:
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
     except ValueError:
-        return f"{STATE_FILE} is not what was written: it is not JSON"
+        return f"{STATE_FILE} is damaged: it is not valid JSON"
     if not _lists_files(state):
         return f"{STATE_FILE} lists no files with their checksums: another program wrote it"
     if TENSORS_FILE not in state["files"]:
@@ -418,19 +422,21 @@ def damage(checkpoint: str | Path) -> str | None:
     for name, fingerprint in state["files"].items():
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        if not _lies_in(checkpoint, name):  # a stranger's checkpoint must copy nothing else into output_dir
-            return f"{name} does not lie in it: put the file itself there, not a link or a path that leads elsewhere"
+        if not _lies_in(checkpoint, name):  # an untrusted checkpoint must not copy other files into output_dir
+            return (
+                f"{name} is outside of it: put the file itself there instead of a link or a path that leads elsewhere"
+            )
         if _fingerprint(checkpoint / name) != fingerprint:
-            return f"{name} is not what was written"
+            return f"{name} is damaged: it differs from what was written"
     return None
 
 
 @contextmanager
 def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
-    """Turn any error in writing `target` into an OSError that says what to do.
+    """Turn any error while writing `target` into an OSError that says what to do.
 
-    safetensors and torch report a full disk by exceptions of their own. `staging`, a folder or a file, is removed: it
-    takes up the missing space.
+    safetensors and torch raise their own exceptions when the disk is full. `staging`, a directory or a file, is
+    removed on an error, since it takes up the space that is missing.
 
     Raises:
         OSError: from the original error.
@@ -443,7 +449,7 @@ def writing(target: str | Path, staging: Path | None = None) -> Iterator[None]:
             with suppress(OSError):
                 _delete(staging)
         raise OSError(
-            f"{target} could not be written, {free:,} bytes were free there: {error}. No existing file was damaged. "
+            f"{target} could not be written ({free:,} bytes free there): {error}. No existing file was damaged. "
             "Free some space, then resume with --resume_from_checkpoint latest if there is a checkpoint, or run again"
         ) from error
 
@@ -461,18 +467,18 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def _save_parts(directory: Path, parts: Sequence[object]) -> None:
-    """Save every part but None into the directory, a new one."""
+    """Save every part that is not None into the directory, which must be new."""
     with no_progress_bars():
         for part in parts:
             if part is not None:
                 part.save_pretrained(directory)
     mode = directory.stat().st_mode & 0o666
     for path in _files(directory):
-        path.chmod(mode)  # as the umask gives it: safetensors writes files that nobody else can read
+        path.chmod(mode)  # as the umask sets it: safetensors creates files that only their owner can read
 
 
 def _files(directory: Path) -> list[Path]:
-    """List the files in a directory and below it, sorted."""
+    """List the files in a directory and its subdirectories, sorted."""
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
@@ -483,20 +489,20 @@ def _step(checkpoint: Path) -> int:
 
 
 def _lists_files(state: object) -> bool:
-    """Return whether the content of a trainer_state.json is of our form; transformers' Trainer writes another one."""
+    """Return whether a trainer_state.json has this module's format; transformers' Trainer writes a different one."""
     return isinstance(state, dict) and isinstance(state.get("files"), dict)
 
 
 def _is_ours(checkpoint: Path) -> bool:
-    """Return whether `write_checkpoint` wrote a directory, complete or damaged; if in doubt, False."""
+    """Return whether `write_checkpoint` wrote a checkpoint, complete or damaged; if in doubt, False."""
     try:
         return _lists_files(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # missing or cut short: no other program writes a file of this name next to it
+    except (OSError, ValueError):  # missing or truncated: no other program writes TENSORS_FILE next to it
         return (checkpoint / TENSORS_FILE).is_file()
 
 
 def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
-    """Return whether metrics.json is that of a run with these arguments which was interrupted."""
+    """Return whether metrics.json is from an interrupted run with these arguments."""
     try:
         metrics = json.loads((output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -504,7 +510,7 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
     if not isinstance(metrics, dict) or not isinstance(metrics.get("arguments"), dict):  # another program's
         return False
     may_differ = {"resume_from_checkpoint", "overwrite_output_dir", "hub_model_id"}
-    # Of the recorded ones only those: a script records more once it has read its data.
+    # Compare only these, not all recorded arguments: a script records more of them once it has read its data.
     compared = arguments.keys() - may_differ
     if "final" in metrics or not compared:
         return False
@@ -512,7 +518,7 @@ def _is_unfinished(output_dir: Path, arguments: dict) -> bool:
 
 
 def _lies_in(directory: Path, name: str) -> bool:
-    """Return whether a name means a place in the directory or below it: no absolute path, no `..`, and no link."""
+    """Return whether a name is a path inside the directory: not absolute, without `..`, and not through a link."""
     return (directory / name).resolve().parts == (*directory.resolve().parts, *Path(name).parts)
 
 
@@ -526,31 +532,31 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link weights under a second name, which costs no space; copy small files, which a user may edit in place."""
+    """Hard-link weights, which takes no space; copy other files: they are small, and a user may edit them in place."""
     try:
         if source.suffix == ".safetensors":
             return os.link(source, target)
     except OSError:
-        pass  # a file system without links
+        pass  # a file system without hard links
     shutil.copyfile(source, target)
 
 
 def _sweep(output_dir: Path) -> None:
-    """Remove what a killed run left half written; no user's file has such a name."""
+    """Remove files that a killed run has left half-written; no user's file has such a name."""
     for pattern in ("", "-checkpoint-[0-9]*", *(f"-{name}" for name in (*RUN_FILES, *OTHER_FILES, *WEIGHTS))):
         for path in output_dir.glob(f"{STAGING}{pattern}"):
             _delete(path)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, its name first: a half removed one must not look complete."""
+    """Rename a checkpoint, then delete it: a partly deleted checkpoint must not look complete."""
     doomed = checkpoint.with_name(f"{STAGING}-{checkpoint.name}-old")
     checkpoint.rename(doomed)
     _delete(doomed)
 
 
 def _delete(path: Path) -> None:
-    """Delete a directory, a file, or a link but not what it leads to; nothing may be there."""
+    """Delete a directory, a file or a link (but not its target), if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -558,14 +564,14 @@ def _delete(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, so that the rename that follows cannot get there before its content."""
+    """Flush a file or directory to the disk, so that the rename that follows cannot reach it before the content."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no such call for directories
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and shared file systems flush no directories.
+        # Some network and shared file systems cannot flush directories.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

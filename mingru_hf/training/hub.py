@@ -11,37 +11,37 @@ from safetensors import SafetensorError, safe_open
 
 from .checkpoints import BEST_DIRECTORY, STATE_FILE, TENSORS_FILE, write_whole
 
-# The tag of a model card that was written by training.
+# Tag of the model cards that training writes.
 GENERATED = "generated-by-mingru-hf"
-# From where its example loads the model.
+# The part of a card's example that says where to load the model from.
 SOURCE = re.compile(r'(from_pretrained\(|model=)"[^"]*"')
 
-# Hidden files, and what is needed to resume a run but not to use the model, in its directory or in a checkpoint's.
+# Hidden files, and files of a run's or a checkpoint's directory that serve to resume a run but not to use the model.
 IGNORED = (".*", "*/.*", "checkpoint-*", "__pycache__/*", STATE_FILE, TENSORS_FILE, f"{BEST_DIRECTORY}/*")
 
 
 def files_to_upload(directory: str | Path) -> list[str]:
-    """List the files that `push_directory` uploads, after checking that they make a model.
+    """List the files that `push_directory` uploads, after checking that they form a complete model.
 
     Args:
-        directory: what a training script, `save_pretrained` or a conversion wrote.
+        directory: a directory written by a training script, `save_pretrained` or a conversion.
 
     Returns:
         Paths relative to the directory, sorted.
 
     Raises:
         FileNotFoundError: if there is no such directory, or config.json or weights are missing.
-        ValueError: if a file of weights is damaged.
+        ValueError: if a weight file is damaged.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"no such model directory: {directory}")
     weights, index = ["model.safetensors"], directory / "model.safetensors.index.json"
-    if index.is_file() and not (directory / weights[0]).is_file():  # as transformers reads them
+    if index.is_file() and not (directory / weights[0]).is_file():  # the precedence in transformers
         weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in ("config.json", *weights) if not (directory / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{directory} holds no complete model: {', '.join(missing)} missing")
+        raise FileNotFoundError(f"{directory} does not hold a complete model: {', '.join(missing)} missing")
     for name in weights:
         try:
             with safe_open(directory / name, "pt"):
@@ -53,14 +53,14 @@ def files_to_upload(directory: str | Path) -> list[str]:
 
 
 def make_repository(name: str, private: bool = True) -> str:
-    """Make a model repository on the Hub if it does not exist, and return its full name.
+    """Create a model repository on the Hub if it does not exist, and return its full name.
 
     Args:
-        name: `owner/name`, or `name` alone in the user's own namespace.
-        private: whether a new one is private; an existing one is not changed.
+        name: `owner/name`, or just `name` for the user's own namespace.
+        private: whether a new repository is private; an existing one is not changed.
 
     Raises:
-        OSError: if nobody is logged in, or the Hub cannot be reached or refuses.
+        OSError: if the user is not logged in, or the Hub cannot be reached or refuses.
     """
     if get_token() is None:
         raise OSError("not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
@@ -71,11 +71,11 @@ def make_repository(name: str, private: bool = True) -> str:
 
 
 def name_model_card(path: str | Path, name: str) -> None:
-    """Make a model card written by training load the model from the repository; other cards are not changed.
+    """Let the example in a model card load the model from the repository; only cards written by training are changed.
 
     Args:
         path: the README.md, which need not exist.
-        name: of the repository.
+        name: full name of the repository.
     """
     path = Path(path)
     if not path.is_file() or GENERATED.encode() not in path.read_bytes():
@@ -89,7 +89,7 @@ def push_directory(
 ) -> str:
     """Upload a model directory as one commit: all of it, or nothing.
 
-    A model card written by training then loads the model from the repository.
+    Before the upload, `name_model_card` lets the example in a model card load the model from the repository.
 
     Args:
         directory: the model's directory.
@@ -100,8 +100,8 @@ def push_directory(
         The URL of the repository.
 
     Raises:
-        FileNotFoundError, ValueError: as `files_to_upload`.
-        OSError: as `make_repository`, or if the upload was interrupted.
+        FileNotFoundError, ValueError: as in `files_to_upload`.
+        OSError: as in `make_repository`, or if the upload is interrupted.
     """
     files_to_upload(directory)
     repository = make_repository(name, private)
@@ -116,7 +116,7 @@ def push_directory(
         )
     except HTTPError as error:
         raise OSError(
-            f"the upload of {directory} to {repository} was interrupted and has changed no file there: repeat it with "
+            f"the upload of {directory} to {repository} was interrupted and changed no file there: repeat it with "
             f"scripts/push_to_hub.py. The cause: {error}"
         ) from error
     return f"{api.endpoint}/{repository}"

@@ -1,11 +1,11 @@
-"""The training loop, read from top to bottom: `start`, `train` and its `_Run`, `evaluate`, then what they call.
+"""The training loop, to be read from top to bottom: `start`, `train` and its `_Run`, `evaluate`, then their helpers.
 
-A step is one update of the weights. It takes the next `batch x accumulation x processes` examples of an
-endless stream, the epochs' random orders one after another. What step n sees depends on the seed and n alone:
-the same examples, whether they come as one batch, in accumulated pieces or over several processes. The learning
-rate, too, is a function of the step (or of the time that has passed). So a run that resumes from a checkpoint needs
-the step, the weights, the optimizer's moments and the random state of dropout, and then does what an uninterrupted
-run does, bit for bit on a CPU.
+A step is one update of the weights. It uses the next `batch x accumulation x processes` examples of an endless
+stream: the shuffled epochs, one after another. For a given number of examples per step, the examples of step n depend
+only on the seed and n, whether they come as one batch, as accumulated batches or from several processes. The learning
+rate is also a function of the step (or of the elapsed time). A run that resumes from a checkpoint therefore needs only
+the step, the weights, the optimizer's moments and the random state of dropout. It then does exactly what an
+uninterrupted run does, bit for bit on a CPU.
 """
 
 import contextlib
@@ -58,28 +58,28 @@ from .plots import plot_loss
 Metric = Callable[[torch.Tensor, torch.Tensor], float | torch.Tensor]
 
 _DIVERGED = "lower learning_rate, or set mixed_precision to no"
-_SAME_DATA = "resume with the data and the tokenizer that the run began with, or start again in another output_dir"
+_SAME_DATA = "resume with the original data and tokenizer, or start again in another output_dir"
 
 
 @dataclass
 class Progress:
     """How far a run has come; part of every checkpoint."""
 
-    patience: int | None = None  # evaluations without a better loss that are left before the run stops
+    patience: int | None = None  # evaluations without a better loss that remain before the run stops
     step: int = 0
     epoch: float | None = 0.0  # None for a stream
     tokens: int = 0  # or frames
-    seconds: float = 0.0  # since the start, interruptions not counted
-    pauses: float = 0.0  # of these, seconds for evaluations and checkpoints; the others are training
-    warmup_steps: int = 0  # that the warm-up has taken
-    tenths: int = 0  # of the run that had passed at the last evaluation
+    seconds: float = 0.0  # since the start, without interruptions
+    pauses: float = 0.0  # the part of `seconds` spent on evaluations and checkpoints; the rest is training
+    warmup_steps: int = 0  # steps of the warm-up so far
+    tenths: int = 0  # tenths of the run that were complete at the last evaluation
     logged_step: int = 0
     best: dict | None = None
     history: list[dict] = field(default_factory=list)
 
     @property
     def position(self) -> dict:
-        """What a point of the curve begins with."""
+        """The fields with which every record of `history` begins."""
         return {"step": self.step, "epoch": self.epoch, "seconds": round(self.seconds, 2)}
 
     @property
@@ -89,9 +89,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How long a run is, and how often it saves."""
+    """How long a run is, and how often it saves a checkpoint."""
 
-    num_examples: int | None  # of an epoch; None for a stream
+    num_examples: int | None  # per epoch; None for a stream
     examples_per_step: int
     max_steps: int | None
     max_seconds: float | None
@@ -116,29 +116,29 @@ class _Plan:
         return f"{' or '.join(limits)}, {self.examples_per_step:,} examples a step"
 
     def fraction(self, step: int, seconds: float) -> float:
-        """How much of the run has passed after so many steps and seconds, by the limit that is nearer."""
+        """Return the completed fraction of the run, by the limit (steps or seconds) that is closer."""
         by_step = 0.0 if self.max_steps is None else step / self.max_steps
         return max(by_step, 0.0 if self.max_seconds is None else seconds / self.max_seconds)
 
     def epoch(self, step: int) -> float | None:
-        """How often a run has seen its examples after so many steps; None for a stream."""
+        """Return the number of epochs that `step` steps amount to; None for a stream."""
         return None if self.num_examples is None else round(step * self.examples_per_step / self.num_examples, 4)
 
 
 def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
-    """Set up device, processes, precision, trackers and seed; call this before making data and model.
+    """Set up device, processes, precision, trackers and seed; call this before creating the data and the model.
 
-    From here to the end of `train`, or of the process, no other run can write into `output_dir`.
+    From then until the end of `train`, or of the process, no other run can write into `output_dir`.
 
     Args:
         args: how to train; with `push_to_hub`, `hub_model_id` becomes the repository's full name.
         settings: as for `train`.
 
     Raises:
-        ValueError: if `output_dir` holds another run, or one is writing there, or nothing can be written,
-            `resume_from_checkpoint` is not a complete checkpoint, device and precision do not fit, the tracker is not
-            installed, or the launcher's way to distribute the model is not supported.
-        OSError: with `push_to_hub`, if nobody is logged in, or the Hub refuses or cannot be reached.
+        ValueError: if `output_dir` holds another run, is being written to by another run or is not writable,
+            `resume_from_checkpoint` is not a complete checkpoint, the device does not support the precision, the
+            tracker is not installed, or the launcher's way of distributing the model is not supported.
+        OSError: with `push_to_hub`, if the user is not logged in, or the Hub refuses or cannot be reached.
     """
     accelerator = Accelerator(
         cpu=args.use_cpu,
@@ -165,20 +165,20 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if accelerator.is_main_process:
-        check_writable(args.output_dir)  # now, not after the data have been prepared
+        check_writable(args.output_dir)  # fail now, not after the data have been prepared
         lock_output_dir(args.output_dir)
-    accelerator.wait_for_everyone()  # what the processes find in output_dir stays so
+    accelerator.wait_for_everyone()  # output_dir is locked: its content no longer changes
     try:
         check_output_dir(
             args.output_dir, args.overwrite_output_dir, args.resume_from_checkpoint, as_settings(args, *settings)
         )
         if args.push_to_hub and accelerator.is_main_process:
-            # now, not after hours of training: a missing login is an error here
+            # A missing login must fail now, not after hours of training.
             args.hub_model_id = make_repository(args.hub_name)
     except (ValueError, OSError):
         unlock_output_dir(args.output_dir)
         raise
-    accelerator.wait_for_everyone()  # every process has looked at output_dir before one of them writes there
+    accelerator.wait_for_everyone()  # every process has checked output_dir before any of them writes there
     set_seed(args.seed)
     return accelerator
 
@@ -201,47 +201,49 @@ def train(
     task: str | None = None,
     auto_class: str = "AutoModel",
 ) -> dict:
-    """Train a model, keep its best weights in `args.output_dir`, and evaluate what was saved.
+    """Train a model, keep its best weights in `args.output_dir`, and evaluate the saved weights.
 
-    Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only); a README.md that was
-    edited stays when a run goes on, unless `args.overwrite_output_dir`. The model is left with its best weights, which
-    every process reads from `output_dir`: machines must share a disk. 16-bit weights become float32 first, since most
-    updates would be lost in rounding; `mixed_precision` is for the matrix products.
+    Writes config, weights, tokenizer, README.md, metrics.json and loss.png (main process only). A resumed run keeps a
+    README.md that the user has edited, unless `args.overwrite_output_dir` is set. On return the model has its best
+    weights, which every process reads from `output_dir`: several machines must share this directory. 16-bit weights
+    are first converted to float32, since rounding would lose most updates; `mixed_precision` only sets the precision
+    of the matrix products.
 
     Args:
         model: a PreTrainedModel that returns `.loss`, a mean over targets, and `.logits`.
-        train_dataset: map-style, items are dicts of tensors of equal shapes; `labels` default to `input_ids`. Or an
-            endless torch `IterableDataset` of such items, the same ones every time: every process reads all of it and
-            takes its share. A step follows the mean over all targets of its batches, accumulated ones and those of
-            all processes: a target (a label of a token that is not -100) counts the same, however many there are
-            beside it.
-        eval_dataset: map-style, for validation.
+        train_dataset: a map-style dataset whose items are dicts of tensors of equal shapes; `labels` default to
+            `input_ids`. Or an endless torch `IterableDataset` of such items that yields the same ones every time:
+            every process reads all of it and takes its share. A step minimises the mean loss over all targets of its
+            batches, across accumulation and processes: every target (a token's label other than -100) has the same
+            weight, however many targets its batch has.
+        eval_dataset: a map-style dataset for validation.
         args: how to train.
         accelerator: from `start(args)`.
         processing_class: tokenizer or processor to save with the weights.
-        collate_fn: makes a batch of a list of items; default: stacks tensors.
+        collate_fn: makes a batch from a list of items; default: stacks tensors.
         metrics: name -> f(logits, labels), a mean over targets; reported as `eval_NAME`.
-        settings: the script's other arguments, dataclasses made with `option`: recorded with `args`; the fixed ones
-            must equal those of the checkpoint.
-        checksums: of the training and of the validation data, where they are known. A run does not resume on other
-            training data; on other validation data the best weights so far are evaluated once more.
-        characters_per_token: of the validation text, to report nats per character.
-        unit: what one target belongs to: token, or clip (then frames are counted for the speed).
+        settings: the script's other arguments, as dataclasses made with `option`. They are recorded with `args`; the
+            fixed ones must equal those of the checkpoint.
+        checksums: checksums of the training and the validation data; None where unknown. A run refuses to resume on
+            different training data; if the validation data differ, the best weights so far are evaluated again.
+        characters_per_token: average over the validation text, to report nats per character.
+        unit: what one target belongs to: token, or clip (the speed is then given in frames).
         dataset_name, task, auto_class: for the model card.
 
     Returns:
-        What metrics.json holds: `arguments` (settings included), `data_settings` (the fixed ones of them),
-        `parameters`, `examples_per_step`, `num_warmup_steps` (with `max_train_seconds` those made so far),
-        `mixed_precision`, `history` (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`, `epoch`,
-        `train_seconds`, `tokens_per_second` or for clips `frames_per_second` (evaluations not counted), `best`
-        (record) and `final` (`eval_*` of the saved weights over all of `eval_dataset`). Losses are in nats per target.
+        The content of metrics.json: `arguments` (including `settings`), `data_settings` (the fixed ones of
+        `settings`), `parameters`, `examples_per_step`, `num_warmup_steps` (with `max_train_seconds`, those taken so
+        far), `mixed_precision`, `history` (records of `step`, `epoch`, `seconds` and `loss` or `eval_*`), `step`,
+        `epoch`, `train_seconds`, `tokens_per_second` or, for clips, `frames_per_second` (both without the time for
+        evaluations and checkpoints), `best` (a record) and `final` (`eval_*` of the saved weights on all of
+        `eval_dataset`). Losses are in nats per target.
 
     Raises:
-        SetupError: if a dataset is empty, a stream would be read by epochs, the schedule is impossible, files of
-            another tokenizer in `output_dir` would be read with the new one, or the checkpoint belongs to another
-            run, or has another vocabulary, other labels, another processor or another model.
+        SetupError: if a dataset is empty, a stream is combined with epochs or data loader workers, the schedule
+            rejects its arguments, files of another tokenizer in `output_dir` would be loaded with the new one, or the
+            checkpoint belongs to another run or has a different vocabulary, labels, processor or model.
         ValueError: if no parameter is trainable, or the validation set has no target.
-        FloatingPointError: if the loss is no longer finite.
+        FloatingPointError: if the loss or a weight is no longer finite.
         OSError: if the disk is full, or the Hub cannot be reached.
     """
     with contextlib.ExitStack() as at_the_end:
@@ -279,7 +281,10 @@ def train(
 
 @contextlib.contextmanager
 def _left_as_it_came(model: PreTrainedModel) -> Iterator[None]:
-    """Take off what a run puts around a model's forward (accelerator.unwrap_model() takes off its decorators, too)."""
+    """Undo, when the block ends, Accelerate's wrapping of the model's forward and a run's gradient checkpointing.
+
+    accelerator.unwrap_model() would also remove the decorators of the model's own forward.
+    """
     own_forward = {name: value for name, value in vars(model).items() if name == "forward"}
     had_checkpointing = model.is_activation_checkpointing
     try:
@@ -293,7 +298,7 @@ def _left_as_it_came(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Run:
-    """A run of `train`: what it was given, what that means for this run, and how far it has come."""
+    """The state of one call of `train`: its arguments, the values derived from them, and its progress."""
 
     def __init__(
         self,
@@ -329,7 +334,7 @@ class _Run:
             **self.data_settings,
         }
         self.training_checksum = checksums[0]
-        # What losses must have been measured on, to be compared.
+        # Two losses can only be compared if they were measured on the same examples.
         self.evaluated_on = {"examples": len(self.interim_dataset), "checksum": checksums[1]}
 
         checkpoint = find_checkpoint(args.resume_from_checkpoint, self.output_dir)
@@ -370,14 +375,14 @@ class _Run:
         return self.passed >= 1 or self.has_stopped_early
 
     def load_checkpoint(self, checkpoint: Path) -> dict:
-        """Load a checkpoint's progress, its weights into the model and its best weights into the output directory.
+        """Load a checkpoint's progress, put its weights into the model and its best weights into the output directory.
 
         Returns:
             The saved tensors, for `restore_training_state`.
 
         Raises:
-            SetupError: if it belongs to another run, or has another vocabulary, other labels, another processor or
-                another model, or was written by another version.
+            SetupError: if the checkpoint belongs to another run, has a different vocabulary, labels, processor or
+                model, or was written by an incompatible version.
         """
         state, saved = read_checkpoint(checkpoint)
         _check_state(state, checkpoint / STATE_FILE)
@@ -406,10 +411,10 @@ class _Run:
         return saved
 
     def evaluate_the_best_anew(self) -> None:
-        """Give the best weights so far a loss on the present validation set, to compare those of later ones with."""
+        """Evaluate the best weights so far on the current validation set, so that later losses are comparable."""
         model = self.model
         current = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.accelerator.wait_for_everyone()  # until the weights are in the output directory
+        self.accelerator.wait_for_everyone()  # the main process puts the weights into the output directory
         model.load_state_dict(load_pretrained(type(model), self.output_dir).state_dict())
         scores = self.evaluate(self.interim_dataset)
         model.load_state_dict(current)
@@ -420,12 +425,12 @@ class _Run:
         self.now.best = self.now.best | scores
 
     def restore_training_state(self, saved: dict) -> None:
-        """Restore the optimizer, the gradient scaler, this process's random numbers and the sum of losses."""
+        """Restore the optimizer, the gradient scaler, this process's random state and the sum of losses."""
         groups = self.optimizer.param_groups
         asked = [{name: group[name] for name in ("weight_decay", "betas")} for group in groups]
         self.optimizer.load_state_dict(saved["optimizer"])
         for group, values in zip(self.optimizer.param_groups, asked, strict=True):
-            group.update(values)  # those of the arguments, which may have changed
+            group.update(values)  # from the arguments, which may have changed
         scaler, processes = self.accelerator.scaler, saved["processes"]
         if scaler is not None and saved["scaler"] is not None:
             scaler.load_state_dict(saved["scaler"])
@@ -433,19 +438,19 @@ class _Run:
             own = processes[self.accelerator.process_index]
             _set_random_state(own)
             loss_sum = own["loss_sum"]
-        else:  # their number has changed: dropout starts from the seed again
+        else:  # the number of processes has changed: dropout starts from the seed again
             loss_sum = torch.stack([process["loss_sum"] for process in processes]).mean()
         self.loss_sum = loss_sum.to(self.accelerator.device)
 
     def begin(self) -> None:
-        """Make the output directory this run's, and start the clock."""
-        self.accelerator.wait_for_everyone()  # every process has read the checkpoint: a newer one may push it out
+        """Mark the output directory as this run's, and start the clock."""
+        self.accelerator.wait_for_everyone()  # every process has read the checkpoint, which may soon be deleted
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_json(self.output_dir / METRICS_FILE, self.report())
-        if not self.is_over:  # before the clock starts: a stream is first read up to where the run goes on
+        if not self.is_over:  # before the clock starts: a resumed stream is first read up to the current step
             self.batches = itertools.chain([next(self.batches)], self.batches)
-        # Of a run that has become longer, fewer tenths have passed.
+        # If the run has been made longer, fewer tenths of it are complete.
         self.now.tenths = min(self.now.tenths, math.floor(10 * self.passed))
         by_time = self.plan.max_seconds is not None
         self.bar = tqdm(
@@ -460,30 +465,31 @@ class _Run:
         self.began = time.perf_counter() - self.now.seconds
 
     def update_weights(self) -> None:
-        """Take one step."""
+        """Take one optimizer step."""
         args, accelerator, now, optimizer = self.args, self.accelerator, self.now, self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.rate(now.step, self.passed)
         now.warmup_steps += self.warmup(now.step, self.passed) < 1
         for batch, targets, weight in self.batches_of_step():
             batch = _prepare(batch, accelerator.device)
-            with accelerator.accumulate(self.net):  # divides the loss, and syncs processes in the last pass only
+            with accelerator.accumulate(self.net):  # syncs processes in the last pass only; backward divides the loss
                 loss = self.net(**batch, **_loss_alone(self.model)).loss * weight
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(self.net.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            if targets > 0:  # a mean over nothing is NaN, though its gradients are 0
+            if targets > 0:  # the mean over no targets is NaN, though its gradients are 0
                 self.loss_sum = self.loss_sum + loss.detach().float() / args.gradient_accumulation_steps
             now.tokens += _num_tokens(batch) * accelerator.num_processes
         now.step += 1
 
     def batches_of_step(self) -> Iterator[tuple[dict, int, float | torch.Tensor]]:
-        """Yield a step's batches, the number of their targets, and their weights, whose mean is 1.
+        """Yield each batch of a step with its number of targets and its weight; the mean of the weights is 1.
 
-        Batches of token labels are held until all are counted, and weigh as much as they have targets. Others have one
-        target a row, or one a token; they may be large, as clips are, and come one after another.
+        Batches with labels per token are kept until the targets of all of them are counted, and are weighted by their
+        numbers of targets. All other batches have one target per row or per token, so their weights are equal; they
+        may be large (video clips) and are yielded one by one.
         """
         accelerator, num_batches = self.accelerator, self.args.gradient_accumulation_steps
         batches = itertools.islice(self.batches, num_batches)
@@ -501,7 +507,7 @@ class _Run:
             yield batch, count, count * num_batches * accelerator.num_processes / total if count > 0 else 0.0
 
     def update_progress(self) -> tuple[bool, bool]:
-        """Bring `now` up to date, and decide whether an evaluation and a checkpoint are due."""
+        """Update `now`, and return whether an evaluation and a checkpoint are due."""
         now, plan, args = self.now, self.plan, self.args
         now.seconds = _common_seconds(self.began, args, self.accelerator)
         now.pauses, self.last_pause = now.pauses + self.last_pause, 0.0
@@ -513,12 +519,12 @@ class _Run:
         if evaluation_due:
             now.tenths = tenths
         if (evaluation_due or checkpoint_due) and self.accelerator.device.type != "cpu":
-            torch.accelerator.synchronize()  # what is still queued counts as training, not as the pause
+            torch.accelerator.synchronize()  # queued work counts as training, not as part of the pause
             now.seconds = _common_seconds(self.began, args, self.accelerator)
         return evaluation_due, checkpoint_due
 
     def log_training_loss(self) -> None:
-        """Move the bar; if it is time, add to the curve the mean loss since its last point."""
+        """Update the progress bar; if a point of the training curve is due, add the mean loss since the last one."""
         now, bar = self.now, self.bar
         if now.step % self.args.logging_steps == 0 or self.passed >= 1:
             loss = self.accelerator.reduce(self.loss_sum / (now.step - now.logged_step), "mean").item()
@@ -533,13 +539,13 @@ class _Run:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Count what happens inside as a pause, with the next step, whose seconds hold it."""
+        """Measure the block's time as a pause; the next step, whose seconds include it, adds it to `now.pauses`."""
         began = time.perf_counter()
         yield
         self.last_pause = time.perf_counter() - began
 
     def evaluate_and_keep_the_best(self) -> None:
-        """Evaluate; save the weights if they are the best so far."""
+        """Evaluate the model, and save its weights if they are the best so far."""
         args, now, accelerator, bar = self.args, self.now, self.accelerator, self.bar
         scores = self.evaluate(self.interim_dataset)
         if not math.isfinite(scores["eval_loss"]):
@@ -574,10 +580,10 @@ class _Run:
             bar.write(f"stopped early: no better loss in {args.early_stopping_patience} evaluations")
 
     def save_checkpoint(self) -> None:
-        """Write all that a resumed run needs.
+        """Write a checkpoint with everything that a resumed run needs.
 
         Raises:
-            FloatingPointError: if a weight or the training loss is not finite: no checkpoint to resume from.
+            FloatingPointError: if a weight or the training loss is not finite, which makes the checkpoint useless.
         """
         accelerator, now = self.accelerator, self.now
         finite = torch.stack([self.loss_sum.isfinite(), *(p.isfinite().all() for p in self.model.parameters())]).all()
@@ -604,10 +610,10 @@ class _Run:
             )
 
     def finish(self, dataset_name: str, task: str | None, auto_class: str) -> dict:
-        """Evaluate what is on the disk over the whole validation set, and write metrics.json and the model card."""
+        """Evaluate the saved weights on the whole validation set, and write metrics.json and the model card."""
         args, accelerator, model = self.args, self.accelerator, self.model
         self.bar.close()
-        if self.is_main and self.now.best is None:  # nothing was left to do, and nothing has been evaluated
+        if self.is_main and self.now.best is None:  # there was no step left to take, and no earlier evaluation
             save_pretrained(self.output_dir, model, self.processing_class)
         accelerator.wait_for_everyone()
         model.load_state_dict(load_pretrained(type(model), self.output_dir).state_dict())
@@ -622,7 +628,7 @@ class _Run:
                 write_model_card(card, model, args, result, **about)
             else:
                 accelerator.print(
-                    f"{card} was edited and stays as it is: add --overwrite_output_dir to write it anew with these "
+                    f"{card} was edited and is kept: add --overwrite_output_dir to replace it by a card with these "
                     f"results, which are in {METRICS_FILE}"
                 )
         accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=self.now.step)
@@ -651,7 +657,7 @@ class _Run:
         return f"{self.now.tokens_per_second:,.0f} {'tokens' if self.unit == 'token' else 'frames'}/s"
 
     def report(self) -> dict:
-        """What metrics.json holds so far."""
+        """Return the content of metrics.json so far."""
         args, now = self.args, self.now
         by_time = args.max_train_seconds is not None
         return {
@@ -682,18 +688,18 @@ def evaluate(
     metrics: dict[str, Metric] | None = None,
     characters_per_token: float | None = None,
 ) -> dict[str, float]:
-    """Evaluate a model on a dataset, every example once, divided among the processes; leave it in eval mode.
+    """Evaluate a model once on every example of a dataset, divided among the processes; leave the model in eval mode.
 
-    All processes take the buffers of the first one, whose model is saved: since the last forward pass each has
-    BatchNorm's running statistics of its own examples.
+    All processes take the buffers of the first one, whose model is saved: the last forward pass has updated
+    BatchNorm's running statistics in each process with that process's own examples.
 
     Args:
         model, dataset, accelerator, collate_fn, metrics, characters_per_token: as for `train`.
-        batch_size: examples in a batch of one process.
-        num_workers: of the DataLoader.
+        batch_size: examples per batch of one process.
+        num_workers: workers of the DataLoader.
 
     Returns:
-        What `loss_scores` gives, and `eval_NAME` for every metric; means over all targets.
+        The scores of `loss_scores`, and `eval_NAME` for every metric; means over all targets.
 
     Raises:
         ValueError: if the dataset has no target.
@@ -715,9 +721,9 @@ def evaluate(
     numbers = {"dtype": dtype, "device": accelerator.device}
     counts, means = [0], [torch.zeros(1 + len(metrics), **numbers)]  # of the batches
     for batch in tqdm(loader, "evaluating", leave=False, disable=None if accelerator.is_main_process else True):
-        targets = _num_targets(model, batch)  # before the batch moves, since a GPU would be waited for
+        targets = _num_targets(model, batch)  # before the batch moves: reading a count from a GPU would wait for it
         if targets == 0:
-            continue  # a mean over nothing is NaN
+            continue  # the mean over no targets is NaN
         batch = _prepare(batch, accelerator.device)
         outputs = model(**batch, **_loss_alone(model, skip_logits=not metrics))
         values = [outputs.loss, *(metric(outputs.logits, batch["labels"]) for metric in metrics.values())]
@@ -733,7 +739,10 @@ def evaluate(
 
 
 def loss_scores(loss: float, characters_per_token: float | None) -> dict[str, float]:
-    """`eval_loss` (nats per target) and `eval_perplexity`; with characters, nats and bits per character as well."""
+    """Return `eval_loss` (nats per target) and `eval_perplexity`.
+
+    If `characters_per_token` is given, return the loss in nats and in bits per character as well.
+    """
     scores = {"eval_loss": loss, "eval_perplexity": math.exp(loss) if loss < 700 else math.inf}
     if characters_per_token is not None:
         scores["eval_loss_per_character"] = loss / characters_per_token
@@ -742,17 +751,17 @@ def loss_scores(loss: float, characters_per_token: float | None) -> dict[str, fl
 
 
 def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_tokens: int, seed: int = 0) -> str:
-    """Sample a text without a prompt, at temperature 0.8; training's random state is not changed.
+    """Sample a text without a prompt, at temperature 0.8; the random state of the training is not changed.
 
     Args:
-        model: in eval mode.
-        tokenizer: of the model.
-        num_tokens: at most; never more than the model has positions for.
-        seed: of the sampling.
+        model: the model, in eval mode.
+        tokenizer: its tokenizer.
+        num_tokens: largest number of new tokens; limited further by the number of the model's positions.
+        seed: seed for the sampling.
     """
     prompt = prompt_ids(tokenizer, "").to(model.device)
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-    devices = [] if model.device.type == "cpu" else [model.device]  # beside the CPU, whose state is always kept
+    devices = [] if model.device.type == "cpu" else [model.device]  # besides the CPU, which fork_rng always includes
     with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
         torch.manual_seed(seed)
         ids = model.generate(
@@ -768,19 +777,19 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, num_
 
 
 class BatchStream:
-    """This process's endless batches of indices: the random orders of the epochs one after another.
+    """An endless iterable of this process's batches of indices, taken from the shuffled epochs one after another.
 
-    The order of epoch e depends on `seed` and e. Batches continue over the end of an epoch: none is short.
+    The order of epoch e depends only on `seed` and e. A batch may cross the end of an epoch, so that none is short.
 
     Args:
         num_examples: size of the dataset.
-        seed: of the orders.
+        seed: seed of the epochs' orders.
         batch_size: examples per batch of one process.
         process_index: the process among `num_processes`; each takes its slice of every global batch.
         num_processes: total number of processes.
-        first_batch: the batch to begin with, counted over all processes.
-        draws_anew: keep counting over the epochs: example i of epoch e has the index i + e num_examples, so that a
-            dataset which asks for it (by an attribute of this name) can redraw it.
+        first_batch: number of the first batch, counted over all processes.
+        draws_anew: keep counting indices across epochs: example i of epoch e has the index i + e * num_examples, so
+            that the dataset can redraw it. A dataset requests this by an attribute of the same name.
     """
 
     def __init__(
@@ -807,14 +816,14 @@ class BatchStream:
                 yield batch
 
     def order(self, epoch: int) -> list[int]:
-        """Return the order of all examples in one epoch, counted from 0."""
+        """Return the order of all examples in an epoch; epochs are counted from 0."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.num_examples, generator=generator, device="cpu")
         return (order + epoch * self.num_examples if self.draws_anew else order).tolist()
 
 
 def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
-    """Turn `auto` into bf16 where the training device computes it natively, else into no.
+    """Resolve `auto` to bf16 if the training device supports it natively, else to no.
 
     Args:
         choice: auto, no, bf16 or fp16; all but auto are returned unchanged.
@@ -824,7 +833,7 @@ def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
         return choice
     if torch.cuda.is_available() and not use_cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if torch.accelerator.is_available() and not use_cpu:  # mps, xpu: not tried
+    if torch.accelerator.is_available() and not use_cpu:  # mps, xpu: not tested
         return "no"
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()  # every CPU with AMX has it too
     return "bf16" if native else "no"
@@ -844,10 +853,10 @@ def summary(scores: dict[str, float], unit: str = "token") -> str:
 
 
 def _check_data(args: TrainArguments, train_dataset: Dataset, eval_dataset: Dataset) -> None:
-    """Refuse empty datasets, and arguments that a stream cannot follow.
+    """Refuse empty datasets, and arguments that do not work with a stream.
 
     Raises:
-        SetupError: if there is one of these.
+        SetupError: if a dataset is empty, or an argument does not work with a stream.
     """
     for name, dataset in (("training", train_dataset), ("validation", eval_dataset)):
         if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
@@ -871,7 +880,7 @@ def _spread(dataset: Dataset, count: int | None) -> Dataset:
 def _make_batches(
     dataset: Dataset, args: TrainArguments, accelerator: Accelerator, collate_fn: Callable | None, first_batch: int
 ) -> Iterator[dict]:
-    """Make this process's endless batches of the training set, from `first_batch` on, counted over all processes."""
+    """Return this process's endless batches of the training set from `first_batch` on (counted over all processes)."""
     numbers = (args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes, first_batch)
     if isinstance(dataset, IterableDataset):
         return map(collate_fn or default_collate, _batches_of_stream(dataset, *numbers))
@@ -881,7 +890,7 @@ def _make_batches(
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # its seed for workers is not drawn from the global generator
+        generator=torch.Generator(),  # so that the workers' seed is not drawn from the global generator
     )
     return iter(loader)
 
@@ -889,14 +898,14 @@ def _make_batches(
 def _batches_of_stream(
     stream: IterableDataset, batch_size: int, process_index: int, num_processes: int, first_batch: int
 ) -> Iterator[list]:
-    """Yield this process's batches of a stream, as `BatchStream` does those of a dataset."""
+    """Yield this process's batches of a stream, divided among the processes as in `BatchStream`."""
     examples = iter(stream)
     shown = {"unit": " batches", "delay": 1, "leave": False, "disable": None if process_index == 0 else True}
     again = tqdm(range(first_batch), "reading the stream again", **shown)
     for number in itertools.chain(again, itertools.count(first_batch)):
         batch = list(itertools.islice(examples, batch_size))
         if len(batch) < batch_size:
-            raise ValueError("the stream of training examples has ended, expected an endless one")
+            raise ValueError("the stream of training examples has ended, but it must be endless")
         if number >= first_batch and number % num_processes == process_index:
             yield batch
 
@@ -910,7 +919,7 @@ def _check_state(state: dict, path: Path) -> None:
     """Refuse a trainer_state.json that this version cannot read.
 
     Raises:
-        SetupError: if a part is missing, or `progress` holds a field that is not known here.
+        SetupError: if a part is missing, or `progress` holds an unknown field.
     """
     missing = [name for name in ("run", "arguments", "progress") if not isinstance(state.get(name), dict)]
     if missing:
@@ -924,10 +933,12 @@ def _check_state(state: dict, path: Path) -> None:
 
 
 def _check_identity(saved: dict, present: dict, checkpoint: Path, changes: str) -> None:
-    """Refuse to resume with other data, or in another order, than the checkpoint's run saw; `changes` may say why.
+    """Refuse to resume with other data, or another order of the data, than in the checkpoint's run.
+
+    The message ends with `changes`, which may explain the difference.
 
     Raises:
-        SetupError: if seed, examples per step, the size of the training set or a fixed setting differ.
+        SetupError: if seed, examples per step, the size of the training set or a fixed setting differs.
     """
     for name, value in present.items():
         if saved.get(name, value) != value:
@@ -939,14 +950,14 @@ def _check_identity(saved: dict, present: dict, checkpoint: Path, changes: str) 
 
 
 def _load_weights(model: PreTrainedModel, processing_class: object | None, checkpoint: Path) -> None:
-    """Load a checkpoint's weights into a model, after checking that they mean the same in both.
+    """Load a checkpoint's weights into a model, after checking that they have the same meaning in both.
 
     Raises:
-        SetupError: if a label, a token of the vocabulary, a value of the processor or the shape of a weight differs.
+        SetupError: if the model type, a label, a token, a value of the processor or the shape of a weight differs.
     """
     config = "resume with its config_name and config_overrides"
     types = ({"model_type": t} for t in (read_config_file(checkpoint).get("model_type"), model.config.model_type))
-    # Else its weights would be drawn at random, with only a warning.
+    # Otherwise transformers would initialise the weights at random, with only a warning.
     _check_same(checkpoint, "another model", *types, config)
     saved = load_pretrained(type(model), checkpoint)
     _check_same(checkpoint, "other labels", saved.config.id2label, model.config.id2label, _SAME_DATA)
@@ -976,7 +987,7 @@ def _check_same(checkpoint: Path, what: str, saved: dict, present: dict, advice:
 
 
 def _random_state() -> dict:
-    """Read the states of this process's random number generators, as `torch.load(weights_only=True)` takes them."""
+    """Return the states of this process's random number generators, for `torch.load(weights_only=True)` to load."""
     name, keys, *rest = np.random.get_state()
     states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -985,7 +996,7 @@ def _random_state() -> dict:
 
 
 def _set_random_state(states: dict) -> None:
-    """Set this process's random number generators to what `_random_state` read."""
+    """Set this process's random number generators to the states that `_random_state` returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -999,32 +1010,33 @@ def _as_tensors(dataset: Dataset) -> Dataset:
 
 
 def _prepare(batch: dict, device: torch.device) -> dict:
-    """Move a batch to the device; without labels it is a language model's, whose labels are its inputs."""
+    """Move a batch to the device; a batch without labels is a language model's and gets its inputs as labels."""
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return batch if "labels" in batch else {**batch, "labels": batch["input_ids"]}
 
 
 def _num_targets(model: PreTrainedModel, batch: dict) -> int:
-    """Count the labels of a batch that are asked for."""
+    """Count the targets of a batch: the labels other than -100 that enter the loss."""
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
-    shifts = labels.ndim == 2 and getattr(model, "loss_type", None) != "ForTokenClassification"  # taggers do not
+    # Causal language models shift their labels (B, T) by one token; token classifiers do not.
+    shifts = labels.ndim == 2 and getattr(model, "loss_type", None) != "ForTokenClassification"
     return int(((labels[:, 1:] if shifts else labels) != -100).sum())
 
 
 def _num_tokens(batch: dict) -> int:
-    """Count a batch's tokens, or its frames if it is of clips (B, T, C, H, W)."""
+    """Count a batch's tokens, or its frames if it holds clips (B, T, C, H, W)."""
     inputs = batch.get("input_ids", next(iter(batch.values())))
     return inputs.shape[0] * inputs.shape[1]
 
 
 def _loss_alone(model: PreTrainedModel, skip_logits: bool = True) -> dict:
-    """Return the arguments that leave out the cache and the logits, which nobody reads here, if the model has them."""
+    """Return the arguments of the model's forward, where it has them, that disable the cache and the unused logits."""
     known = inspect.signature(model.forward).parameters
     return {name: value for name, value in (("use_cache", False), ("skip_logits", skip_logits)) if name in known}
 
 
 def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator) -> float:
-    """Measure the seconds since `began`; the processes agree on them if a decision depends on them."""
+    """Return the seconds since `began`; with `max_train_seconds` they are the same in all processes."""
     seconds = time.perf_counter() - began
     if args.max_train_seconds is None or accelerator.num_processes == 1:
         return seconds
@@ -1032,5 +1044,5 @@ def _common_seconds(began: float, args: TrainArguments, accelerator: Accelerator
 
 
 def _tracker_config(arguments: dict) -> dict:
-    """Return the arguments as trackers accept them: only numbers and strings."""
+    """Return the arguments in types that trackers accept: only numbers and strings."""
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}

@@ -1,4 +1,4 @@
-"""The README.md next to the weights: what the model is, its results, how to load it."""
+"""The README.md next to the weights: what the model is, what its results are and how to load it."""
 
 import json
 import re
@@ -72,20 +72,20 @@ def write_model_card(
     auto_class: str = "AutoModel",
     unit: str = "token",
 ) -> None:
-    """Write a model card in the Hub's form, with the results as a `model-index`.
+    """Write a model card in the Hub's format, with the results as a `model-index`.
 
     Args:
         path: the README.md to write.
-        model: for its config and its number of parameters.
-        args: how it was trained.
-        results: what `train` returns.
-        dataset_name: what it was trained on, for the reader.
+        model: provides its config and its number of parameters.
+        args: how the model was trained.
+        results: the return value of `train`.
+        dataset_name: name of the training data, as shown to the reader.
         task: the Hub's pipeline tag (`text-generation`), None if none fits.
-        auto_class: the Auto class that loads the model, for the example.
+        auto_class: the Auto class with which the example loads the model.
         unit: what one target belongs to: token, or clip.
     """
     name = args.hub_name
-    # From where the example loads, as Python writes it.
+    # Where the example loads the model from, escaped as in a Python string.
     source = name if args.push_to_hub else json.dumps(Path(args.output_dir).as_posix(), ensure_ascii=False)[1:-1]
     metrics = [
         (kind, title.replace("token", unit), results["final"][key])
@@ -129,7 +129,7 @@ def write_model_card(
         "",
         "## Results",
         "",
-        "Of the saved weights on the validation set; the curve is in `metrics.json` and drawn in `loss.png`.",
+        "Results of the saved weights on the validation set. The curve is in `metrics.json` and drawn in `loss.png`.",
         "",
         "| Metric | Value |",
         "|---|---|",
@@ -165,7 +165,7 @@ def write_model_card(
 
 
 def may_be_rewritten(path: str | Path) -> bool:
-    """Return whether a card is not there, or is as training wrote it, but for the name that `name_model_card` changes.
+    """Return whether a card is missing, or unchanged since training wrote it (changes by `name_model_card` aside).
 
     Args:
         path: the README.md.
@@ -173,17 +173,17 @@ def may_be_rewritten(path: str | Path) -> bool:
     if not Path(path).exists():
         return True
     content = Path(path).read_text(encoding="utf-8", errors="replace")
-    if _SEAL not in content:  # an earlier version wrote it, or a user
+    if _SEAL not in content:  # written by an earlier version, or by a user
         return GENERATED in content
     text, _, seal = content.rpartition(f"\n{_SEAL}")
     return _SEAL + seal == _seal(text)
 
 
 def _seal(text: str) -> str:
-    """Return a card's last line, which the reader of the card does not see and which tells whether it was edited."""
+    """Return a card's last line: an HTML comment with a checksum that shows whether the card has been edited."""
     return f"{_SEAL} {zlib.crc32(SOURCE.sub('', text).encode()):08x} -->\n"
 
 
 def _as_text(name: str) -> str:
-    """Write a name so that Markdown shows it as it is, on one line."""
+    """Escape a name so that Markdown shows it literally, on one line."""
     return re.sub(r"([\\`*_\[\]<>&~|$])", r"\\\1", " ".join(name.split()))

@@ -1,4 +1,4 @@
-"""The model that a script's options name: a config file and its overrides, or a checkpoint; and its tokenizer."""
+"""Load what a script's options name: a model (a config file with overrides, or a checkpoint) and its tokenizer."""
 
 import difflib
 import json
@@ -21,16 +21,16 @@ def check_one_source(args: object) -> None:
     """Refuse options that describe a new model, or a new vocabulary, together with a checkpoint to start from.
 
     Args:
-        args: `model_name_or_path` and those of `config_name`, `config_overrides`, `backbone_name_or_path` and
-            `tokenizer_name` that the script has, each None where it is not given.
+        args: an object with `model_name_or_path` and those of `config_name`, `config_overrides`,
+            `backbone_name_or_path` and `tokenizer_name` that the script has; None for options that are not given.
 
     Raises:
-        ValueError: if there are both.
+        ValueError: if both are given.
     """
     names = ("config_name", "config_overrides", "backbone_name_or_path")
     given = [name for name in names if getattr(args, name, None) is not None]
     if args.model_name_or_path is not None and given:
-        raise ValueError(f"model_name_or_path starts from that model as it is: leave out {' and '.join(given)}")
+        raise ValueError(f"model_name_or_path loads an existing model as it is: leave out {' and '.join(given)}")
     if args.model_name_or_path is not None and getattr(args, "tokenizer_name", None) in ("char", "bpe"):
         raise ValueError(
             f"tokenizer_name {args.tokenizer_name} would change the token ids, and the embeddings of "
@@ -41,18 +41,19 @@ def check_one_source(args: object) -> None:
 def make_config(config_name: str | None, overrides: str | None = None, **values: object) -> PreTrainedConfig:
     """Make the config of a new model from a JSON file and changes to it.
 
-    The changes are applied to the file's fields before the config is made, so that fields derived from them follow.
+    The changes are applied to the file's fields before the config is made, so that derived fields take them into
+    account.
 
     Args:
         config_name: a JSON file, or a model's directory; None: MinGRU's defaults.
-        overrides: `"name=value,name=value"`, values in JSON; commas inside brackets are kept:
+        overrides: `"name=value,name=value"`, values in JSON; commas inside brackets do not separate:
             `"hidden_sizes=[64,128]"`.
         values: fields that take precedence over the file; overrides take precedence over both.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is not a JSON object, an override is malformed or not a field of the config, or the
-            config refuses the values.
+            config rejects the values.
     """
     fields = {} if config_name is None else read_config_file(config_name)
     model_type = fields.pop("model_type", "mingru")
@@ -70,7 +71,7 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
             raise ValueError(f"config_overrides: {model_type} has no field {name!r}{hint}")
     try:
         return AutoConfig.for_model(model_type, **{**fields, **values, **changes})
-    except (StrictDataclassError, TypeError, AttributeError) as error:  # the others where transformers checks nothing
+    except (StrictDataclassError, TypeError, AttributeError) as error:  # the last two: unchecked by transformers
         raise ValueError(f"config: {error}") from None
 
 
@@ -79,7 +80,7 @@ def read_config_file(config_name: str) -> dict:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a JSON object.
+        ValueError: if the file does not hold a JSON object.
     """
     path = Path(config_name)
     if path.is_dir():
@@ -91,12 +92,12 @@ def read_config_file(config_name: str) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"config_name: {path} is not JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise ValueError(f"config_name: {path} holds no JSON object")
+        raise ValueError(f"config_name: {path} does not contain a JSON object")
     return fields
 
 
 def parse_overrides(text: str | None) -> dict:
-    """Parse `"a=1,b=[2,3],c=true,d=word"`; values are JSON, anything else a string.
+    """Parse `"a=1,b=[2,3],c=true,d=word"`; values that are not JSON are strings.
 
     Raises:
         ValueError: if a piece has no `=`.
@@ -124,17 +125,17 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
         **kwargs: further arguments of from_pretrained.
 
     Raises:
-        OSError: if it is neither, or a directory without what is asked for or with damaged weights; a name that can
-            only be a path is not looked up on the Hub.
-        ValueError: if it is another kind of model than `cls` loads, or a file of it is damaged otherwise: a config
-            with values that it refuses, or that do not fit the weights.
+        OSError: if `name` is neither, or is a directory that lacks the requested files or has damaged weights. A name
+            that can only be a path is not looked up on the Hub.
+        ValueError: if `cls` does not load this kind of model, or one of its files is damaged in another way, such as
+            a config whose values are invalid or do not fit the weights.
     """
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{name} holds no model: it has no config.json")
         is_tokenizer = cls is AutoTokenizer or issubclass(cls, PreTrainedTokenizerBase)
-        # Some classes of tokenizers would be made all the same, with an empty vocabulary.
+        # Otherwise some tokenizer classes would load without an error, with an empty vocabulary.
         if is_tokenizer and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise FileNotFoundError(
                 f"{name} holds a model but no tokenizer (tokenizer.json or the like): save the one it was "
@@ -147,37 +148,37 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
     try:
         with no_progress_bars():
             return cls.from_pretrained(name, **kwargs)
-    except SafetensorError as error:  # no OSError, though a file that was cut short is the usual cause
+    except SafetensorError as error:  # not an OSError, though a truncated file is the usual cause
         raise OSError(f"the weights of {name} are damaged: {error}") from None
     except OSError as error:
         if path.is_dir():
             raise
         raise OSError(f"{name} is not a local directory, and could not be loaded from the Hub: {error}") from None
     except ValueError as error:
-        # A list of all the models that there are follows.
+        # The message of transformers goes on with a list of all models that it supports.
         if not re.match("Unrecognized (configuration class|video processor)", str(error)):
             raise
         kind = AutoConfig.from_pretrained(name).model_type
         raise ValueError(f"{name} is a {kind} model, which {cls.__name__} does not load") from None
-    except pickle.UnpicklingError:  # its text advises to run the code in the file
+    except pickle.UnpicklingError:  # torch's message advises running the code in the file
         raise OSError(
             f"the weights of {name} are damaged, or hold more than tensors, so that loading them could run code"
         ) from None
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):  # of memory, for example
+        if "ignore_mismatched_sizes" not in str(error):  # out of memory, for example
             raise
         raise ValueError(
-            f"the weights of {name} do not have the shapes that its config.json asks for: the report tells which"
+            f"the weights of {name} do not have the shapes that its config.json asks for: see the report above"
         ) from None
     except (StrictDataclassError, KeyError, TypeError, AttributeError, EOFError) as error:
-        # Whatever transformers meets where it takes a file's form for granted.
+        # transformers raises these where it does not check a file's format.
         raise ValueError(
             f"{name} could not be loaded, a file in it may be damaged: {type(error).__name__}: {error}"
         ) from None
 
 
 def training_arguments(name: str | Path) -> dict:
-    """Read the arguments that a model's directory, or a checkpoint, was trained with; none if no file tells them."""
+    """Read the training arguments recorded in a model's directory or a checkpoint; empty if none are recorded."""
     for file in (METRICS_FILE, STATE_FILE):
         with suppress(OSError, ValueError, KeyError, TypeError):
             return dict(json.loads((Path(name) / file).read_text(encoding="utf-8"))["arguments"])
@@ -188,18 +189,18 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
     """Refuse token ids (any shape) that the model has no embedding for.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if there is such an id.
     """
     known = model.get_input_embeddings().weight.shape[0]
     if (largest := int(ids.max())) >= known:
         raise ValueError(
-            f"the tokenizer gives the token id {largest}, but the model knows those below {known}: it is not the "
+            f"the tokenizer gives the token id {largest}, but the model only has ids below {known}: it is not the "
             "tokenizer that the model was trained with"
         )
 
 
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return what a text begins with: the beginning-of-text token, or else a newline, a space or end of text."""
+    """Return the token that a text begins with: beginning-of-text, or else a newline, a space or end-of-text."""
     if tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
     for text in ("\n", " "):
@@ -210,22 +211,22 @@ def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> torch.Tensor:
-    """Turn a prompt into token ids (1, T); an empty one becomes the `first_token_id`.
+    """Turn a prompt into token ids (1, T); a prompt without tokens becomes the `first_token_id`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the tokenizer has no such token.
     """
     ids = tokenizer(prompt, return_tensors="pt").input_ids.long() if prompt else torch.empty(1, 0)
     if ids.shape[1] == 0:
         first = first_token_id(tokenizer)
         if first is None:
-            raise ValueError("the prompt gives no token: give another --prompt")
+            raise ValueError("the prompt has no tokens: give another --prompt")
         ids = torch.tensor([[first]])
     return ids
 
 
 def unknown_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """Return the parts of a text, each once, that the tokenizer reads as its unknown token."""
+    """Return the parts of a text, each once, that the tokenizer maps to its unknown token."""
     if tokenizer.unk_token_id is None or not tokenizer.is_fast:
         return []
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -235,6 +236,6 @@ def unknown_parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that fills up texts which end early: padding, or else end-of-text, or else token 0."""
+    """Return the id of the token that pads texts which end early: padding, or else end-of-text, or else token 0."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(number for number in ids if number is not None)

@@ -10,10 +10,10 @@ from .arguments import SetupError, TrainArguments
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split trainable parameters into those that decay (two or more axes) and those that do not (norms, biases).
+    """Split trainable parameters into those with weight decay (two or more axes) and those without (norms, biases).
 
     Args:
-        model: its parameters, each once even if tied.
+        model: the module whose parameters are split; a tied parameter appears once.
         weight_decay: AdamW's coefficient for the first group.
 
     Returns:
@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
-    """Make AdamW over `parameter_groups`, with the fused kernel where torch has one for the model's device.
+    """Make AdamW over `parameter_groups`, with the fused kernel if torch has one for the model's device.
 
     Raises:
         ValueError: if no parameter is trainable.
@@ -41,14 +41,14 @@ def make_optimizer(model: nn.Module, args: TrainArguments) -> torch.optim.AdamW:
 
 
 def make_warmup(args: TrainArguments, max_steps: int | None) -> Callable[[int, float], float]:
-    """Make `warmup(step, progress)`, how far the warm-up has come in the update after `step` updates; 1: it is over.
+    """Make `warmup(step, progress)`, the completed fraction of the warm-up in the update after `step` updates.
 
-    It takes `args.warmup_steps(max_steps)` steps. How many a run by time (`max_train_seconds`) will make is not known
-    before: there a warm-up of default length ends with a tenth of the run at the latest.
+    The warm-up takes `args.warmup_steps(max_steps)` steps. A run limited by `max_train_seconds` does not know its
+    number of steps in advance; in such a run, a warm-up of default length ends after a tenth of the run at the latest.
 
     Args:
-        args: for schedule, warm-up and duration.
-        max_steps: updates in all; None: only their duration is known.
+        args: provides schedule, warm-up and duration.
+        max_steps: total number of updates; None: only the duration is known.
     """
     num_steps = args.warmup_steps(max_steps)
     may_end_early = args.max_train_seconds is not None and args.num_warmup_steps is None
@@ -63,16 +63,16 @@ def make_warmup(args: TrainArguments, max_steps: int | None) -> Callable[[int, f
 def make_schedule(args: TrainArguments, max_steps: int | None) -> Callable[[int, float], float]:
     """Make `rate(step, progress)`, the learning rate for the update after `step` updates.
 
-    A run of known length follows transformers' schedule step by step. A run of known duration
-    (`max_train_seconds`) follows it along `progress`, the fraction of the run that has passed, after the warm-up
-    of `make_warmup`. There is no state: a run that resumes at a step needs nothing else.
+    A run of known length follows transformers' schedule step by step. A run of known duration (`max_train_seconds`)
+    follows the schedule as a function of `progress`, the completed fraction of the run, multiplied by the warm-up of
+    `make_warmup`. The schedule has no state: a resumed run needs only its step and its progress.
 
     Args:
-        args: for peak rate, schedule and warm-up.
-        max_steps: updates in all; None: only their duration is known.
+        args: provides peak rate, schedule and warm-up.
+        max_steps: total number of updates; None: only the duration is known.
 
     Raises:
-        SetupError: if the schedule refuses `lr_scheduler_kwargs`.
+        SetupError: if the schedule rejects `lr_scheduler_kwargs`.
     """
     by_time = args.max_train_seconds is not None
     length = 1000 if by_time else max_steps  # by time: in thousandths of the run

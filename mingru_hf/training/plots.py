@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""Plots of the loss curve of a run and of a confusion matrix."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ except ImportError:
 
 
 def plot_loss(history: list[dict], path: str | Path, unit: str = "nats per token") -> None:
-    """Draw training and validation loss over the optimizer steps and save it as PNG.
+    """Plot training and validation loss over the optimizer steps and save the plot as PNG.
 
     Args:
-        history: records of `train`: those with `loss` make the thin line, those with `eval_loss` the dots.
+        history: the records of `train`: those with `loss` are drawn as a thin line, those with `eval_loss` as a line
+            with dots.
         path: the file to write.
         unit: the loss's unit, for the axis.
     """
@@ -36,11 +37,11 @@ def plot_loss(history: list[dict], path: str | Path, unit: str = "nats per token
 
 
 def plot_confusion(matrix, names: list[str], path: str | Path) -> None:
-    """Draw a confusion matrix, each row as fractions of its class, and save it as PNG.
+    """Plot a confusion matrix, each row as fractions of its class, and save the plot as PNG.
 
     Args:
-        matrix: (classes, classes) counts, the true class along the rows.
-        names: of the classes.
+        matrix: (classes, classes) counts, one row per true class.
+        names: names of the classes.
         path: the file to write.
     """
     matrix = matrix.numpy()

@@ -1,4 +1,4 @@
-"""What the video scripts share: the options and datasets, and the test protocol for whole videos."""
+"""Code shared by the video scripts: the options and datasets, and the test protocol for whole videos."""
 
 import dataclasses
 import warnings
@@ -40,7 +40,7 @@ class VideoDataArguments:
     ucf101_annpath: str | None = option(
         None, "directory of classInd.txt and the lists; default: the environment's UCF101_ANNPATH"
     )
-    cache_dir: str | None = option(None, "where datasets keeps what it downloads and prepares")
+    cache_dir: str | None = option(None, "cache directory of the datasets library")
     frame_order: str = option(
         "forward",
         "order of a clip's frames; shuffled is a control without temporal order",
@@ -58,19 +58,20 @@ class VideoDataArguments:
 def split_as_in_training(
     data_args: VideoDataArguments, seed: int | None, split: str, directory: str | Path
 ) -> tuple[VideoDataArguments, int]:
-    """Fill in what divides a dataset, so that no video is held out that the model was trained on.
+    """Fill in the arguments that split a dataset, so that no held-out video is one that the model was trained on.
 
     Args:
-        data_args: `validation_split_percentage` and `fold` are None where they shall be those of training.
-        seed: likewise.
+        data_args: None for `validation_split_percentage` or `fold` means the value used in training.
+        seed: None likewise.
         split: train, validation or test.
-        directory: the model's, where metrics.json tells of its training, or a checkpoint.
+        directory: the model's directory, where metrics.json records its training, or a checkpoint.
 
     Returns:
         The arguments and the seed without None: as they were given, or else as in training, or else the defaults.
 
     Raises:
-        ValueError: if the fold differs from that of training on the same dataset; other values that do are warned of.
+        ValueError: if the fold differs from that of training on the same dataset; other differences only cause a
+            warning.
     """
     trained = training_arguments(directory)
     same_data = Path(trained.get("dataset_name") or "").name == Path(data_args.dataset_name).name
@@ -107,14 +108,14 @@ def split_as_in_training(
 
 
 def views_as_in_training(views: str | None, directory: str | Path) -> str:
-    """Choose the crops to test on, so that no clip is mirrored where the model tells left from right.
+    """Choose the crops to test on, so that no clip is mirrored for a model that distinguishes left from right.
 
     Args:
         views: center, five_crops or ten_crops; None: ten_crops, or center if training had `no_flip`.
-        directory: the model's, as for `split_as_in_training`.
+        directory: the model's directory, as for `split_as_in_training`.
 
     Raises:
-        ValueError: if ten_crops is asked of a model that was trained with `no_flip`.
+        ValueError: if ten_crops is requested for a model that was trained with `no_flip`.
     """
     no_flip = training_arguments(directory).get("no_flip")
     if no_flip and views == "ten_crops":
@@ -135,25 +136,25 @@ def evaluate_videos(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> dict:
-    """Classify whole videos by several clips of each and several crops of each clip, as is usual for UCF101.
+    """Classify whole videos from several clips of each and several crops of each clip, as is usual for UCF101.
 
-    The processes share the videos. The mean is that of the views' probabilities; the vote takes the class that most
-    views choose, and the higher mean in case of a tie.
+    The videos are divided among the processes. A view is one crop of one clip. `mean` is the class with the highest
+    mean probability over a video's views; `vote` is the class that most views predict, ties broken by the mean.
 
     Args:
         model: a video classifier; left in eval mode.
-        clips: of the videos to classify; its `clips_per_video` and `frame_order` are used, its augmentation is not.
-        accelerator: for device and processes.
+        clips: the videos to classify; its `clips_per_video` and `frame_order` are used, its augmentation is not.
+        accelerator: provides the device and the processes.
         views: center, five_crops, or ten_crops (the five and their mirror images).
         batch_size: views per batch.
         num_workers: processes that decode.
 
     Returns:
-        `label`, `mean` and `vote`, each (videos,) classes, -1 for a video that cannot be read; `view_accuracy`,
+        `label`, `mean` and `vote`, each (videos,) class indices, -1 for a video that cannot be read; `view_accuracy`,
         the fraction of single views that are right; `unreadable`, the number of videos left out.
 
     Raises:
-        ValueError: if no video can be read, or there is no such kind of views.
+        ValueError: if no video can be read, or `views` is unknown.
     """
     model.to(accelerator.device).eval()
     crop = FitAndCrop(clips.processor, views)
@@ -162,7 +163,7 @@ def evaluate_videos(
     loader = DataLoader(
         _WholeVideos(clips, share), batch_size=None, num_workers=num_workers, generator=torch.Generator()
     )
-    # One row per video: label, mean, vote (+ 1, so that 0 is a video not seen), right views, views.
+    # One row per video: label, mean and vote (each + 1, since 0 marks a video not seen), right views, views.
     rows = torch.zeros(len(clips.videos), 5, dtype=torch.long)
     labels = clips.videos["label"]
     for video, frames in tqdm(loader, total=len(share), disable=None if accelerator.is_main_process else True):
@@ -205,7 +206,7 @@ def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 
 
 class _WholeVideos(Dataset):
-    """(row, (clips, N, C, H, W) uint8) of each video, resized but not cropped; no clips if it cannot be read."""
+    """Dataset of (row, (clips, N, C, H, W) uint8) per video, resized but not cropped; empty if it cannot be read."""
 
     def __init__(self, clips: VideoClips, share: range):
         self.clips, self.share = clips, share
@@ -228,7 +229,7 @@ class _WholeVideos(Dataset):
         return video, frames.permute(0, 1, 4, 2, 3)
 
     def fit(self, frame: np.ndarray) -> np.ndarray:
-        """Resize a frame, (H, W, 3) uint8, as the processor does, before many clips share it."""
+        """Resize a frame, (H, W, 3) uint8, as the processor does: once per frame, even if several clips contain it."""
         inputs = self.clips.processor(
             torch.from_numpy(frame).permute(2, 0, 1)[None],
             do_sample_frames=False,
