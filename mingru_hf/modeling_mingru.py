@@ -402,7 +402,7 @@ def _at_real_tokens(starts: Tensor, mask: Tensor | None) -> Tensor:
     return mask & (document > F.pad(last_seen[:, :-1], (1, 0)))
 
 
-def _may_look(flags: Tensor) -> bool:
+def _may_inspect(flags: Tensor) -> bool:
     """Return whether to inspect the values of flags (B, T), which may avoid the masked path.
 
     They are not inspected while tracing, inside a transform (under vmap the answer can differ between samples), on the
@@ -617,7 +617,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 f"already; got {tuple(shape)}."
             )
         mask = attention_mask[:, -steps:].bool()
-        if _may_look(mask) and bool(mask.all()):
+        if _may_inspect(mask) and bool(mask.all()):
             return None
         return mask if mask.device == device else mask.to(device)
 
@@ -649,7 +649,7 @@ class MinGRUModel(MinGRUPreTrainedModel):
                 reset = F.pad(reset[:, 1:], (1, 0))
             else:
                 reset = reset & (mask.cumsum(1) > 1)
-        return None if _may_look(reset) and not bool(reset.any()) else reset
+        return None if _may_inspect(reset) and not bool(reset.any()) else reset
 
 
 class _EndedRows(StoppingCriteriaList):

@@ -169,7 +169,7 @@ def served(
     return [results[request] for request in requests], seconds
 
 
-class NothingThere(Exception):
+class NotAvailable(Exception):
     """The model lacks what a feature needs, such as a cache in its output."""
 
 
@@ -178,12 +178,12 @@ def state_arguments(output) -> dict:
     for name in ("cache", "state"):
         if getattr(output, name, None) is not None:
             return {name: getattr(output, name)}
-    raise NothingThere
+    raise NotAvailable
 
 
 def returned_cache(output):
     if getattr(output, "cache", None) is None:
-        raise NothingThere
+        raise NotAvailable
     return output.cache
 
 
@@ -324,7 +324,7 @@ def constant_memory(model, ids):
 FEATURES = {
     "cached generation equals uncached": cached_tokens,
     "left padding": left_padding,
-    "right padding, then going on": right_padding,
+    "right padding, then continuing": right_padding,
     "beams, several sequences": beams,
     "`inputs_embeds`": embeddings,
     "packed documents (`position_ids`)": packed_documents,
@@ -352,7 +352,7 @@ def try_out(feature, model: PreTrainedModel, seed: int) -> tuple[str, str]:
             warnings.simplefilter("ignore")
             result = feature(copy.deepcopy(model), ids)
             return result if isinstance(result, str) else ("exact" if same(*result) else "wrong"), ""
-    except NothingThere:
+    except NotAvailable:
         return "none", ""
     except Exception as error:  # whichever error a model raises, the feature is unusable
         return "refused", f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"

@@ -118,7 +118,7 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class FoundInText:
+class TextSettings:
     """Settings that follow from the text, recorded for scripts/evaluate_causal_lm.py."""
 
     add_eos: bool = option(MISSING, "whether the eos token follows every document")
@@ -154,7 +154,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     training = group_texts(text["train"], *options, add_eos)
     validation = evaluation_blocks(text["validation"], *options, add_eos)
     characters = characters_per_token(text["validation"], validation)
-    return training, validation, tokenizer, characters, FoundInText(add_eos=add_eos)
+    return training, validation, tokenizer, characters, TextSettings(add_eos=add_eos)
 
 
 def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int):
@@ -174,7 +174,7 @@ def load_stream(model_args: ModelArguments, data_args: DataArguments, seed: int)
         raise ValueError("packing reset needs a tokenizer with an eos token")
     training = StreamedBlocks(stream, tokenizer, data_args.block_size, seed, source=source)
     validation = evaluation_blocks(texts, tokenizer, data_args.block_size, add_eos=add_eos)
-    return training, validation, tokenizer, characters_per_token(texts, validation), FoundInText(add_eos=add_eos)
+    return training, validation, tokenizer, characters_per_token(texts, validation), TextSettings(add_eos=add_eos)
 
 
 def load_tokenizer(model_args: ModelArguments, texts: Iterable[str]):

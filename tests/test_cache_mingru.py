@@ -101,7 +101,7 @@ def test_gradients_flow_through_the_cache_until_it_is_detached(model, input_ids,
     assert embeds.grad[:, 5:].any()
 
 
-def test_reset_starts_anew(model, input_ids):
+def test_reset_starts_over(model, input_ids):
     cache = model(input_ids, use_cache=True).cache
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -318,7 +318,7 @@ def test_what_transformers_asks_of_a_cache(model, input_ids):
     assert not cache.is_compileable
 
 
-def test_a_static_cache_counts_anew_after_a_reset(model, input_ids):
+def test_a_static_cache_counts_from_zero_after_a_reset(model, input_ids):
     cache = StaticCache(config=model.config, max_cache_len=1)
     cache.reset()  # nothing to forget yet
     for recorded in (True, False):

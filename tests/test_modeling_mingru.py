@@ -601,7 +601,7 @@ def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
             model.generate(ids, max_new_tokens=20, assistant_early_exit=1)
 
 
-def test_blocks_taken_away_are_numbered_anew(input_ids):
+def test_blocks_are_renumbered_after_one_is_removed(input_ids):
     """The cache's first layer tells whether the cache has seen a token."""
     config = MinGRUConfig(vocab_size=40, hidden_size=16, num_hidden_layers=3, initializer_range=0.3)
     model = MinGRUForCausalLM(config).eval()

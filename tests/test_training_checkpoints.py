@@ -285,7 +285,7 @@ def test_going_on_from_the_checkpoint_before_a_damaged_one(run, whole):
     assert_same_run(run, whole)
 
 
-def test_without_a_whole_checkpoint_nothing_begins_anew(run):
+def test_without_a_complete_checkpoint_no_run_starts_over(run):
     """A new run would overwrite the best weights next to the damaged checkpoints."""
     metrics = json.loads((run / "metrics.json").read_text())
     del metrics["final"]  # as in a run that was killed
@@ -447,7 +447,7 @@ def test_reading_a_stream_again_is_no_training(tmp_path, monkeypatch):
     assert result["train_seconds"] < 100
 
 
-def test_blocks_cut_anew_in_every_pass_go_on_where_they_were_left(tmp_path):
+def test_shifted_blocks_resume_where_they_stopped(tmp_path):
     text = torch.randint(2, 9, (20, 10), generator=torch.Generator().manual_seed(0))
     seen = []
 
@@ -797,7 +797,7 @@ def test_a_file_system_without_locks_takes_a_run(number, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
     """A run that ends may remove the file after this run has opened it and before it has locked it."""
     lock, path = checkpoints.fcntl.lockf, tmp_path / checkpoints.LOCK_FILE
 

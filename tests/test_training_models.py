@@ -37,7 +37,7 @@ def test_a_checkpoint_is_not_described_a_second_time(name):
         check_one_source(options(model_name_or_path="m", **{name: "x"}))
 
 
-def test_a_checkpoint_takes_a_tokenizer_that_is_not_built_anew():
+def test_a_checkpoint_accepts_an_existing_tokenizer():
     check_one_source(options(model_name_or_path="m", tokenizer_name="gpt2"))
     check_one_source(options(tokenizer_name="char"))
     check_one_source(SimpleNamespace(model_name_or_path="m"))  # a script without the other options

@@ -205,14 +205,14 @@ def test_the_confusion_matrix_has_the_truth_along_its_rows(tmp_path):
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("few.png", "many.png"))
 
 
-def test_the_stream_counts_on_over_epochs_where_a_dataset_draws_anew():
-    plain, counting = (iter(BatchStream(5, seed=2, batch_size=4, draws_anew=anew)) for anew in (False, True))
+def test_the_stream_counts_across_epochs_if_a_dataset_redraws():
+    plain, counting = (iter(BatchStream(5, seed=2, batch_size=4, redraws_each_epoch=anew)) for anew in (False, True))
     indices = [[i for _ in range(5) for i in next(stream)] for stream in (plain, counting)]
     assert [i % 5 for i in indices[1]] == indices[0]
     assert [i // 5 for i in indices[1]] == [n // 5 for n in range(20)]
-    resumed = iter(BatchStream(5, seed=2, batch_size=4, first_batch=3, draws_anew=True))
+    resumed = iter(BatchStream(5, seed=2, batch_size=4, first_batch=3, redraws_each_epoch=True))
     assert next(resumed) == indices[1][12:16]
-    assert VideoClips.draws_anew
+    assert VideoClips.redraws_each_epoch
 
 
 def test_a_loss_of_clips_is_called_so():

@@ -840,7 +840,7 @@ class ShiftedBlocks(torch.utils.data.Dataset):
         seed: seed of the positions.
     """
 
-    draws_anew = True  # makes the training loop's indices keep counting from pass to pass
+    redraws_each_epoch = True  # makes the training loop's indices keep counting from pass to pass
 
     def __init__(self, blocks: Dataset, seed: int = 0):
         rows = blocks.with_format("numpy")["input_ids"][:]  # (blocks, block_size)

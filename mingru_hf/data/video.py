@@ -192,7 +192,7 @@ class VideoClips(torch.utils.data.Dataset):
         seed: seed of all randomness.
     """
 
-    draws_anew = True  # makes training's `BatchStream` keep counting indices across epochs
+    redraws_each_epoch = True  # makes training's `BatchStream` keep counting indices across epochs
 
     def __init__(
         self,

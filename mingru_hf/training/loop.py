@@ -251,7 +251,7 @@ def train(
         _check_data(args, train_dataset, eval_dataset)
         if args.resume_from_checkpoint is None:
             check_tokenizer_files(args.output_dir, processing_class)
-        at_the_end.enter_context(_left_as_it_came(model))
+        at_the_end.enter_context(_undo_wrapping(model))
         run = _Run(
             model,
             train_dataset,
@@ -273,14 +273,14 @@ def train(
             run.log_training_loss()
             with run.pause():
                 if evaluation_due:
-                    run.evaluate_and_keep_the_best()
+                    run.evaluate_and_save_best()
                 if checkpoint_due or (run.has_stopped_early and run.plan.checkpoint_every is not None):
                     run.save_checkpoint()
         return run.finish(dataset_name, task, auto_class)
 
 
 @contextlib.contextmanager
-def _left_as_it_came(model: PreTrainedModel) -> Iterator[None]:
+def _undo_wrapping(model: PreTrainedModel) -> Iterator[None]:
     """Undo, when the block ends, Accelerate's wrapping of the model's forward and a run's gradient checkpointing.
 
     accelerator.unwrap_model() would also remove the decorators of the model's own forward.
@@ -361,7 +361,7 @@ class _Run:
         self.batches = _make_batches(_as_tensors(train_dataset), args, accelerator, collate_fn, first_batch)
         self.loss_sum = torch.zeros((), device=accelerator.device)  # of the steps since the last point of the curve
         if self.best_is_stale:
-            self.evaluate_the_best_anew()
+            self.reevaluate_best()
         if saved is not None:
             self.restore_training_state(saved)
         self.passed, self.last_pause = self.plan.fraction(self.now.step, self.now.seconds), 0.0
@@ -410,7 +410,7 @@ class _Run:
         self.accelerator.print(f"resuming from {checkpoint}{changes}")
         return saved
 
-    def evaluate_the_best_anew(self) -> None:
+    def reevaluate_best(self) -> None:
         """Evaluate the best weights so far on the current validation set, so that later losses are comparable."""
         model = self.model
         current = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -544,7 +544,7 @@ class _Run:
         yield
         self.last_pause = time.perf_counter() - began
 
-    def evaluate_and_keep_the_best(self) -> None:
+    def evaluate_and_save_best(self) -> None:
         """Evaluate the model, and save its weights if they are the best so far."""
         args, now, accelerator, bar = self.args, self.now, self.accelerator, self.bar
         scores = self.evaluate(self.interim_dataset)
@@ -788,8 +788,9 @@ class BatchStream:
         process_index: the process among `num_processes`; each takes its slice of every global batch.
         num_processes: total number of processes.
         first_batch: number of the first batch, counted over all processes.
-        draws_anew: keep counting indices across epochs: example i of epoch e has the index i + e * num_examples, so
-            that the dataset can redraw it. A dataset requests this by an attribute of the same name.
+        redraws_each_epoch: keep counting indices across epochs: example i of epoch e has the index
+            i + e * num_examples, so that the dataset can redraw it. A dataset requests this by an attribute of the
+            same name.
     """
 
     def __init__(
@@ -800,11 +801,11 @@ class BatchStream:
         process_index: int = 0,
         num_processes: int = 1,
         first_batch: int = 0,
-        draws_anew: bool = False,
+        redraws_each_epoch: bool = False,
     ):
         self.num_examples, self.batch_size, self.seed = num_examples, batch_size, seed
         self.process_index, self.num_processes, self.first_batch = process_index, num_processes, first_batch
-        self.draws_anew = draws_anew
+        self.redraws_each_epoch = redraws_each_epoch
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, skipped = divmod(self.first_batch * self.batch_size, self.num_examples)
@@ -819,7 +820,7 @@ class BatchStream:
         """Return the order of all examples in an epoch; epochs are counted from 0."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.num_examples, generator=generator, device="cpu")
-        return (order + epoch * self.num_examples if self.draws_anew else order).tolist()
+        return (order + epoch * self.num_examples if self.redraws_each_epoch else order).tolist()
 
 
 def resolve_mixed_precision(choice: str, use_cpu: bool = False) -> str:
@@ -886,7 +887,7 @@ def _make_batches(
         return map(collate_fn or default_collate, _batches_of_stream(dataset, *numbers))
     loader = DataLoader(
         dataset,
-        batch_sampler=BatchStream(len(dataset), args.seed, *numbers, getattr(dataset, "draws_anew", False)),
+        batch_sampler=BatchStream(len(dataset), args.seed, *numbers, getattr(dataset, "redraws_each_epoch", False)),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
