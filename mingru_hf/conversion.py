@@ -80,7 +80,8 @@ class _Scripted:
     """Stand-in for every module of a TorchScript archive; it has the module's attributes but none of its code."""
 
 
-# The names that an archive's pickle may use. Lists are pickled as function calls with the list as first argument.
+# Names that an archive's pickle may use, besides those in `find_class`. Lists are pickled as function calls with the
+# list as first argument.
 _DTYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -301,7 +302,7 @@ def _refuse_without(needed: list[str], state: dict[str, Tensor]) -> None:
 
 
 def _rename(state: dict[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """Return {their name: our name}; raise a ValueError if no pattern matches a name or a tensor is not floating."""
+    """Return {their name: our name}; raise ValueError for names that match no pattern or tensors not of floats."""
     renamed = {}
     for name in state:
         for pattern, ours in names:

@@ -253,7 +253,7 @@ def export_video_programs(
 
 @contextlib.contextmanager
 def _as_exported(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, without gradients and without options that would alter the program."""
+    """Put the model temporarily into evaluation mode, without gradients or options that would alter the program."""
     in_training = [module for module in model.modules() if module.training]
     options = {"scan_backend": "auto", "backbone_chunk_size": None}  # chunks would fix the batch size
     before = {name: getattr(model.config, name) for name in options if hasattr(model.config, name)}

@@ -48,7 +48,7 @@ def _scan(gate_and_candidate: Tensor, h0: Tensor, mask: Tensor | None, reset: Te
 
 
 def _scripted_flags(flags: Tensor, x: Tensor) -> Tensor:
-    """Check and convert mask or reset as `mingru_scan` does."""
+    """Check the shape of mask or reset, and convert the flags to booleans, as `mingru_scan` does."""
     if list(flags.shape) != [x.shape[0], x.shape[1]]:
         raise ValueError(f"mask and reset must have shape {[x.shape[0], x.shape[1]]} (B, T), got {list(flags.shape)}.")
     return flags.to(torch.bool)
@@ -582,7 +582,7 @@ class Bidirectional(nn.Module):
         """Run over x (B, T, input_size, *); h lists the forward direction's states, then the backward direction's.
 
         `mask` (B, T) is False at padding, `reset` (B, T) is True where a sequence starts; both are boolean.
-        The backward direction resets states before the last step of a sequence, where it starts to read it.
+        The backward direction reads a sequence from its last step, so it resets the state there.
 
         Returns:
             Outputs (B, T, 2 * hidden, *), forward channels first, and the final states of both directions.
@@ -601,7 +601,7 @@ class Bidirectional(nn.Module):
         out_forward, h_forward_last = self.rnn(x, h_forward, mask, reset)
         x = x.flip(1)
         if reset is not None:
-            if mask is not None:  # padding before the first sequence keeps its final backward state
+            if mask is not None:  # padding before the first sequence keeps that sequence's final state
                 reset = reset.logical_and(mask.cumsum(1) > mask.to(torch.long))
             # The last step of a sequence is the one before the next sequence's first.
             reset = torch.cat([torch.zeros_like(reset[:, :1]), reset[:, 1:].flip(1)], dim=1)

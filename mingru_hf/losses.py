@@ -79,7 +79,7 @@ def _share(loss: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
 
 
 def _autocast_device(tensor: Tensor) -> str:
-    """Return the device type to ask autocast about; it does not know "meta", which tools count operations on."""
+    """Return the device type to ask autocast about: "cpu" for "meta" tensors, whose type autocast does not know."""
     return "cpu" if tensor.is_meta else tensor.device.type
 
 
@@ -219,7 +219,7 @@ def classification_loss(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs,
 ) -> Tensor:
-    """Compute the loss of a sequence classifier, as transformers' `ForSequenceClassificationLoss` does.
+    """Compute the loss of a classifier of whole rows or clips, as transformers' `ForSequenceClassificationLoss` does.
 
     `ForSequenceClassificationLoss` ignores `num_items_in_batch` for regression and multi-label classification, so that
     their losses are n times too large if gradients are accumulated over n batches. This function always divides by it.

@@ -102,7 +102,7 @@ class MinConvGRUModelOutput(ModelOutput):
 
     Args:
         last_hidden_state: (B, T, F of all stages) pooled outputs for every frame. At padding they are those of the
-            last real frame before it (for backward stacks, after it), or zeros if there is none.
+            last real frame before it (for backward stacks, of the next one after it), or zeros if there is none.
         pooler_output: (B, F of all stages) pooled outputs for the clips: those of the last real frame, and for
             backward stacks those of the first.
         cache: the state to continue from, if requested.
@@ -271,7 +271,7 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         stages = {name: value for name, value in stages.items() if value is not None}
         if backbone_name_or_path.startswith("timm/"):
             if out_features is not None:
-                raise ValueError("timm's backbones are chosen by out_indices, not by out_features.")
+                raise ValueError("The stages of timm's backbones are chosen by out_indices, not by out_features.")
             try:
                 import timm
             except ImportError as error:
@@ -450,7 +450,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if cache.batch_size == -1:
             return
         if cache.batch_size != batch:
-            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are of {batch}.")
+            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are those of {batch}.")
         num_states, num_features = len(self.stacks) * self.config.num_hidden_layers, sum(self.feature_sizes)
         if len(cache.states) != num_states or cache.features.shape[-1] != num_features:
             raise ValueError(
@@ -577,9 +577,9 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
 
 
 def _order_channels_first(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Copy a backbone GroupNorm's input into contiguous memory (forward pre-hook).
+    """Put a backbone GroupNorm's input into channels-first memory if it needs no gradient (forward pre-hook).
 
-    Otherwise torch 2.13 crashes in the backward pass of the norm, see MinConv2dGRULayer.project.
+    Otherwise torch 2.13 crashes in the backward pass of the norm on a CPU, see MinConv2dGRULayer.project.
     """
     images = args[0]
     if images.requires_grad or images.device.type != "cpu" or not torch.is_grad_enabled():

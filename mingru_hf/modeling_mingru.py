@@ -431,7 +431,8 @@ def _packed_starts(
     if cu_seq_lens_q is not None:
         if cu_seq_lens_q.dim() != 1:
             raise ValueError(f"cu_seq_lens_q must have shape (documents + 1,), got {tuple(cu_seq_lens_q.shape)}.")
-        listed = torch.zeros(batch * steps + 1, dtype=torch.bool, device=cu_seq_lens_q.device)  # + 1 for an end offset
+        # One element more, since an offset may be that of the end.
+        listed = torch.zeros(batch * steps + 1, dtype=torch.bool, device=cu_seq_lens_q.device)
         listed.index_fill_(0, cu_seq_lens_q[1:-1].long().clamp(0, batch * steps), True)
         listed = F.pad(listed[:-1].view(batch, steps)[:, 1:], (1, 0))
         starts = listed if starts is None else starts | listed
@@ -1024,7 +1025,7 @@ class MinGRUForSequenceClassification(MinGRUPreTrainedModel):
         )
 
     def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
-        """Return each row's column (B,) within this call; the last column if nothing identifies padding."""
+        """Return the column (B,) of each row's last real token; the last column if nothing identifies padding."""
         batch, steps = hidden.shape[:2]
         columns = torch.arange(steps, device=hidden.device)
         if attention_mask is not None:

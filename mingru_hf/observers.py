@@ -74,7 +74,7 @@ def kernels_miss_derivative() -> bool:
 
     This is the case in forward mode and, in a compiled function, in torch.func's reverse mode as well.
     """
-    # Evaluated in this order, the compiler guards on the forward mode level and recompiles if it changes.
+    # In this order of evaluation the compiler guards on the forward mode level, and recompiles if it changes.
     return differentiates_forward() or (torch.compiler.is_compiling() and _compiles_derivative())
 
 
@@ -110,7 +110,7 @@ def has_tangent(tensor: Tensor | None) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is running; in torch 2.9's compiler, torch.compiler.is_exporting() is always True."""
+    """Whether torch.export is running, by torch's flag: is_exporting() is always True inside torch 2.9's compiler."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_exporting() if flag is None else flag
 

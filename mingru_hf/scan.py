@@ -99,27 +99,27 @@ def mingru_scan(
         bias: (2D,) added to the pre-activations. "numba" adds it while reading them, which saves the pass over memory
             that the preceding projection would need to add it.
         backend: "auto" uses the backend named by the environment variable MINGRU_SCAN if it is set, and otherwise the
-            fastest one that supports the inputs. It always uses torch's own operators under torch.export, so that the
-            exported program runs without this package, for a compiled single step, and for the derivatives that the
-            kernels do not support (see below). "numba" (fused, CPU) and "triton" (fused, CUDA) need the
-            package of that name; "torch" (blocks of steps) runs anywhere. "reference" is a loop over time, and "log"
-            the log-space scan that other implementations use, which needs positive states; both are kept for
-            comparison.
+            fastest one that supports the inputs. Regardless of the variable, it uses torch's own operators under
+            torch.export, so that the exported program runs without this package, for a compiled single step, and for
+            the derivatives that the kernels do not support (see below). "numba" (fused, CPU) and "triton" (fused,
+            CUDA) need the package of that name; "torch" (blocks of steps) runs anywhere. "reference" is a loop over
+            time, and "log" the log-space scan that other implementations use, which needs positive states; both are
+            kept for comparison.
         dtype: dtype of the returned states; the inputs' dtype if None.
         return_last_state: whether to also return h_T, to be passed as `h0` for the following steps. Unlike the
             states, it is not rounded to 16 bits.
 
     Returns:
         (B, T, D, *) states h_1..h_T; with `return_last_state`, a tuple of these and the last state (B, 1, D, *), in
-        float32 for 16-bit inputs and otherwise in the inputs' dtype, which shares no memory with the states.
+        float32 for 16-bit inputs and otherwise in the inputs' dtype. The last state shares no memory with the states.
         Differentiable with respect to `gate_and_candidate`, `h0` and `bias`. The kernels support reverse mode only:
         in forward mode "auto" uses the loop of "reference", and where torch.compile compiles a torch.func derivative,
         it uses torch's own operators. Second and higher derivatives also run through the loop. Under `torch.vmap` all
         samples run as one batch.
 
     Raises:
-        ValueError: if a shape, dtype or device does not fit, a flag on the CPU is neither 0 nor 1, or the backend is
-            unknown or does not support the inputs.
+        ValueError: if a shape, dtype or device does not fit, a floating-point flag on the CPU is neither 0 nor 1, or
+            the backend is unknown or does not support the inputs.
 
     Precision: the state is kept and accumulated in float32 for 16-bit inputs, otherwise in the inputs' dtype. The
     state is a convex combination of positive numbers, so it forgets errors as it forgets the past: the relative error
@@ -231,7 +231,7 @@ def draw_memory_(bias: Tensor, num_steps: float) -> Tensor:
     """Draw in place the number of steps m that each channel remembers, log-uniformly between 1 and `num_steps`.
 
     A gate bias of -log(m) makes z = sigmoid(-log(m)) = 1 / (1 + m) where the inputs contribute 0 to the gate. This is
-    the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
+    a variant of the chrono initialization of Tallec and Ollivier 2018, arXiv:1804.11188, who draw m uniformly.
 
     Args:
         bias: (2D,) bias of the projection to gate and candidate; the candidate half is set to 0.
@@ -309,7 +309,7 @@ def _why_not(backend: str, x: Tensor, dtype: torch.dtype) -> str | None:
     """Return why a backend does not support these inputs, or None if it does."""
     if backend in KERNELS and kernels_miss_derivative():
         return "it has no " + (
-            "compiled derivative" if torch.compiler.is_compiling() else "derivative in forward mode"
+            "torch.func derivative in torch.compile" if torch.compiler.is_compiling() else "derivative in forward mode"
         )
     if backend == "triton":
         return triton_unavailable_reason(x.device) or _fails_trial(x.device)

@@ -44,7 +44,7 @@ try:
     _REASON = None
 except ImportError as error:
     numba, _REASON = None, f"numba cannot be imported ({error}); install it with `pip install numba`"
-except Exception as error:  # a numba that this NumPy or Python breaks must not break the package
+except Exception as error:  # a numba that fails with this NumPy or Python must not break the package
     numba, _REASON = None, f"the installed numba cannot be used ({type(error).__name__}: {error})"
 
 NUMBA_AVAILABLE = numba is not None
@@ -287,7 +287,7 @@ _EXP_FORMAT = {32: (23, 127, 88.0), 64: (52, 1023, 709.0)}
 
 @intrinsic
 def _exp_minus(typing_context, x, tag):
-    """Compute exp(-x) for x >= 0 without a branch; 0 where the true value is subnormal, NaN for NaN.
+    """Compute exp(-x) for x >= 0 without a branch; 0 where 2^n is below the normal numbers, NaN for NaN.
 
     exp(-x) = 2^n 2^f, with n the integer nearest to -x / ln 2. Adding 1.5 * 2^mantissa plus the exponent bias rounds
     to that integer and leaves n plus the bias in the low bits; shifted left, these are the bits of 2^n, or of 0.

@@ -160,7 +160,7 @@ def _second_backward(ctx, *grads):
 
 
 class _ScanBackward(torch.autograd.Function):
-    """The operator `scan_backward` for torch.func's transforms, which ignore the autograd formula it registers."""
+    """The operator `scan_backward` for torch.func, whose transforms ignore the autograd formula registered for it."""
 
     generate_vmap_rule = True
     setup_context = staticmethod(_setup_second)

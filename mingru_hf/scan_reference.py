@@ -52,9 +52,10 @@ def scan_reference(
     mask: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Tensor:
-    """Run the recurrence as a loop over time that autograd differentiates, the definition for all comparisons.
+    """Run the recurrence as a loop over time: the definition that all other implementations are compared with.
 
-    TorchScript uses this path as well, so a scripted layer contains only torch's own operators.
+    Autograd differentiates the loop. TorchScript uses it as well, so a scripted layer contains only torch's own
+    operators.
 
     Args:
         gate_and_candidate, h0, mask, reset: as in `mingru_scan`.

@@ -183,7 +183,7 @@ def _flow_back(block, grad, inflow):
 
 
 def _outflows(grad, x, mask, reset, inflow):
-    """Return the gradient (B, chunks, N) of the state before the first step, and the product of all decays."""
+    """Return the gradient (B, chunks, N) that flows to the state before each chunk, and the product of its decays."""
     product = torch.ones_like(inflow)
     for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True, decay_only=True):
         inflow = _flow_back(block, _copy(grad[now], inflow.dtype), inflow)
@@ -192,7 +192,7 @@ def _outflows(grad, x, mask, reset, inflow):
 
 
 def _backward_steps(grad, x, mask, reset, start, states, inflow, grad_x):
-    """Write the gradients of the inputs; return the gradient (B, chunks, N) of the state before the first step."""
+    """Write the gradients of the inputs; return the one (B, chunks, N) that flows to the state before each chunk."""
     for now, block in _blocks(x, mask, reset, inflow.dtype, backwards=True):
         r = _copy(grad[now], inflow.dtype)
         inflow = _flow_back(block, r, inflow)
@@ -251,7 +251,10 @@ def _recurrence_dtype(x: Tensor, mask: Tensor | None) -> torch.dtype:
 def torch_forward(
     x: Tensor, h0: Tensor | None, mask: Tensor | None, reset: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Return the states (B, T, N) for x (B, T, 2N) and h0 (B, 1, N), in `dtype`, and the last (B, 1, N) unrounded."""
+    """Return the states (B, T, N) in `dtype` and the last one (B, 1, N) unrounded, for x (B, T, 2N).
+
+    The state before the first step is h0 (B, 1, N), or 0.5 if None.
+    """
     channels = x.shape[2] // 2
     h = first_state(x, h0).squeeze(1).to(_recurrence_dtype(x, mask))  # (B, N)
     layouts = _layouts(x[..., :channels])

@@ -66,7 +66,7 @@ _TILE_ELEMENTS = 512
 _MAX_BLOCK_T = 64
 _MAX_BLOCK_N, _MIN_BLOCK_T = (128, 4) if torch.version.hip else (64, 8)
 # With few programs and sequences too short to cut, the time that one program takes per step matters. Tiles of fewer
-# channels need fewer instructions per step, though more in total, so they do not suit a busy GPU: with fewer than two
+# channels need fewer instructions per step, though more in total, so they do not suit a busy GPU. With fewer than two
 # programs of wide tiles per multiprocessor they are 1.3 to 4 times as fast in a simulation. The narrowest tiles, which
 # load short pieces of memory, are used only if the GPU can run all programs at once, four warps per multiprocessor.
 _NARROW_BLOCK_T = 16
@@ -127,7 +127,7 @@ def _jit(function):
 
 @_jit
 def _exp_minus(x):
-    """Compute exp(-x); returning 0 where the result is subnormal saves three instructions of four."""
+    """Compute exp(-x); returning 0 for results below the normal numbers saves three instructions of four."""
     return tl.exp2(x * -1.4426950408889634)
 
 
@@ -532,7 +532,7 @@ def _boundary_kernel(
     state = _initial(start, n, n < num_channels, HAS_START, 0.0 if REVERSE else 0.5, ACCUMULATE)
     low = tl.full([BLOCK_N], 0.0, ACCUMULATE)
     for first in range(0, num_chunks + 1, BLOCK_C):
-        done = first + tl.arange(0, BLOCK_C)  # chunks processed at this boundary, so the last of them is done - 1
+        done = first + tl.arange(0, BLOCK_C)  # number of chunks before this boundary; the last one is done - 1
         valid = (done > 0) & (done <= num_chunks)
         inside = valid[:, None] & (n < num_channels)[None, :]
         if REVERSE:

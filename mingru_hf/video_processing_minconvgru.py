@@ -1,6 +1,6 @@
 """MinConvGRUVideoProcessor: turn a video into the clip of frames that the model takes, as in training.
 
-`clip_indices` chooses the frames of a clip, and `read_video` decodes them; training uses `read_video` directly.
+`clip_indices` chooses the frames of a clip, and `read_video` decodes them; training calls `read_video` directly.
 Decoding needs PyAV or, for the processor only, torchcodec; frames that are already decoded need neither.
 
 T frames of the video; N frames of a clip; H x W pixels.
@@ -261,13 +261,13 @@ class MinConvGRUVideoProcessor(BaseVideoProcessor):
         """Decode files or URLs with torchcodec if it works, as the base class does, and otherwise with PyAV.
 
         Raises:
-            ValueError: if given frames instead, as the base class does with frames that have no channel axis; or if
-                PyAV cannot decode a file.
+            ValueError: if the argument is frames, which the base class passes here if they have no channel axis; or if
+                PyAV cannot decode a file, or the file has too few frames.
         """
         if hasattr(video_url_or_urls, "shape"):
             raise ValueError(
                 f"a video of shape {tuple(video_url_or_urls.shape)} has no channel axis: give (T, H, W, C) or "
-                "(T, C, H, W), and convert images of PIL with image.convert('RGB')"
+                "(T, C, H, W), and convert PIL images with image.convert('RGB')"
             )
         if is_torchcodec_usable(decode="video"):
             return super().fetch_videos(video_url_or_urls, sample_indices_fn=sample_indices_fn)

@@ -822,7 +822,7 @@ IDS = torch.tensor([0, 1])
         (lambda m: m(CLIPS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "masks every frame of a clip"),
         (lambda m: m(CLIPS, labels=torch.tensor([0, 5])), r"between 0 and 4 \(or be -100\), got 0 to 5"),
         (lambda m: m(CLIPS, labels=torch.tensor([-1, 0])), "got -1 to 0"),
-        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are of 2"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are those of 2"),
         (lambda m: m(CLIPS, cache=cache_of(torch.zeros(2, 3, 3, 64, 64))), "or to frames of another size"),
         (lambda m: m(CLIPS, cache=cache_of(CLIPS, num_hidden_layers=3)), "it belongs to another model"),
         (lambda m: m(CLIPS, cache=cache_of(CLIPS, pooled_size=1)), "it belongs to another model"),
