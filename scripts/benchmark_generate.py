@@ -10,10 +10,11 @@ features: a Markdown table for tiny random models: MinGRU, Mamba2, RWKV and GPT-
 a run, compared with the same model run over the whole text without a cache: "exact" (the same greedy tokens),
 "wrong" (other tokens, and no error), "refused" (an error), "none" (the model has no such feature). Where no
 tokens are generated, logits are compared.
-speed: a decoding step compared with the model's matrix products alone, generate() compared with a raw loop, and
-the prefill of a long prompt, compared with a log-space scan model and transformers' Mamba and GPT-2. The
+speed: a decoding step compared with the model's matrix products alone, generate() compared with a raw loop,
+and the prefill of a long prompt, compared with a log-space scan model and transformers' Mamba and GPT-2. The
 measurements take turns; medians are shown.
-batch: MinGRU and GPT-2 serve requests of unequal length, with continuous batching and with generate() in groups.
+batch: MinGRU and GPT-2 serve requests of unequal length, with continuous batching and with generate() in
+groups.
 memory: a model reads and then writes very many tokens; the memory of the process and the time per token are
 printed along the way.
 """

@@ -4,8 +4,8 @@
     python scripts/benchmark_head.py --vocab_size 50257
     python scripts/benchmark_head.py --vocab_size 50257 --dtype bfloat16 --batch_size 16
 
-Memory is the amount that a forward and backward pass adds to the process, or to the allocated memory of a GPU:
-activations, logits and gradients. The memory of the process is known on Linux only.
+Memory is the amount that a forward and backward pass adds to the process, or to the allocated memory of a
+GPU: activations, logits and gradients. The memory of the process is known on Linux only.
 """
 
 import argparse

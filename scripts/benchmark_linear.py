@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    taken = "takes" if FEW_ROWS_ARE_FASTER else "does not take"
+    taken = "uses" if FEW_ROWS_ARE_FASTER else "does not use"
     print(f"{machine()}, {args.dtype}; the package {taken} the kernel on this machine")
     microseconds, speeds = ("torch us", "kernel us", "times as fast"), ("torch GB/s", "kernel GB/s", "torch.sum GB/s")
     print(COLUMNS.format("inputs", "outputs", "rows", *microseconds, *speeds))

@@ -8,8 +8,8 @@
 The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
 "MinGRU" has neither MLP nor convolution, like torch-mingru's model; "MinGRU, default block" uses the defaults
 of MinGRUConfig. The process keeps freed memory for all models, as in the training scripts. The log-scan model
-is torch-mingru's text model, rebuilt here on the log-space scan that it uses. Where this package multiplies few
-rows with its own kernel, decoding is also timed without the kernel.
+is torch-mingru's text model, rebuilt here on the log-space scan that it uses. Where this package multiplies
+few rows with its own kernel, decoding is also timed without the kernel.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[],
 
 def matrix_product_step(model: MatrixProducts, ids: Tensor, hidden_size: int, autocast: bool) -> Callable[[], None]:
     """Return a function that runs only the matrix products, forward and backward."""
-    dtype = torch.bfloat16 if autocast else torch.float32  # the dtype that autocast passes to other operators
+    dtype = torch.bfloat16 if autocast else torch.float32  # that of the products under autocast
     new = {"dtype": dtype, "device": ids.device}
     inputs = [torch.randn(*ids.shape, hidden_size, **new, requires_grad=True) for _ in model.projections]
     grads = [torch.randn(*ids.shape, projection.out_features, **new) for projection in model.projections]

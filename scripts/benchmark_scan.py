@@ -3,19 +3,19 @@
 
     python scripts/benchmark_scan.py --threads 1 2 --dtype float32 bfloat16 --json scan.json --png scan.png
 
-Times are of the forward pass, the backward pass and both. The floor is torch.add(a, b, out=c) of (B, T, D): the
-time to read two numbers and write one. "kernel" rows are the fused CPU kernels with preallocated outputs, as
-for the floor; the other rows include the allocation of their outputs. All measurements of a shape take turns,
-so that a busy machine slows all of them alike; medians are shown.
+Times are of the forward pass, the backward pass and both. The floor is torch.add(a, b, out=c) of (B, T, D):
+the time to read two numbers and write one. "kernel" rows are the fused CPU kernels with preallocated outputs,
+as for the floor; the other rows include the allocation of their outputs. All measurements of a shape take
+turns, so that a busy machine slows all of them alike; medians are shown.
 
 Also timed are torch.nn.GRU, including its matrix products, and, if installed, minGRU-pytorch and mingru-scans
 (pip install --no-deps minGRU-pytorch mingru-scans einops), without their matrix products. With --device cuda,
-these are joined by the general scan of accelerated-scan and the HGRN scan of flash-linear-attention; torch
-computes their inputs from the gates and candidates.
+these are joined by the general scan of accelerated-scan and the HGRN scan of flash-linear-attention, if
+installed; torch computes their inputs from the gates and candidates.
 
 On a GPU (--device cuda), a time is the mean over many consecutive calls whose inputs alternate and together
-exceed the GPU's caches. The first number is the time from call to call, Python included; the second is the time
-that the GPU itself works on a call, according to torch's profiler, with its ratio to that of the floor.
+exceed the GPU's caches. The first number is the time from call to call, Python included; the second is the
+time that the GPU itself works on a call, according to torch's profiler, with its ratio to that of the floor.
 """
 
 import argparse
@@ -57,7 +57,7 @@ INPUT_BYTES = 2**28  # on a GPU: minimum total size of the alternating inputs, l
 
 
 class Half(nn.Module):
-    """Replacement for a peer's input projection: returns one half of an already projected input."""
+    """Replacement for a peer's input projection: returns the gates or candidates from an input already projected."""
 
     def __init__(self, index: int):
         super().__init__()
@@ -359,8 +359,8 @@ def cell(row: dict, column: str) -> str:
 def print_rows(rows: list[dict]) -> None:
     first, columns = rows[0], ("forward", "backward", "both")
     if "floor_kernels_ms" in first:
-        title, width, where = "us: call, card (x add)", 28, first["device"]
-        floor = f"{1e3 * first['floor_ms']:.1f} us, {1e3 * first['floor_kernels_ms']:.1f} us of the card"
+        title, width, where = "us: call, GPU (x add)", 28, first["device"]
+        floor = f"{1e3 * first['floor_ms']:.1f} us, {1e3 * first['floor_kernels_ms']:.1f} us of the GPU"
     else:
         title, width, where = "ms (x add)", 17, f"{first['threads']} thread(s)"
         floor = f"{first['floor_ms']:.2f} ms"

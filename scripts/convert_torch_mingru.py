@@ -3,7 +3,8 @@
 
     python scripts/convert_torch_mingru.py --checkpoint_path model.pt --output_dir runs/converted
 
-No code from the file is executed. The conversion uses every tensor, or fails with an error that names the unused ones.
+No code from the file is executed. The conversion uses every tensor, or fails with an error that names the
+unused ones.
 """
 
 from transformers import AutoTokenizer

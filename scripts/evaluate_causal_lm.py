@@ -5,9 +5,9 @@
     python scripts/evaluate_causal_lm.py --model_name_or_path runs/tiny --dataset_name Trelis/tiny-shakespeare
 
 Every token of the text except the first is predicted once. By default, the text is cut into blocks, as for
-validation during training: with the same block_size and the validation split, the loss equals that validation loss.
-With --carry_state, the model keeps its state from block to block, as when it reads a stream, and each token is
-predicted from all tokens before it.
+validation during training: with the same block_size and the validation split, the loss equals that validation
+loss. With --carry_state, the model keeps its state from block to block, as when it reads a stream, and each
+token is predicted from all tokens before it.
 """
 
 import dataclasses

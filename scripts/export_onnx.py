@@ -6,9 +6,9 @@
 
 The first file of each pair reads a prompt or a clip of any length; the second one reads one more token or
 frame. The files use only standard ONNX operators: the recurrence is a Scan over the prompt or clip, and plain
-arithmetic for a single step. The state is passed from one call to the next as inputs and outputs: see `generate`
-and `classify` in this file. A classifier of texts or tokens is exported to model.onnx, which takes input_ids and
-attention_mask.
+arithmetic for a single step. The state is passed from one call to the next as inputs and outputs: see
+`generate` and `classify` in this file. A classifier of texts or tokens is exported to model.onnx, which takes
+input_ids and attention_mask.
 """
 
 import importlib.util
@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None):
         metavar="N",
         type=int,
         nargs="+",
-        help="height and width of the frames, or one number for both; default: the crop size of its processor",
+        help="height and width of the frames, or one number for both; default: the processor's crop size",
     )
     return parser, parser.parse_args(argv)
 
@@ -131,7 +131,7 @@ def generate(output_dir: str | Path, input_ids: np.ndarray, max_new_tokens: int)
 
 
 def classify(output_dir: str | Path, frames: np.ndarray) -> np.ndarray:
-    """Classify frames (B, T, C, H, W) with onnxruntime, one by one if there is a frame.onnx; return logits (B, L)."""
+    """Classify frames (B, T, C, H, W) with onnxruntime, one by one if frame.onnx exists: logits (B, classes)."""
     clip_path, frame_path = (Path(output_dir) / name for name in VIDEO_FILES)
     clip = _session(clip_path)
     if not frame_path.is_file():

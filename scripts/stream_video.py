@@ -119,7 +119,8 @@ def trained_stride(processor, rate: float | None) -> float:
 def watch(watcher: Watcher, frames: Iterator[np.ndarray], args: StreamArguments, stride: float) -> Iterator[tuple]:
     """Classify every `stride`-th frame, print a line, and yield (number, frame, probabilities, line) for every frame.
 
-    Frames in between repeat the last prediction. A fractional stride is rounded down to a frame number, as in a clip.
+    Frames in between repeat the last prediction. If the stride is a fraction, its multiples are rounded down to frame
+    numbers, as in a clip.
     """
     names = watcher.model.config.id2label
     began, shown = time.perf_counter(), 0
@@ -136,7 +137,7 @@ def watch(watcher: Watcher, frames: Iterator[np.ndarray], args: StreamArguments,
 
 
 def keep_evenly(seen: Iterator[tuple], limit: int = 64) -> tuple[dict[int, np.ndarray], torch.Tensor]:
-    """Keep every n-th frame of a stream of any length; n doubles whenever `limit` frames have been kept.
+    """Keep every n-th frame of a stream of any length; n doubles whenever `limit` frames are kept.
 
     Args:
         seen: the tuples that `watch` yields.

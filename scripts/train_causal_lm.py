@@ -6,9 +6,9 @@
     python scripts/train_causal_lm.py --train_file my.txt --tokenizer_name bpe --output_dir runs/mine
     torchrun --nproc_per_node 2 scripts/train_causal_lm.py --output_dir runs/two-processes
 
-Without a config, the model has 6 blocks of width 768 and about 50 million parameters: training it takes a GPU,
-or many hours. The best weights are saved in --output_dir with the tokenizer, metrics.json, loss.png and a model
-card; sample from them with scripts/generate_text.py.
+Without a config, the model has 6 blocks of width 768 and about 50 million parameters: training it takes a
+GPU, or many hours. The best weights are saved in --output_dir with the tokenizer, metrics.json, loss.png and
+a model card; sample from them with scripts/generate_text.py.
 """
 
 from collections.abc import Iterable

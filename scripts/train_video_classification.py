@@ -5,8 +5,8 @@
     python scripts/train_video_classification.py --dataset_name my_videos/ --output_dir runs/mine
 
 The first command trains from scratch; --backbone_name_or_path timm/vgg16.tv_in1k starts from weights
-pretrained on ImageNet, as the published result does. The best weights are saved in --output_dir with the video
-processor, metrics.json, loss.png and a model card; test them on whole videos with
+pretrained on ImageNet, as the published result does. The best weights are saved in --output_dir with the
+video processor, metrics.json, loss.png and a model card; test them on whole videos with
 scripts/evaluate_video_classification.py.
 """
 
@@ -35,7 +35,7 @@ class ModelArguments:
         None, "start from this checkpoint (a directory, or a name on the Hub) and its processor", group="model"
     )
     ignore_mismatched_sizes: bool = option(
-        False, "new classifiers where the classes of model_name_or_path differ from the data's"
+        False, "use new classifiers if the classes of model_name_or_path differ from the data's"
     )
     config_name: str | None = option(
         None,
@@ -98,8 +98,8 @@ def resolve_clips(model_args: ModelArguments, clip_args: ClipArguments) -> ClipA
     """Fill in the frames and sizes of the clips from the checkpoint's processor, or else from options and defaults.
 
     Raises:
-        ValueError: if an option contradicts the checkpoint's processor, this is not the processor of a MinConvGRU, or
-            a crop is larger than the frame.
+        ValueError: if the checkpoint's processor is not that of a MinConvGRU, an option contradicts it, or a crop is
+            larger than the frame.
     """
     if model_args.model_name_or_path is not None:
         processor = load_pretrained(AutoVideoProcessor, model_args.model_name_or_path)

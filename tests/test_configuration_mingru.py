@@ -50,9 +50,9 @@ def test_a_dynamic_cache_can_be_built_from_it():
         ({"hidden_size": -1}, "hidden_size must be above 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0"),
         ({"hidden_sizes": [4, 0]}, r"hidden_sizes\[1\] must be above 0"),
-        ({"hidden_sizes": [4, 8], "num_hidden_layers": 3}, "names 2 blocks but num_hidden_layers is 3"),
+        ({"hidden_sizes": [4, 8], "num_hidden_layers": 3}, "has 2 entries, but num_hidden_layers is 3"),
         ({"hidden_sizes": []}, "hidden_sizes is empty"),
-        ({"hidden_size": 4, "expand": 0.1}, "no channels"),
+        ({"hidden_size": 4, "expand": 0.1}, "without channels"),
         ({"expand": float("inf")}, "expand must be above 0 and finite, got inf"),
         ({"norm_eps": -1.0}, "norm_eps must be 0 or above"),
         ({"initializer_range": float("nan")}, "initializer_range must be 0 or above and finite, got nan"),
@@ -79,7 +79,7 @@ def test_impossible_sizes_are_refused(kwargs, message):
 @pytest.mark.parametrize(
     ("saved", "override", "message"),
     [
-        ({"hidden_sizes": [16, 16]}, {"num_hidden_layers": 1}, "names 2 blocks but num_hidden_layers is 1"),
+        ({"hidden_sizes": [16, 16]}, {"num_hidden_layers": 1}, "has 2 entries, but num_hidden_layers is 1"),
         ({"expand": 1}, {"expand": 2}, "needs expand=1"),
     ],
 )

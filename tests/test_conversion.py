@@ -271,7 +271,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt"):
         read_checkpoint(tmp_path / "nothing.pt")
     torch.save({"model": TextExample().state_dict(), "step": 3}, tmp_path / "nested.pt")
-    with pytest.raises(ValueError, match=r"no state dict.*model"):
+    with pytest.raises(ValueError, match=r"does not hold a state dict.*model"):
         read_checkpoint(tmp_path / "nested.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint"):

@@ -519,8 +519,8 @@ def test_a_pretrained_tokenizer_is_loaded_from_a_directory(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("char", []), ValueError, "hold no character"),
-        (("bpe", [""]), ValueError, "hold no character"),
+        (("char", []), ValueError, "texts are empty"),
+        (("bpe", [""]), ValueError, "texts are empty"),
         (("bpe", ["a"], 256), ValueError, "vocab_size is 256, expected at least 257"),
         (("bpe", ["a"], 0), ValueError, "vocab_size is 0, expected at least 257"),
         (("char", ["a"], 300), ValueError, "expected only with 'bpe'"),

@@ -288,10 +288,10 @@ def test_what_is_no_whole_model_is_refused(directory, tmp_path):
         files_to_upload(directory)
     (directory / shards[-1]).write_bytes(content)
     (directory / shards[0]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"no complete model: {shards[0]} missing"):
+    with pytest.raises(FileNotFoundError, match=f"does not hold a complete model: {shards[0]} missing"):
         files_to_upload(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"no complete model: config\.json, {shards[0]} missing"):
+    with pytest.raises(FileNotFoundError, match=rf"does not hold a complete model: config\.json, {shards[0]} missing"):
         files_to_upload(directory)
 
 

@@ -179,13 +179,13 @@ def test_evaluation_holds_out_what_training_held_out_or_says_what_to_do(trained,
     same = (*evaluate, "--train_file", text_file, "--cache_dir", tmp_path / "cache")
     shutil.copy(text_file, tmp_path / "other.txt")
     for more, message in {
-        ("--validation_split_percentage", 20): "trained with validation_split_percentage 10, so that the end of",
-        ("--train_file", tmp_path / "other.txt"): f"trained with train_file {text_file}, so that the end of",
+        ("--validation_split_percentage", 20): "trained with validation_split_percentage 10, so the end of",
+        ("--train_file", tmp_path / "other.txt"): f"trained with train_file {text_file}, so the end of",
     }.items():
         assert f"{model} was {message}" in error_of(capsys, *same, *more)
     for changes, message in {
         ("streaming", True): "validated on the first 500 documents of a stream",
-        ("validation_file", "v.txt"): "validated on v.txt, so that the end of",
+        ("validation_file", "v.txt"): "validated on v.txt, so the end of",
     }.items():
         arguments = metrics["arguments"] | dict([changes])
         (model / "metrics.json").write_text(json.dumps(metrics | {"arguments": arguments}))

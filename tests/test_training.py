@@ -1005,7 +1005,7 @@ def test_a_config_is_made_from_file_values_and_overrides(tmp_path):
     [
         (None, None, "no file"),
         ("{", None, "not JSON"),
-        ("[]", None, "no JSON object"),
+        ("[]", None, "does not contain a JSON object"),
         ("{}", "nonsense=1", "no field 'nonsense'"),
         ("{}", "hidden_size", "expected name=value"),
         ("{}", "hidden_size=-4", "config"),

@@ -296,7 +296,7 @@ def test_without_a_complete_checkpoint_no_run_starts_over(run):
     before = contents(run)
     with pytest.raises(
         ValueError,
-        match=r"checkpoint-20 is not .*config.json is not what.*checkpoint-18 is not .*ation_config.json is missing",
+        match=r"checkpoint-20 is not .*config.json is damaged.*checkpoint-18 is not .*ation_config.json is missing",
     ):
         train_counting(run)
     assert contents(run) == before
@@ -497,7 +497,7 @@ def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_
 def test_on_other_training_data_no_run_goes_on(tmp_path):
     train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=4)
     assert train_counting(tmp_path / "run", max_train_steps=5)["step"] == 5  # without checksums, data are not compared
-    with pytest.raises(SetupError, match="belongs to a run on other training data: resume with the data"):
+    with pytest.raises(SetupError, match="belongs to a run on other training data: resume with the original data"):
         train_counting(tmp_path / "run", checksums=(9, 2), max_train_steps=6)
 
 
@@ -552,7 +552,7 @@ def test_a_run_goes_on_with_the_vocabulary_and_labels_it_began_with(tmp_path):
         ({"id2label": {0: "Up", 1: "down"}}, r"other labels .*0: 'down' there, 'Up' here; 1: 'up' there, 'down' here"),
         ({"id2label": {0: "down", 1: "up", 2: "left"}}, r"other labels .*2: None there, 'left' here\)"),
     ):
-        with pytest.raises(SetupError, match=message + ".*resume with the data"):
+        with pytest.raises(SetupError, match=message + ".*resume with the original data"):
             train_counting(tmp_path / "run", **run | change)
     assert contents(tmp_path / "run") == before
     assert train_counting(tmp_path / "run", **run)["step"] == 4
@@ -746,7 +746,7 @@ def test_a_directory_that_another_run_writes_to_is_refused(killed, tmp_path):
     child = process(start_and_wait, theirs, tmp_path / "a" / "run")
     assert ours.recv()
     for changes in ({}, {"resume_from_checkpoint": "latest"}, {"overwrite_output_dir": True}):
-        with pytest.raises(ValueError, match=r"another run is writing to output_dir .*run: wait for its end"):
+        with pytest.raises(ValueError, match=r"another run is writing to output_dir .*run: wait until it ends"):
             start(arguments(tmp_path / "a" / "run", **changes))
     if killed:
         child.kill()
@@ -919,7 +919,7 @@ def test_a_checkpoint_that_lists_files_elsewhere_is_refused(name, tmp_path):
     state = json.loads((path / STATE_FILE).read_text())
     state["files"][name.format(absolute=secret)] = checkpoints._fingerprint(secret)
     (path / STATE_FILE).write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"checkpoint-2 is not a complete checkpoint: .*json does not lie in it"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 is not a complete checkpoint: .*json is outside of it"):
         find_checkpoint(path, tmp_path)
 
 

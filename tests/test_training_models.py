@@ -127,7 +127,7 @@ def test_a_text_begins_with_the_prompt_or_the_token_for_it_or_a_new_line():
     characters.bos_token = None
     assert prompt_ids(characters, "").tolist() == [[2]]
     assert prompt_ids(words(bos_token="b"), " \n").tolist() == [[1]]
-    with pytest.raises(ValueError, match="the prompt gives no token"):
+    with pytest.raises(ValueError, match="the prompt has no tokens"):
         prompt_ids(words(), " ")
     assert prompt_ids(words(), "a").dtype == torch.long
 

@@ -124,11 +124,11 @@ def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) 
 def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict[str, list[str]]:
     """Divide a directory's files among splits by name.
 
-    A split is a folder or a file whose name is exactly one of `SPLIT_NAMES`, directly in the directory or in the
-    folder that holds all of its files; or shards directly in the directory, such as train-00000-of-00009.parquet (in a
-    folder `data`, under any split name). Any other file is training data, or is left out with a warning if there is a
-    split "train". If no name is exactly "train", words within longer names count, provided that each name contains
-    one: wiki.train.txt, wiki.valid.txt; training/, testing/.
+    A split is a folder, or a file, whose name (without suffix) is exactly one of `SPLIT_NAMES`, directly in the
+    directory or in the folder that holds all of its files; or shards directly in the directory, such as
+    train-00000-of-00009.parquet (in a folder `data`, under any split name). Any other file is training data, or is
+    left out with a warning if there is a split "train". If no name is exactly "train", words within longer names
+    count, provided that each name contains one: wiki.train.txt, wiki.valid.txt; training/, testing/.
 
     Args:
         directory: where the files lie.
@@ -166,7 +166,7 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
 
 
 def _folder_of_all(files: list[str], min_folders: int) -> str:
-    """Return the path of the folders that hold all files, "a/b/" or "", without any that names a split or a class."""
+    """Return the path of folders, "a/b/" or "", that hold all files; it ends before a folder of a split or a class."""
     folders = []
     for parts in zip(*(file.split("/")[: -1 - min_folders] for file in files), strict=False):
         if len(set(parts)) > 1 or parts[0] in SPLIT_NAMES:

@@ -114,7 +114,7 @@ def play_to_text(markdown: str) -> str:
             in_scene_heading = False
         elif in_scene_heading or re.match(r"\d+\\\.", line):  # numbered: the order of a procession
             skip_until = ""
-        elif line != "SONG." and not re.fullmatch(r"\\?\[.*\]_+", line):  # lacks its first underscore
+        elif line != "SONG." and not re.fullmatch(r"\\?\[.*\]_+", line):  # a direction without its first "_"
             line = re.sub(r"_+\\?\[(.*?)\]_+", lambda gap: gap[1].strip(), line)  # an editor's conjecture
             line = re.sub(r"\\([^\w\s])", r"\1", html.unescape(line))
             line = line.replace("—", "--").replace("& c", "&c")
@@ -857,7 +857,7 @@ class ShiftedBlocks(torch.utils.data.Dataset):
         return {"input_ids": torch.from_numpy(self.ids.take(positions, mode="wrap").astype(np.int64))}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        return map(self.__getitem__, range(len(self)))  # the default, __getitem__, would never stop
+        return map(self.__getitem__, range(len(self)))  # by default, iteration would go on through all passes
 
 
 class DocumentPositions:
@@ -882,7 +882,7 @@ class DocumentPositions:
 
 
 def unknown_share(blocks: Dataset, tokenizer: PreTrainedTokenizerFast) -> float:
-    """Return the share of unknown tokens in blocks, 0 to 1; 0 for a tokenizer without one.
+    """Return the share of unknown tokens in blocks, 0 to 1; 0 for a tokenizer without such a token.
 
     Of many blocks, only a few thousand at even intervals are examined.
 

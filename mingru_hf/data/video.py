@@ -74,7 +74,8 @@ def load_video_datasets(
         (null, or -1 in a ClassLabel) are left out, with a warning that counts them.
 
     Raises:
-        ValueError: if the dataset or a column does not exist, there is no video, a video lies outside the folders of
+        FileNotFoundError: if there is no such dataset on the Hub.
+        ValueError: if the directory or a column does not exist, there is no video, a video lies outside the folders of
             the classes, there is only one class, or a file cannot be read.
     """
     if not 0 < validation_split_percentage < 100:
@@ -217,7 +218,7 @@ class VideoClips(torch.utils.data.Dataset):
         return len(self.videos) * self.clips_per_video
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
-        return map(self.__getitem__, range(len(self)))  # Python's default would go on through all epochs
+        return map(self.__getitem__, range(len(self)))  # by default, iteration would go on through all epochs
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         epoch, clip = divmod(index, len(self))

@@ -116,7 +116,7 @@ def check_output_dir(
 
 
 def check_tokenizer_files(output_dir: str | Path, part: object) -> None:
-    """Refuse a directory with files of another tokenizer that the new one would not replace, but be loaded with.
+    """Refuse a directory with files of another tokenizer that the new one does not replace and would be loaded with.
 
     Args:
         output_dir: need not exist.

@@ -71,7 +71,7 @@ def make_repository(name: str, private: bool = True) -> str:
 
 
 def name_model_card(path: str | Path, name: str) -> None:
-    """Let the example in a model card load the model from the repository; only cards written by training are changed.
+    """Make the example in a model card load the model from the repository; only cards written by training are changed.
 
     Args:
         path: the README.md, which need not exist.
@@ -89,7 +89,7 @@ def push_directory(
 ) -> str:
     """Upload a model directory as one commit: all of it, or nothing.
 
-    Before the upload, `name_model_card` lets the example in a model card load the model from the repository.
+    Before the upload, `name_model_card` makes the example in the model card load the model from the repository.
 
     Args:
         directory: the model's directory.

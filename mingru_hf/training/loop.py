@@ -213,9 +213,9 @@ def train(
         model: a PreTrainedModel that returns `.loss`, a mean over targets, and `.logits`.
         train_dataset: a map-style dataset whose items are dicts of tensors of equal shapes; `labels` default to
             `input_ids`. Or an endless torch `IterableDataset` of such items that yields the same ones every time:
-            every process reads all of it and takes its share. A step minimises the mean loss over all targets of its
-            batches, across accumulation and processes: every target (a token's label other than -100) has the same
-            weight, however many targets its batch has.
+            every process reads all of it and takes its share. A step follows the gradient of the mean loss over
+            all targets of its batches, across accumulation and processes: every target (a token's label other than
+            -100) has the same weight, however many targets its batch has.
         eval_dataset: a map-style dataset for validation.
         args: how to train.
         accelerator: from `start(args)`.

@@ -71,7 +71,7 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
             raise ValueError(f"config_overrides: {model_type} has no field {name!r}{hint}")
     try:
         return AutoConfig.for_model(model_type, **{**fields, **values, **changes})
-    except (StrictDataclassError, TypeError, AttributeError) as error:  # the last two: unchecked by transformers
+    except (StrictDataclassError, TypeError, AttributeError) as error:  # last two: not checked by transformers
         raise ValueError(f"config: {error}") from None
 
 
