@@ -173,10 +173,8 @@ def may_be_rewritten(path: str | Path) -> bool:
     if not Path(path).exists():
         return True
     content = Path(path).read_text(encoding="utf-8", errors="replace")
-    if _SEAL not in content:  # written by an earlier version, or by a user
-        return GENERATED in content
-    text, _, seal = content.rpartition(f"\n{_SEAL}")
-    return _SEAL + seal == _seal(text)
+    text, found, seal = content.rpartition(f"\n{_SEAL}")
+    return bool(found) and _SEAL + seal == _seal(text)
 
 
 def _seal(text: str) -> str:
