@@ -1143,7 +1143,7 @@ def test_a_checkpoint_whose_list_of_files_was_cut_short_does_not_stop_the_run(ru
     path = run / "checkpoint-20" / "trainer_state.json"
     path.write_text(path.read_text()[:50])
     check_output_dir(run, resume="latest")  # does not warn yet: the run itself does, once
-    with pytest.warns(UserWarning, match=r"checkpoint-20 .* is not JSON\): resuming from the one before"):
+    with pytest.warns(UserWarning, match=r"checkpoint-20 .* is not valid JSON\): resuming from the one before"):
         assert find_checkpoint("latest", run) == run / "checkpoint-18"
 
 

@@ -79,7 +79,7 @@ def test_frames_are_sampled_by_stride_and_by_rate(frames):
     metadata = {"total_num_frames": 12, "fps": 30}
     assert sampled(num_frames=3, fps=10, video_metadata=metadata) == [2, 5, 8]
     assert sampled(num_frames=3, fps=60, video_metadata=metadata) == [4, 5, 6]  # no frame is repeated
-    with pytest.raises(ValueError, match="rate is not known"):
+    with pytest.raises(ValueError, match="rate is unknown"):
         sampled(num_frames=3, fps=10)
 
 
