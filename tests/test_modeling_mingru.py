@@ -641,7 +641,7 @@ def test_generation_from_nothing(model):
     model.generation_config.bos_token_id = 1
     assert model.generate(max_new_tokens=3).shape == (1, 4)
     for use_cache in (True, False):
-        with pytest.raises(ValueError, match="is empty|are empty"):
+        with pytest.raises(ValueError, match=r"(is|are) empty"):
             model.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=3, use_cache=use_cache)
 
 
