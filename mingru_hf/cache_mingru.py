@@ -159,7 +159,8 @@ class MinGRUCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop() expects minus the number of tokens to remove from a recurrent cache, got {tokens_to_remove}."
+                "crop() of a recurrent cache expects the number of tokens to remove as a negative number, got "
+                f"{tokens_to_remove}."
             )
         steps = -tokens_to_remove
         if steps == 0:
@@ -173,7 +174,7 @@ class MinGRUCacheLayer(CacheLayerMixin):
             if steps > self.seq_length:
                 advice = "The cache has not seen that many steps."
             elif self._record_past and recorded >= self.min_recorded_steps:
-                advice = "Raise min_recorded_steps of each of cache.layers before running the steps to be taken back."
+                advice = "Raise min_recorded_steps on each of cache.layers before running the steps to be taken back."
             raise ValueError(
                 f"Cannot take back {steps} of {self.seq_length} steps: only the states after the last {recorded} are "
                 f"kept. {advice}"

@@ -125,7 +125,9 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
         stages = getattr(self.backbone_config, "stage_names", None)
         indices = self.backbone_config.out_indices or []
         if stages is not None and not all(-len(stages) <= index < len(stages) for index in indices):
-            raise ValueError(f"The backbone has {len(stages)} stages, {', '.join(stages)}; out_indices is {indices}.")
+            raise ValueError(
+                f"out_indices must refer to the backbone's {len(stages)} stages ({', '.join(stages)}), got {indices}."
+            )
         for name in ("feature_pooling", "hidden_sizes"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and len(value) != self.num_stages:
@@ -140,7 +142,7 @@ class MinConvGRUConfig(ConfigurationMixin, PreTrainedConfig):
             raise ValueError(f"hidden_sizes must be at least 1, got {self.hidden_sizes}.")
         if self.backbone_chunk_size is not None and self.backbone_chunk_size < 0:
             raise ValueError(
-                f"backbone_chunk_size is a number of frames, or 0 for all of them, got {self.backbone_chunk_size}."
+                f"backbone_chunk_size must be a number of frames, or 0 for all, got {self.backbone_chunk_size}."
             )
         if not 0 <= self.initializer_range < float("inf"):
             raise ValueError(f"initializer_range must be 0 or above and finite, got {self.initializer_range}.")

@@ -194,7 +194,7 @@ class MinGRUConfig(ConfigurationMixin, PreTrainedConfig):
             if not 0 <= (getattr(self, name) or 0.0) < float("inf"):
                 raise ValueError(f"{name} must be 0 or above and finite, got {getattr(self, name)}.")
         if min(int(self.expand * size) for size in self.block_sizes) < 1:
-            raise ValueError(f"expand={self.expand} gives a recurrent state without channels.")
+            raise ValueError(f"expand={self.expand} gives a recurrent state without channels: increase it.")
         if self.conv_kernel < 0 or self.conv_kernel == 1:
             raise ValueError(f"conv_kernel must be 0 (no convolution) or at least 2 tokens, got {self.conv_kernel}.")
         if self.expand != 1 and not self.use_out_proj:

@@ -114,10 +114,12 @@ class _Scheduler(Scheduler):
         """
         for name in (state.request_id, *_names_of_children(state)):
             if name in self.active_requests or name in self.waiting_requests:
-                raise ValueError(f"A request {name!r} exists already: give another request_id, or none.")
+                raise ValueError(f"A request {name!r} already exists: give another request_id, or none.")
         temperature = state.logit_processor_kwargs.get("temperature")
         if isinstance(temperature, Real) and not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}: leave it out and give top_k=1.")
+            raise ValueError(
+                f"temperature must be above 0, got {temperature}: for greedy decoding, leave it out and give top_k=1."
+            )
         try:
             prompt = state.initial_tokens = [operator.index(token) for token in state.initial_tokens]
         except TypeError:

@@ -52,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is not a checkpoint, or contains more than tensors, so that loading it could run code: save "
+            f"{path} is not a checkpoint, or contains more than tensors and could run code when loaded: save "
             f"`model.state_dict()` instead of the model. torch says: {str(error).splitlines()[0]}"
         ) from None
     except Exception as error:  # invalid pickles raise many types: KeyError, IndexError, EOFError, ...
@@ -62,12 +62,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     ):
         kinds = _some(map(repr, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f"{path} does not hold a state dict (names and tensors) but {kinds}: save only `model.state_dict()`."
+            f"{path} contains {kinds} instead of a state dict (names and tensors): save only `model.state_dict()`."
         )
     partial = [name for name, tensor in state.items() if not _is_whole(tensor)]
     if partial:
         raise ValueError(
-            f"{path} holds tensors without all their numbers (sparse, meta or expanded ones), expected dense ones: "
+            f"{path} contains tensors that do not store all elements (sparse, meta or expanded), expected dense ones: "
             f"{_some(partial)}."
         )
     for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # the two can be in either order
@@ -122,7 +122,7 @@ class _Unpickler(pickle.Unpickler):
 def _tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
     tensor = storage.as_strided(size, stride, offset)
     if not _is_whole(tensor):
-        raise pickle.UnpicklingError(f"a tensor of size {size} has {storage.numel()} numbers")
+        raise pickle.UnpicklingError(f"a tensor of size {size} has only {storage.numel()} stored numbers")
     return tensor.clone()
 
 
@@ -143,12 +143,12 @@ def _read_torchscript(path: Path) -> dict[str, Tensor] | None:
             state = dict(_named_tensors(_Unpickler(archive, root).load(), ""))
     except Exception as error:  # damaged files raise many types, as for state dicts
         raise ValueError(
-            f"{path} is a damaged TorchScript archive, or holds more than a model: {type(error).__name__}: {error}"
+            f"{path} is a damaged TorchScript archive, or contains more than a model: {type(error).__name__}: {error}"
         ) from None
     if not state:
         raise ValueError(
-            f"{path} is a TorchScript archive without parameters: torch.jit.freeze makes constants of them. Save the "
-            "model as it was before."
+            f"{path} is a TorchScript archive without parameters: torch.jit.freeze turns them into "
+            "constants. Save the model before freezing it."
         )
     return state
 
@@ -286,8 +286,8 @@ def convert(state: dict[str, Tensor], residual: bool = True) -> PreTrainedModel:
     if any(name.startswith("feature_parts.") for name in state):
         return convert_video(state)
     raise ValueError(
-        "These tensors belong to none of torch-mingru's examples, whose names begin with emb, rnn, ln and fc (text), "
-        f"or feature_parts and heads (video): {_some(state)}."
+        "These tensors are not from one of torch-mingru's examples, expected names that begin with emb, rnn, ln and "
+        f"fc (text), or feature_parts and heads (video): {_some(state)}."
     )
 
 

@@ -526,8 +526,8 @@ def _newly_drawn(rnn: nn.Module) -> nn.Module:
         # Hooks that compute the weight (the older weight_norm and spectral_norm, prune) set it as an attribute.
         if is_parametrized(child) or isinstance(vars(child).get("weight"), Tensor):
             raise ValueError(
-                "The wrapped layers hold parametrizations (weight_norm or the like), whose weights cannot be "
-                "initialised again: create the Bidirectional first, then register them on it."
+                "The wrapped layers have parametrizations (weight_norm or the like), and parametrized weights cannot "
+                "be initialised again: create the Bidirectional first, then register them on it."
             )
     fresh = copy.deepcopy(rnn)
     for child in fresh.modules():
@@ -650,11 +650,12 @@ def spread_memory_(module: _Module, num_steps: float) -> _Module:
     found = [getattr(child, "gate_hidden", getattr(child, "to_gate_hidden", None)) for child in module.modules()]
     projections = [projection for projection in found if projection is not None]
     if not projections:
-        raise ValueError(f"{type(module).__name__} holds no MinGRU layer.")
+        raise ValueError(f"{type(module).__name__} contains no MinGRU layer: pass a model or layer that does.")
     if not all(isinstance(getattr(projection, "bias", None), nn.Parameter) for projection in projections):
         raise ValueError(
-            "Memory is set by the gates' biases, and a layer's is missing or computed from something else: build the "
-            "layers with bias=True, and call this before pruning, parametrizing, wrapping or quantizing them."
+            "Memory is set through the gates' biases, but a layer's bias is missing or computed from something else: "
+            "build the layers with bias=True, and call this before pruning, parametrizing, wrapping or quantizing "
+            "them."
         )
     with torch.no_grad():
         for projection in projections:

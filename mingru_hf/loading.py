@@ -88,7 +88,7 @@ class LoadingMixin:
         ]
         if damaged:
             warnings.warn(
-                f"The weights of this checkpoint hold NaN, and so will the outputs: {', '.join(damaged[:10])}"
+                f"The weights of this checkpoint contain NaN, and so will the outputs: {', '.join(damaged[:10])}"
                 f"{f' and {len(damaged) - 10} more' if len(damaged) > 10 else ''}.",
                 stacklevel=2,
             )

@@ -58,8 +58,8 @@ def head_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if shift_labels.shape != hidden_states.shape[:-1]:
         raise ValueError(
-            f"labels have the shape {tuple(shift_labels.shape)}, expected {tuple(hidden_states.shape[:-1])}: one for "
-            "each position that is passed to the head."
+            f"labels have the shape {tuple(shift_labels.shape)}, expected {tuple(hidden_states.shape[:-1])}: one "
+            "label for each position that is passed to the head."
         )
     target = shift_labels.reshape(-1).to(hidden_states.device, torch.long)
     device = _autocast_device(hidden_states)

@@ -171,7 +171,7 @@ class MinConvGRULayer(GradientCheckpointingLayer, MinConv2dGRULayer):
         shape = self.state_shape(x)
         if state is not None and list(state.shape) != shape:
             raise ValueError(
-                f"cache holds a state of shape {list(state.shape)} where these frames need {shape} (B, 1, D, H, W): "
+                f"cache holds a state of shape {list(state.shape)}, but these frames need {shape} (B, 1, D, H, W): "
                 "it belongs to another model or to frames of another size."
             )
         gate_and_candidate, skip = self.project(x)
@@ -271,7 +271,9 @@ class MinConvGRUPreTrainedModel(LoadingMixin, PreTrainedModel):
         stages = {name: value for name, value in stages.items() if value is not None}
         if backbone_name_or_path.startswith("timm/"):
             if out_features is not None:
-                raise ValueError("The stages of timm's backbones are chosen by out_indices, not by out_features.")
+                raise ValueError(
+                    "The stages of a timm backbone must be chosen with out_indices, not with out_features."
+                )
             try:
                 import timm
             except ImportError as error:
@@ -450,12 +452,12 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if cache.batch_size == -1:
             return
         if cache.batch_size != batch:
-            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are those of {batch}.")
+            raise ValueError(f"cache holds {cache.batch_size} clips, but the frames are from {batch}.")
         num_states, num_features = len(self.stacks) * self.config.num_hidden_layers, sum(self.feature_sizes)
         if len(cache.states) != num_states or cache.features.shape[-1] != num_features:
             raise ValueError(
-                f"cache holds {len(cache.states)} states and {cache.features.shape[-1]} features per clip, this model "
-                f"{num_states} and {num_features}: it belongs to another model."
+                f"cache holds {len(cache.states)} states and {cache.features.shape[-1]} features per clip, but this "
+                f"model needs {num_states} and {num_features}: it belongs to another model."
             )
 
     def _padding_mask(self, attention_mask: Tensor | None, frames: Tensor, may_be_empty: bool) -> Tensor | None:
@@ -472,7 +474,7 @@ class MinConvGRUModel(MinConvGRUPreTrainedModel):
         if mask.all():
             return None
         if not may_be_empty and not mask.any(1).all():
-            raise ValueError("attention_mask masks every frame of a clip.")
+            raise ValueError("attention_mask masks every frame of a clip: keep at least one frame of each.")
         return mask.to(frames.device)
 
     def _feature_maps(self, frames: Tensor, mask: Tensor | None) -> list[Tensor]:

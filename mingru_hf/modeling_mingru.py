@@ -572,8 +572,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
         sizes = self.config.hidden_sizes
         if sizes is not None and sizes[depth - 1] != sizes[-1]:
             raise ValueError(
-                f"Early exit after {depth} blocks needs a block as wide as the last; they are {sizes[depth - 1]} "
-                f"and {sizes[-1]} wide."
+                f"Early exit after {depth} blocks needs block {depth} to be as wide as the last one, but they are "
+                f"{sizes[depth - 1]} and {sizes[-1]} wide."
             )
 
     def _embed(self, input_ids: Tensor, call: Callable) -> Tensor:
@@ -614,8 +614,8 @@ class MinGRUModel(MinGRUPreTrainedModel):
         shape = attention_mask.shape
         if len(shape) != 2 or shape[0] != batch or shape[1] < steps or (begins and shape[1] > steps):
             raise ValueError(
-                f"attention_mask must have shape ({batch}, {steps}), or more columns for tokens that are in the cache "
-                f"already; got {tuple(shape)}."
+                f"attention_mask must have shape ({batch}, {steps}), or more columns for tokens that are already "
+                f"in the cache; got {tuple(shape)}."
             )
         mask = attention_mask[:, -steps:].bool()
         if _may_inspect(mask) and bool(mask.all()):
@@ -692,7 +692,7 @@ def _refuse_nothing_new(
     seen = 0 if cache is None else cache.get_seq_length()
     if seen > 0:
         raise ValueError(
-            f"The cache has seen {seen} tokens, and the ids passed with it contain no further one. Pass all ids, at "
+            f"The cache has seen {seen} tokens, and the ids passed with it contain no new ones. Pass all ids, at "
             "least one more than the cache has seen, or only the new ids, with an attention_mask over both. A cache "
             "that recorded its past can go back: cache.crop(-1)."
         )

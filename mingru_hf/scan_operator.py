@@ -33,7 +33,7 @@ KERNELS = {
 
 # Raised where the result would otherwise silently have no tangent.
 _FORWARD_MODE_BEGAN_LATER = (
-    "Forward mode (torch.func.jvp, forward_ad) cannot see into the kernels of a MinGRU scan that was traced or "
+    "Forward mode (torch.func.jvp, forward_ad) cannot differentiate the kernels of a MinGRU scan traced or "
     "compiled before it began: use the function itself, or trace or compile it with backend='reference'."
 )
 

@@ -48,8 +48,8 @@ def clip_indices(total_num_frames: int, num_frames: int, frame_stride: float = 1
     room = total_num_frames - 1 - offsets[-1]
     if room < 0:
         raise VideoReadError(
-            f"the video has {total_num_frames} frames, too few for a clip of {num_frames} frames every "
-            f"{frame_stride:g}: that takes {offsets[-1] + 1}. Lower num_frames or frame_stride"
+            f"the video has {total_num_frames} frames, too few for a clip of {num_frames} frames with "
+            f"stride {frame_stride:g}, which takes {offsets[-1] + 1}. Lower num_frames or frame_stride"
         )
     return offsets + round(position * room)
 
@@ -126,7 +126,7 @@ def read_video(
                 decoded = decode_frames(container)
                 first = next(decoded, None)  # only decoded frames hold the rotation
                 if first is None:
-                    raise VideoReadError(f"0 frames of {total} can be decoded")
+                    raise VideoReadError(f"0 of {total} frames can be decoded")
                 height, width, _ = upright(np.empty((stream.height, stream.width, 0)), first).shape
                 metadata = VideoMetadata(
                     total_num_frames=total,
@@ -148,7 +148,7 @@ def read_video(
                         metadata.frames_indices = indices.tolist()
                         return np.stack([frames[i] for i in indices.tolist()]), metadata
             if known is not None:
-                raise VideoReadError(f"{count} frames of {total} can be decoded")
+                raise VideoReadError(f"{count} of {total} frames can be decoded")
             total = known = count
     except (av.FFmpegError, OSError) as error:
         raise VideoReadError(f"it cannot be decoded: {error or type(error).__name__}") from None

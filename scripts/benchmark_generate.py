@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts = ["features", "speed", "batch", "memory"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=["features"], help="what to measure, see above")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and tokens")
-    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, metavar="NAME", help="features: only these models; default: all"
     )
@@ -75,7 +75,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt_length", type=at_least_one, default=8192, help="speed: tokens of the prefill")
     parser.add_argument("--requests", type=at_least_one, default=64, help="batch: requests to serve")
     parser.add_argument("--rows", type=at_least_one, default=16, help="batch: requests served at a time")
-    parser.add_argument("--tokens", type=at_least_one, default=1_000_000, help="memory: tokens to read, and to write")
+    parser.add_argument(
+        "--tokens", type=at_least_one, default=1_000_000, help="memory: tokens to read, and then to write"
+    )
     return parser.parse_args(argv)
 
 

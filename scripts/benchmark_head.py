@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sequence_length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument("--rounds", type=at_least_one, default=3, help="rounds per measurement; the median is shown")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

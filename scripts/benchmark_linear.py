@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=at_least_one, nargs="+", default=[1, 2, 4, 8, 16], help="sequences in a step")
     parser.add_argument("--inputs", type=at_least_one, nargs="+", default=[384, 1536], help="input channels")
     parser.add_argument("--outputs", type=at_least_one, nargs="+", default=[384, 1536, 50257], help="output channels")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all tensors")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of all tensors")
     parser.add_argument(
         "--megabytes", type=at_least_one, default=50, help="MB of weights in a pass, at least one matrix"
     )
-    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument("--rounds", type=at_least_one, default=15, help="rounds per measurement; the median is shown")
     args = parser.parse_args(argv)
     if not NUMBA_AVAILABLE:

@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         help="dtype of autocast in training and of the weights in decoding",
     )
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds per measurement; the median is shown")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     args = parser.parse_args(argv)

@@ -139,7 +139,7 @@ def shape_of(text: str) -> tuple[int, int, int]:
     """Check and convert a value of --shapes, as argparse's `type`."""
     numbers = tuple(int(number) for number in text.split(","))
     if len(numbers) != 3 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"must be three numbers of at least 1, B,T,D, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be B,T,D, three integers of at least 1, got {text!r}")
     return numbers
 
 
@@ -153,7 +153,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     backends = [name for name in BACKENDS if name != "auto"]
     parser.add_argument(
-        "--backends", nargs="+", choices=backends, metavar="NAME", help="default: all but reference that can run here"
+        "--backends",
+        nargs="+",
+        choices=backends,
+        metavar="NAME",
+        help="backends to measure; default: all that can run here, except reference",
     )
     parser.add_argument(
         "--peers",
@@ -163,7 +167,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="scans from other packages; default: all that can run here",
     )
-    parser.add_argument("--shapes", nargs="*", type=shape_of, metavar="B,T,D", help="default: the four of LOG.md")
+    parser.add_argument(
+        "--shapes", nargs="*", type=shape_of, metavar="B,T,D", help="shapes to measure; default: the four in LOG.md"
+    )
     parser.add_argument("--gate_scale", type=float, default=1.0, help="standard deviation of the gates")
     parser.add_argument(
         "--gate_bias", type=float, default=0.0, help="mean of the gates; far below 0, states hardly change"
@@ -171,7 +177,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=at_least_one, default=11, help="interleaved rounds, of which the median is shown"
     )
-    parser.add_argument("--max_seconds", type=float, default=20.0, help="no further rounds of a shape after this time")
+    parser.add_argument(
+        "--max_seconds", type=float, default=20.0, help="seconds after which a shape gets no more rounds"
+    )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     parser.add_argument("--png", type=new_file, metavar="FILE", help="draw time against T to this file (log-log)")
     return parser.parse_args(argv)

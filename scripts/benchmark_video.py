@@ -37,7 +37,7 @@ def read_clips(path: str, batch_size: int, num_frames: int, frame_step: int, siz
     def choose(metadata) -> np.ndarray:
         there, needed = metadata.total_num_frames, wanted[-1] + 1
         if there < needed:
-            raise ValueError(f"{path} has {there} frames, and {needed} are needed; lower --frame_step.")
+            raise ValueError(f"{path} has {there} frames, but {needed} are needed: lower --frame_step.")
         return wanted
 
     frames = torch.from_numpy(read_video(path, choose)[0]).permute(0, 3, 1, 2)
@@ -101,12 +101,12 @@ def seconds_in_scan(step: Callable[[], None]) -> tuple[float, float]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--video", help="a file whose frames are used; default: random frames")
-    parser.add_argument("--frame_step", type=int, default=1, help="take one frame in N of the video", metavar="N")
+    parser.add_argument("--frame_step", type=int, default=1, help="take every N-th frame of the video", metavar="N")
     parser.add_argument("--batch_size", type=int, default=1, help="clips in a batch")
     parser.add_argument("--num_frames", type=int, default=10, help="frames in a clip")
     parser.add_argument("--image_size", type=int, default=224, help="pixels along a side of a frame")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="threads of the CPU")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds per measurement; the median is shown")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers to this file")
     return parser

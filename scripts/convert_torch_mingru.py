@@ -19,17 +19,19 @@ def parse_args(argv: list[str] | None):
     """Read the command line."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint_path", metavar="FILE", required=True, help="file written by torch-mingru")
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the model goes")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the files of a model in it")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="directory for the converted model")
+    parser.add_argument(
+        "--overwrite_output_dir", action="store_true", help="replace the files of a model that is already there"
+    )
     parser.add_argument(
         "--tokenizer_name",
         metavar="NAME",
-        help="directory of a tokenizer, or its name on the Hub, to save with the model",
+        help="tokenizer to save with the model: a directory, or a name on the Hub",
     )
     parser.add_argument(
         "--no_residual",
         action="store_true",
-        help="for text models with all layers as wide as the embedding: the model has no residual sums",
+        help="for text models whose layers are all as wide as the embedding: the model has no residual sums",
     )
     return parser, parser.parse_args(argv)
 

@@ -39,13 +39,13 @@ class EvaluateArguments:
     """Options for the model and the text."""
 
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
-    output_file: str | None = option(None, "write the numbers to this JSON file, too")
+    output_file: str | None = option(None, "also write the numbers to this JSON file")
     overwrite_output_file: bool = option(False, "replace output_file if it exists")
     dataset_name: str = option(
         "shakespeare", "as in training: the plays, a directory, or a name on the Hub", group="data"
     )
     dataset_config_name: str | None = option(None, "configuration of the dataset")
-    train_file: str | None = option(None, "the file that the model was trained on, with --split validation")
+    train_file: str | None = option(None, "with --split validation: the file that the model was trained on")
     test_file: str | None = option(
         None, "evaluate on this file instead: txt, json, jsonl, ndjson, csv, parquet or arrow"
     )
@@ -67,7 +67,7 @@ class EvaluateArguments:
 
     def __post_init__(self):
         if self.carry_state and self.packing == "reset":
-            raise ValueError("carry_state keeps the state, packing reset clears it: leave one of them out")
+            raise ValueError("carry_state keeps the state, but packing reset clears it: leave one of them out")
 
 
 def parse_args(argv: list[str] | None) -> tuple:
@@ -91,10 +91,10 @@ def check_held_out(args: EvaluateArguments, trained: dict) -> None:
     pairs = {name: (trained.get(name), getattr(args, name)) for name in names}
     differing = [name for name, pair in pairs.items() if len({Path(str(value)).name for value in pair}) > 1]
     if trained.get("validation_file") is not None:
-        was, advice = f"validated on {trained['validation_file']}", "give that as --test_file"
+        was, advice = f"validated on {trained['validation_file']}", "give that file as --test_file"
     elif trained.get("streaming"):
         first = f"the first {trained['validation_documents']} documents"
-        was, advice = f"validated on {first} of a stream", "give them, or a new text, as --test_file"
+        was, advice = f"validated on {first} of a stream", "give those documents, or a new text, as --test_file"
     elif differing:
         values = {name: pairs[name][0] for name in differing}
         told = (f"no {name}" if value is None else f"{name} {value}" for name, value in values.items())
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         precision = resolve_mixed_precision(args.mixed_precision, args.use_cpu)
         accelerator = Accelerator(cpu=args.use_cpu, mixed_precision=precision)
         if args.carry_state and accelerator.num_processes > 1:
-            raise ValueError("carry_state reads one text from beginning to end: start one process")
+            raise ValueError("carry_state reads one text from beginning to end: start only one process")
         model = load_pretrained(AutoModelForCausalLM, args.model_name_or_path).to(accelerator.device).eval()
         tokenizer = load_pretrained(AutoTokenizer, args.model_name_or_path)
         if args.carry_state and model.config.model_type != "mingru":

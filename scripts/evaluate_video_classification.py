@@ -50,11 +50,11 @@ class EvaluateArguments:
     clips_per_video: int = option(25, "clips per video, spread evenly from beginning to end", positive=True)
     views: str | None = option(
         None,
-        "crops of each clip (five_crops: the corners and the middle; ten_crops: and their mirror images; default: "
-        "ten_crops, or center for a model trained with --no_flip)",
+        "crops of each clip (five_crops: the corners and the middle; ten_crops: these and their mirror images; "
+        "default: ten_crops, or center for a model trained with --no_flip)",
         VIEWS,
     )
-    aggregation: str = option("vote", "how the views decide a video's class", ("vote", "mean"))
+    aggregation: str = option("vote", "how the views are combined into a video's class", ("vote", "mean"))
     per_device_eval_batch_size: int = option(32, "views per batch of one process", group="machine", positive=True)
     dataloader_num_workers: int = option(2, "worker processes that decode videos; 0: the main process does", least=0)
     mixed_precision: str = option("auto", "precision of the matrix products", ("auto", "no", "bf16", "fp16"))

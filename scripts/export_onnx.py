@@ -161,7 +161,7 @@ def export_video(args) -> None:
         try:
             processor = load_pretrained(AutoVideoProcessor, args.model_name_or_path)
         except OSError as error:
-            raise OSError(f"no video processor gives the frame size, so pass --frame_size: {error}") from None
+            raise OSError(f"the frame size is unknown without a video processor: pass --frame_size. {error}") from None
         frame_size = frame_size or [processor.crop_size["height"], processor.crop_size["width"]]
         if args.video is not None:
             crop_size = {"height": frame_size[0], "width": frame_size[-1]}
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> None:
         elif architecture.endswith("ForTokenClassification"):
             auto_class = AutoModelForTokenClassification
         if args.prompt is not None and (is_video or auto_class is not AutoModelForCausalLM):
-            raise ValueError("prompt is for language models")
+            raise ValueError("prompt is only for language models")
         for name in ("video", "frame_size"):
             if getattr(args, name) is not None and not is_video:
-                raise ValueError(f"{name} is for video classifiers")
+                raise ValueError(f"{name} is only for video classifiers")
         if is_video:
             export_video(args)
         else:

@@ -89,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     unknown = unknown_parts(tokenizer, args.prompt)
     if unknown:
         named = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
-        print(f"warning: the tokenizer does not know {named}: the model reads {tokenizer.unk_token}", file=sys.stderr)
+        print(
+            f"warning: the tokenizer does not know {named}: the model reads {tokenizer.unk_token} instead",
+            file=sys.stderr,
+        )
     if not args.use_cpu and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     prompt = prompt.to(model.device)

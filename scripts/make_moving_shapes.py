@@ -19,7 +19,7 @@ from mingru_hf.training.arguments import option, parse_dataclasses
 class ShapeArguments:
     """Options for the videos."""
 
-    output_dir: str = option(MISSING, "directory to make", group="output")
+    output_dir: str = option(MISSING, "directory to create", group="output")
     overwrite_output_dir: bool = option(False, "replace a directory that contains only such videos")
     num_train: int = option(4000, "training videos")
     num_validation: int = option(400, "validation videos")

@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None):
     parser.add_argument(
         "--commit_message", metavar="TEXT", default="Trained with mingru-hf", help="title of the commit"
     )
-    parser.add_argument("--dry_run", action="store_true", help="list the files and upload nothing")
+    parser.add_argument("--dry_run", action="store_true", help="list the files without uploading them")
     return parser, parser.parse_args(argv)
 
 

@@ -39,12 +39,14 @@ class StreamArguments:
 
     model_name_or_path: str = option(MISSING, "the model: a directory, or a name on the Hub", group="model")
     video: str = option(MISSING, "a file, or the name of a camera's device", group="video")
-    camera: bool = option(False, "--video names a camera")
+    camera: bool = option(False, "--video is the name of a camera")
     frame_stride: int | None = option(
         None, "take every N-th frame; default: the stride of the model's processor", positive=True
     )
     max_frames: int | None = option(None, "stop after N frames of the video", positive=True)
-    output_file: str | None = option(None, "write the annotated video (.mp4), or frames and curves (.png), here")
+    output_file: str | None = option(
+        None, "write the annotated video (.mp4), or frames and curves (.png), to this file"
+    )
     overwrite_output_file: bool = option(False, "replace output_file if it exists")
     top_k: int = option(1, "classes to print after each frame", positive=True)
     use_cpu: bool = option(False, "stay on the CPU even if there is a GPU", group="machine")
@@ -110,7 +112,7 @@ def trained_stride(processor, rate: float | None) -> float:
         return processor.frame_stride
     if not rate:
         raise ValueError(
-            f"the model takes {processor.fps} frames per second, but the video does not say how many it has: give "
+            f"the model takes {processor.fps} frames per second, but the video's own rate is unknown: give "
             "--frame_stride"
         )
     return max(1.0, float(rate) / processor.fps)

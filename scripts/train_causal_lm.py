@@ -78,7 +78,7 @@ class DataArguments:
     )
     validation_file: str | None = option(None, "validate on this file; needs train_file")
     validation_split_percentage: int = option(
-        10, "percent of the training data, its end, to validate on if there is no validation split"
+        10, "percent of the training data, taken from its end, to validate on if there is no validation split"
     )
     streaming: bool = option(
         False,
@@ -140,7 +140,7 @@ def load_data(model_args: ModelArguments, data_args: DataArguments):
     tokenizer = load_tokenizer(model_args, text["train"]["text"])
     several = any(len(split) > 1 for split in text.values())
     if data_args.packing == "reset" and not (several and tokenizer.eos_token_id is not None):
-        raise ValueError("packing reset needs several documents, and a tokenizer with an eos token between them")
+        raise ValueError("packing reset needs several documents and a tokenizer with an eos token to separate them")
     if several and tokenizer.eos_token_id is None:
         PartialState().print(
             "warning: the tokenizer has no eos token, so the documents are joined with nothing between them, and the "
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         if share > 0.001:
             accelerator.print(
                 f"warning: {100 * share:.1f} % of the tokens of the {name} text are {tokenizer.unk_token}, which the "
-                "loss counts like any other: the tokenizer has no token for the text there"
+                "loss counts like any other: the tokenizer has no other token for this text"
             )
     dataset_name = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
     accelerator.print(

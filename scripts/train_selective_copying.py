@@ -32,7 +32,8 @@ class CopyingArguments:
     num_eval_examples: int = option(1024, "validation sequences, made from another seed")
     model_name_or_path: str | None = option(
         None,
-        "start from this checkpoint (a directory, or a name on the Hub), for example of a run with fewer noise tokens",
+        "start from this checkpoint (a directory, or a name on the Hub), for example from a run with fewer "
+        "noise tokens",
         group="model",
     )
     config_name: str | None = option(

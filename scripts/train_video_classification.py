@@ -118,7 +118,7 @@ def resolve_clips(model_args: ModelArguments, clip_args: ClipArguments) -> ClipA
         differing = [name for name, value in own.items() if getattr(clip_args, name) not in (None, value)]
         if differing:
             raise ValueError(
-                f"model_name_or_path starts with that model's own processor "
+                f"model_name_or_path uses that model's own processor "
                 f"({', '.join(f'{name} {value}' for name, value in own.items())}): leave out {' and '.join(differing)}"
             )
         return replace(clip_args, **own)
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
 
     accelerator.print(
         f"{model.num_parameters():,} parameters, {len(names)} classes, {len(videos['train']):,} videos to train on, "
-        f"{len(videos['validation']):,} to validate; clips of {processor.num_frames} frames, one of "
+        f"{len(videos['validation']):,} to validate on; clips of {processor.num_frames} frames with stride "
         f"{processor.frame_stride}; {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
         f"{accelerator.mixed_precision}"
     )

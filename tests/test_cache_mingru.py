@@ -79,7 +79,7 @@ def test_crop_says_what_it_cannot_do(model, input_ids):
     for steps in (1, 2):
         with pytest.raises(ValueError, match="activate_past_recording"):
             cache.crop(-steps)
-    with pytest.raises(ValueError, match="minus the number of tokens"):
+    with pytest.raises(ValueError, match="tokens to remove as a negative number"):
         cache.crop(2)
 
 

@@ -57,7 +57,7 @@ def test_scan_backend_is_a_choice_for_one_run(tmp_path):
         ({"num_frames": 0}, "num_frames must be at least 1"),
         ({"dropout": 1.5}, "dropout must be a probability"),
         ({"classifier_dropout": -0.1}, "classifier_dropout must be a probability"),
-        ({"backbone_chunk_size": -1}, "backbone_chunk_size is a number of frames"),
+        ({"backbone_chunk_size": -1}, "backbone_chunk_size must be a number of frames"),
         ({"scan_backend": "fast"}, "scan_backend"),
     ],
 )

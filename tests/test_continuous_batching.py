@@ -294,7 +294,7 @@ def test_a_name_that_is_taken_fails_the_second_request_alone(model, manager):
         expected = generated_alone(model, prompts[number], max_new_tokens=lengths[number])
         assert finished[name].generated_tokens == expected
     assert len(failed) == 1
-    assert "A request 'mine' exists already" in failed[0].error
+    assert "A request 'mine' already exists" in failed[0].error
     assert failed[0].generated_tokens == []
     assert manager.is_running()
 

@@ -138,6 +138,6 @@ def test_without_pyav_the_error_names_the_command(monkeypatch, tmp_path):
 def test_too_few_videos_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_test is 7, expected at least one video per class"):
         write_moving_shapes(tmp_path / "set", 16, 8, 7)
-    with pytest.raises(ValueError, match="num_proc 0"):
+    with pytest.raises(ValueError, match="num_proc and fps must be at least 0, 1 and 1, got 0, 0 and"):
         write_moving_shapes(tmp_path / "set", 16, 8, 8, num_proc=0)
     assert not (tmp_path / "set").exists()

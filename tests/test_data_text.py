@@ -263,17 +263,17 @@ def test_no_word_in_a_name_takes_files_out_of_a_directory(tmp_path, names, valid
 def test_what_a_directory_leaves_out_is_said(tmp_path, caplog):
     write_files(tmp_path / "a", {"train/a.txt": TEXT, "notes/b.txt": TEXT, "c.txt": TEXT})
     assert load_text_datasets(str(tmp_path / "a"))["train"].num_rows == 1
-    assert "2 files are left out, such as c.txt, because they are in none of its splits train" in caplog.text
+    assert "2 files are left out, such as c.txt, because they belong to none of its splits: train" in caplog.text
     write_files(tmp_path / "b", {"a.txt": TEXT, "b.txt": TEXT, "c.csv": "n\n1\n"})
     assert sum(split.num_rows for split in load_text_datasets(str(tmp_path / "b")).values()) == 3  # one text is cut
     assert "only its 2 files of the kind text are read; 1 others are left out, such as c.csv" in caplog.text
     write_files(tmp_path / "c", {"Testing/a.txt": TEXT, "my-dev.txt": TEXT, "tested.txt": TEXT})
     caplog.clear()
     load_text_datasets(str(tmp_path / "c"))
-    assert "training data: Testing, my-dev.txt, since a split is a folder or file named exactly train" in caplog.text
+    assert "Testing, my-dev.txt, since a split must be a folder or file named exactly one of train" in caplog.text
     write_files(tmp_path / "d", {"a.md": TEXT})
     with pytest.raises(
-        ValueError, match=r"d holds no text: expected files of one of the kinds \.txt, \.json, .*\.arrow"
+        ValueError, match=r"d contains no text: expected files that end in one of \.txt, \.json, .*\.arrow"
     ):
         load_text_datasets(str(tmp_path / "d"))
     write_files(tmp_path / "e", {"test.txt": TEXT})
@@ -368,7 +368,7 @@ def test_words_for_nothing_in_csv_are_counted(tmp_path, caplog):
     table.write_text("number,said\n" + "".join(f"{i},{word}\n" for i, word in enumerate(words)))
     train, validation = texts_of(load_text_datasets(train_file=table, text_column_name="said"))
     assert train + validation == ["hello"] * 20
-    left_out = ["words.csv: 100 of 120 rows hold no text (null) and are left out"]
+    left_out = ["words.csv: 100 of 120 rows have no text (null) and are left out"]
     assert [message.rpartition("/")[2] for message in caplog.messages] == left_out
     caplog.clear()
     assert load_text_split("validation", train_file=table, text_column_name="said")["text"] == validation
@@ -442,15 +442,15 @@ def test_texts_may_be_string_views(tmp_path):
             "suffix '.md', expected one of .txt, .json, .jsonl, .ndjson, .csv, .parquet, .arrow",
         ),
         ({"train_file": "empty.txt"}, ValueError, "train_file='empty.txt' is empty"),
-        ({"train_file": "blank.txt"}, ValueError, "holds no text"),
-        ({"train_file": "short.txt"}, ValueError, "holds 1 characters, too few"),
+        ({"train_file": "blank.txt"}, ValueError, "contains no text"),
+        ({"train_file": "short.txt"}, ValueError, "has only 1 characters, too few"),
         ({"train_file": "latin.txt"}, ValueError, "is not UTF-8 text"),
         ({"train_file": "a.txt", "validation_file": "missing.txt"}, FileNotFoundError, "validation_file="),
         ({"validation_file": "a.txt"}, ValueError, "without train_file"),
         ({"dataset_name": "other", "train_file": "a.txt"}, ValueError, "both given"),
         ({"dataset_name": None}, ValueError, "Neither dataset_name nor train_file"),
         ({"dataset_config_name": "x"}, ValueError, "no configurations"),
-        ({"train_file": "a.txt", "validation_split_percentage": 100}, ValueError, "between 0 and 100"),
+        ({"train_file": "a.txt", "validation_split_percentage": 100}, ValueError, "above 0 and below 100"),
     ],
 )
 def test_bad_sources_are_refused(tmp_path, monkeypatch, arguments, error, message):
@@ -832,7 +832,7 @@ def test_mistakes_with_streams_are_named(documents, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_text_stream(train_file=tmp_path / "missing.json")
     stream, _ = load_text_stream(train_file=file, validation_documents=10)
-    with pytest.raises(ValueError, match="holds no token"):
+    with pytest.raises(ValueError, match="contains no tokens"):
         next(iter(StreamedBlocks(stream.filter(lambda row: False), build_tokenizer("char", ["a"]), 4)))
 
 
@@ -906,7 +906,7 @@ def test_a_small_share_holds_out_one_row_or_character_at_least(tmp_path):
     (tmp_path / "a.txt").write_text("abcdef")
     splits = load_text_datasets(train_file=tmp_path / "a.txt", validation_split_percentage=0.1)
     assert texts_of(splits) == (["abcde"], ["f"])
-    with pytest.raises(ValueError, match="between 0 and 100"):
+    with pytest.raises(ValueError, match="above 0 and below 100"):
         load_text_datasets(train_file=tmp_path / "a.txt", validation_split_percentage=0)
 
 
@@ -1140,7 +1140,7 @@ def test_the_plays_end_with_a_newline():
 @pytest.mark.usefixtures("collected")
 def test_a_stream_of_nothing_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("text\n")
-    with pytest.raises(ValueError, match=r"a\.csv holds no documents"):
+    with pytest.raises(ValueError, match=r"a\.csv contains no documents"):
         load_text_stream(train_file=tmp_path / "a.csv")
 
 
@@ -1203,7 +1203,7 @@ def test_words_within_words_are_no_names_of_splits(tmp_path, caplog):
     assert split_files(tmp_path, ["train-test.txt", "my-train.txt"])["train"] == [
         str(tmp_path / name) for name in ("train-test.txt", "my-train.txt")
     ]  # one of the names contains the words of two splits
-    assert "taken as training data: train-test.txt, since" in caplog.text
+    assert "used as training data: train-test.txt, since" in caplog.text
 
 
 def test_shards_have_five_digits(tmp_path):

@@ -257,7 +257,7 @@ def test_without_a_login_nothing_happens(hub, client, directory, monkeypatch, ca
     with pytest.raises(SystemExit):
         push("--model_dir", directory)
     error = capsys.readouterr().err
-    assert "the Hub did not make the repository fox: " in error
+    assert "the Hub could not create the repository fox: " in error
     assert "401" in error
     monkeypatch.setattr("mingru_hf.training.hub.get_token", lambda: None)
     with pytest.raises(SystemExit):
@@ -274,7 +274,7 @@ def test_what_is_no_whole_model_is_refused(directory, tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         files_to_upload(directory)
     (directory / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors missing"):
+    with pytest.raises(FileNotFoundError, match=r"it lacks model\.safetensors"):
         files_to_upload(directory)
 
     config = MinGRUConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2)
@@ -288,10 +288,12 @@ def test_what_is_no_whole_model_is_refused(directory, tmp_path):
         files_to_upload(directory)
     (directory / shards[-1]).write_bytes(content)
     (directory / shards[0]).unlink()
-    with pytest.raises(FileNotFoundError, match=f"does not hold a complete model: {shards[0]} missing"):
+    with pytest.raises(FileNotFoundError, match=f"does not contain a complete model: it lacks {shards[0]}"):
         files_to_upload(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"does not hold a complete model: config\.json, {shards[0]} missing"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"does not contain a complete model: it lacks config\.json, {shards[0]}"
+    ):
         files_to_upload(directory)
 
 

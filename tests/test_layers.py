@@ -416,5 +416,5 @@ def test_spread_memory_needs_a_layer_and_a_step():
         mingru.spread_memory_(mingru.MinGRU(3, 4), 0)
     with pytest.raises(ValueError, match="finite and at least 1, got nan"):
         mingru.spread_memory_(mingru.MinGRU(3, 4), float("nan"))
-    with pytest.raises(ValueError, match="Linear holds no MinGRU layer"):
+    with pytest.raises(ValueError, match="Linear contains no MinGRU layer"):
         mingru.spread_memory_(torch.nn.Linear(3, 4), 8)

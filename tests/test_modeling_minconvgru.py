@@ -586,7 +586,7 @@ def test_what_is_no_backbone_is_not_taken_over(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a bert model, which transformers cannot use as a backbone"):
         MinConvGRUModel.from_backbone_pretrained(str(tmp_path))
-    with pytest.raises(ValueError, match="chosen by out_indices"):
+    with pytest.raises(ValueError, match="chosen with out_indices"):
         MinConvGRUModel.from_backbone_pretrained("timm/vgg16.tv_in1k", out_features=["features.3"])
 
 
@@ -822,7 +822,7 @@ IDS = torch.tensor([0, 1])
         (lambda m: m(CLIPS, attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]])), "masks every frame of a clip"),
         (lambda m: m(CLIPS, labels=torch.tensor([0, 5])), r"between 0 and 4 \(or be -100\), got 0 to 5"),
         (lambda m: m(CLIPS, labels=torch.tensor([-1, 0])), "got -1 to 0"),
-        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are those of 2"),
+        (lambda m: m(CLIPS, cache=cache_of(CLIPS[:1])), "holds 1 clips, but the frames are from 2"),
         (lambda m: m(CLIPS, cache=cache_of(torch.zeros(2, 3, 3, 64, 64))), "or to frames of another size"),
         (lambda m: m(CLIPS, cache=cache_of(CLIPS, num_hidden_layers=3)), "it belongs to another model"),
         (lambda m: m(CLIPS, cache=cache_of(CLIPS, pooled_size=1)), "it belongs to another model"),

@@ -481,7 +481,7 @@ def test_a_cache_that_has_seen_all_ids_is_refused(model, input_ids, seen, settin
     """transformers would slice [:, -0:], and the model would read the whole prompt a second time."""
     cache = model(input_ids[:, :12], use_cache=True).cache
     ids = input_ids[:, :seen]
-    with pytest.raises(ValueError, match="has seen 12 tokens, and the ids passed with it contain no further"):
+    with pytest.raises(ValueError, match="has seen 12 tokens, and the ids passed with it contain no new ones"):
         model.generate(ids, cache=cache, max_new_tokens=2, **settings)
     embeds = model.get_input_embeddings()(ids)
     with pytest.raises(ValueError, match="The cache has seen 12 tokens"):
@@ -597,7 +597,7 @@ def test_early_exit_drafts_the_greedy_tokens_or_says_why_not(model, input_ids):
     if model.config.hidden_sizes is None:
         assert torch.equal(model.generate(ids, assistant_early_exit=1, **settings), expected)
     else:
-        with pytest.raises(ValueError, match="Early exit after 1 blocks needs a block as wide as the last"):
+        with pytest.raises(ValueError, match="Early exit after 1 blocks needs block 1 to be as wide as the last"):
             model.generate(ids, max_new_tokens=20, assistant_early_exit=1)
 
 

@@ -218,7 +218,7 @@ def test_nan_in_the_weights_is_named_at_load(directory):
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mixer.gate_hidden.weight"][3, 2] = torch.nan
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"hold NaN.*: model\.layers\.1\.mixer\.gate_hidden\.weight\.$"):
+    with pytest.warns(UserWarning, match=r"contain NaN.*: model\.layers\.1\.mixer\.gate_hidden\.weight\.$"):
         AutoModelForCausalLM.from_pretrained(directory)
 
 
@@ -244,7 +244,7 @@ def test_nan_in_the_weights_of_a_video_model_is_named_at_load(tmp_path):
     model = MinConvGRUForVideoClassification(MinConvGRUConfig(backbone_config=backbone, num_labels=2))
     torch.nn.init.constant_(model.classifiers[0].bias, torch.nan)
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"hold NaN.*: classifiers\.0\.bias"):
+    with pytest.warns(UserWarning, match=r"contain NaN.*: classifiers\.0\.bias"):
         MinConvGRUForVideoClassification.from_pretrained(tmp_path)
 
 

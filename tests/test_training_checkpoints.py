@@ -485,7 +485,7 @@ def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_
     assert same["best"]["eval_loss"] == 0.0
     assert "validation set has changed" not in capsys.readouterr().out
     again = train_counting(tmp_path / "run", checksums=(1, 3), max_train_steps=9)
-    assert f"the best weights, those of step {first['best']['step']}, have: validation loss" in capsys.readouterr().out
+    assert f"the best weights so far (step {first['best']['step']}) have validation loss" in capsys.readouterr().out
     assert again["best"]["step"] == 9
     assert again["best"]["eval_loss"] < first["best"]["eval_loss"]
     files = ("run/model.safetensors", "run/checkpoint-9/model.safetensors", "same/checkpoint-9/model.safetensors")
@@ -497,7 +497,7 @@ def test_on_another_validation_set_the_best_weights_are_evaluated_once_more(tmp_
 def test_on_other_training_data_no_run_goes_on(tmp_path):
     train_counting(tmp_path / "run", checksums=(1, 2), max_train_steps=4)
     assert train_counting(tmp_path / "run", max_train_steps=5)["step"] == 5  # without checksums, data are not compared
-    with pytest.raises(SetupError, match="belongs to a run on other training data: resume with the original data"):
+    with pytest.raises(SetupError, match="belongs to a run on different training data: resume with the original data"):
         train_counting(tmp_path / "run", checksums=(9, 2), max_train_steps=6)
 
 
@@ -546,11 +546,14 @@ def test_a_run_goes_on_with_the_vocabulary_and_labels_it_began_with(tmp_path):
     for change, message in (
         (
             {"tokenizer": build_tokenizer("char", ["aBcdefg"])},
-            r"other tokens .*2: 'a' there, 'B' here; 3: 'b' there, 'a'",
+            r"different tokens .*2: 'a' there, 'B' here; 3: 'b' there, 'a'",
         ),
-        ({"tokenizer": build_tokenizer("char", ["abcdef"])}, r"other tokens .*8: 'g' there, None here\)"),
-        ({"id2label": {0: "Up", 1: "down"}}, r"other labels .*0: 'down' there, 'Up' here; 1: 'up' there, 'down' here"),
-        ({"id2label": {0: "down", 1: "up", 2: "left"}}, r"other labels .*2: None there, 'left' here\)"),
+        ({"tokenizer": build_tokenizer("char", ["abcdef"])}, r"different tokens .*8: 'g' there, None here\)"),
+        (
+            {"id2label": {0: "Up", 1: "down"}},
+            r"different labels .*0: 'down' there, 'Up' here; 1: 'up' there, 'down' here",
+        ),
+        ({"id2label": {0: "down", 1: "up", 2: "left"}}, r"different labels .*2: None there, 'left' here\)"),
     ):
         with pytest.raises(SetupError, match=message + ".*resume with the original data"):
             train_counting(tmp_path / "run", **run | change)
@@ -673,13 +676,13 @@ def test_nothing_is_left_of_a_look_whether_a_directory_can_be_written(tmp_path):
     check_writable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"x cannot be written .* choose another one"):
+    with pytest.raises(ValueError, match=r"x cannot be written to .* choose another one"):
         check_writable(tmp_path / "file" / "x")
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a directory that is there and takes no file")
 def test_a_directory_that_takes_no_file_is_refused():
-    with pytest.raises(ValueError, match="/proc cannot be written"):
+    with pytest.raises(ValueError, match="/proc cannot be written to"):
         check_writable("/proc")
 
 
@@ -695,7 +698,7 @@ def test_new_files_replace_none_unless_the_user_allows_it(tmp_path):
     with pytest.raises(ValueError, match=r"already holds a.onnx: .*--overwrite_output_dir"):
         check_new_files(tmp_path, ["a.onnx", "b.onnx"])
     check_new_files(tmp_path, ["a.onnx", "b.onnx"], overwrite=True)
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(ValueError, match="cannot be written to"):
         check_new_files(tmp_path / "a.onnx", ["b.onnx"])
 
 
@@ -711,7 +714,9 @@ def test_files_of_another_kind_of_model_are_refused_where_others_are_replaced(na
     """For example, transformers would load the adapter into the new model."""
     for file in (name, "config.json"):
         (tmp_path / file).write_text("{}")
-    with pytest.raises(ValueError, match=rf"another model \({name}\), which would be read with the new one: .*move"):
+    with pytest.raises(
+        ValueError, match=rf"another model \({name}\), which would be loaded together with the new one: .*move"
+    ):
         check_output_dir(tmp_path, overwrite=True)
 
 
@@ -831,7 +836,7 @@ def test_going_on_elsewhere_replaces_nothing_there(tmp_path):
 
 def test_any_file_that_a_run_writes_may_be_replaced_if_the_user_allows_it(tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"a run writes \(README.md\)"):
+    with pytest.raises(ValueError, match=r"a run would overwrite \(README.md\)"):
         check_output_dir(tmp_path)
     check_output_dir(tmp_path, overwrite=True)
 
@@ -919,7 +924,7 @@ def test_a_checkpoint_that_lists_files_elsewhere_is_refused(name, tmp_path):
     state = json.loads((path / STATE_FILE).read_text())
     state["files"][name.format(absolute=secret)] = checkpoints._fingerprint(secret)
     (path / STATE_FILE).write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"checkpoint-2 is not a complete checkpoint: .*json is outside of it"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 is not a complete checkpoint: .*json lies outside it"):
         find_checkpoint(path, tmp_path)
 
 
@@ -1190,7 +1195,7 @@ def test_a_checkpoint_that_lists_no_file_is_not_complete(run):
     ("change", "message"),
     [
         ({"progress": {"step": 20, "mood": 1, "luck": 2}}, "holds luck, mood in its progress, which this version"),
-        ({"run": None, "arguments": []}, "holds no run, arguments: resume from another"),
+        ({"run": None, "arguments": []}, "lacks run, arguments: resume from another"),
     ],
 )
 def test_a_state_of_another_version_is_an_error_that_names_the_file(change, message, run):

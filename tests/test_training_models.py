@@ -107,7 +107,7 @@ def test_a_tokenizer_is_made_of_a_file_of_its_own(file, tmp_path):
         pass
 
     (tmp_path / "config.json").touch()
-    with pytest.raises(FileNotFoundError, match="holds a model but no tokenizer"):
+    with pytest.raises(FileNotFoundError, match="contains a model but no tokenizer"):
         load_pretrained(Words, tmp_path)
     (tmp_path / file).touch()
     assert load_pretrained(Words, tmp_path) is Words
@@ -172,7 +172,7 @@ DAMAGES = {
         lambda d: (d / "model.safetensors.index.json").write_text("{}"),
         "a file in it may be damaged: .*weight_map",
     ),
-    "pickle": (lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(print, 2)), "hold more than tensors"),
+    "pickle": (lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(print, 2)), "contain more than tensors"),
     "empty": (lambda d: (d / "pytorch_model.bin").touch(), "a file in it may be damaged: EOFError"),
 }
 
@@ -209,7 +209,7 @@ def test_an_empty_prompt_is_a_token_that_occurs_in_the_text(text, first):
 
 def test_overrides_that_no_config_takes_are_told_in_one_line():
     for override, message in {
-        "model_type=llama": "name it in the file of config_name",
+        "model_type=llama": "set it in the JSON file given as config_name",
         "dtype=foo": "no attribute 'foo'",
         "id2label=5": "config: 'int' object",
     }.items():

@@ -158,7 +158,7 @@ def test_unreadable_videos_are_left_out(clips, accelerator, tmp_path, caplog):
     assert confusion_matrix(result["label"], result["vote"], 2).tolist() == [[0, 1], [0, 1]]
     for i in (0, 2):
         (tmp_path / f"{i}.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the 3 videos can be read"):
+    with pytest.raises(ValueError, match="all 3 videos are unreadable or too short"):
         evaluate_videos(Reader({}), data, accelerator, views="center")
 
 

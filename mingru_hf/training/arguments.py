@@ -163,7 +163,7 @@ class TrainArguments:
     max_eval_samples: int | None = option(
         None,
         "evaluate on N examples, spread evenly over the validation set, during training; the final evaluation, of the "
-        "best model, takes them all",
+        "best model, uses them all",
         positive=True,
     )
     sample_tokens: int = option(
@@ -272,8 +272,8 @@ class ArgumentParser(argparse.ArgumentParser):
         try:
             yield
         except KeyboardInterrupt:
-            advice = "with --checkpointing_steps, the same command with --resume_from_checkpoint latest goes on"
-            self.exit(130, f"\n{self.prog}: interrupted; {advice} from the newest checkpoint\n")
+            advice = "if --checkpointing_steps was set, repeat the command with --resume_from_checkpoint latest"
+            self.exit(130, f"\n{self.prog}: interrupted; {advice} to continue from the newest checkpoint\n")
         except SetupError as error:
             self.error(str(error))
         except FloatingPointError as error:

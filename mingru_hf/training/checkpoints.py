@@ -78,7 +78,7 @@ def check_output_dir(
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {path} is a file")
+        raise ValueError(f"output_dir {path} is a file, expected a directory")
     existing = checkpoints_in(path)
     for other in reversed(existing):
         if not _is_ours(other):
@@ -106,7 +106,7 @@ def check_output_dir(
     _refuse_leftovers(path, OF_OTHER_MODELS)
     if overwrite:
         return
-    for what, patterns in (("another run", RUN_FILES), ("files with names that a run writes", OTHER_FILES)):
+    for what, patterns in (("another run", RUN_FILES), ("files that a run would overwrite", OTHER_FILES)):
         names = [file.name for pattern in patterns for file in sorted(path.glob(pattern))]
         if names:
             raise ValueError(
@@ -136,8 +136,8 @@ def _refuse_leftovers(output_dir: Path, names: Sequence[str]) -> None:
     existing = [name for name in names if (output_dir / name).exists()]
     if existing:
         raise SetupError(
-            f"output_dir {output_dir} holds files of another model ({', '.join(existing)}), which would be read with "
-            "the new one: choose another directory, or move them away"
+            f"output_dir {output_dir} holds files of another model ({', '.join(existing)}), which would be loaded "
+            "together with the new one: choose another directory, or move them away"
         )
 
 
@@ -173,7 +173,7 @@ def check_writable(output_dir: str | Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir {path} cannot be written ({error}): choose another one") from None
+        raise ValueError(f"output_dir {path} cannot be written to ({error}): choose another one") from None
     finally:
         for place in missing:
             _remove_empty(place)  # does nothing if it could not be made, or another process has written there
@@ -416,7 +416,7 @@ def damage(checkpoint: str | Path) -> str | None:
     except ValueError:
         return f"{STATE_FILE} is damaged: it is not valid JSON"
     if not _lists_files(state):
-        return f"{STATE_FILE} lists no files with their checksums: another program wrote it"
+        return f"{STATE_FILE} does not list files with their checksums, so another program wrote it"
     if TENSORS_FILE not in state["files"]:
         return f"{STATE_FILE} does not list {TENSORS_FILE}"
     for name, fingerprint in state["files"].items():
@@ -424,7 +424,7 @@ def damage(checkpoint: str | Path) -> str | None:
             return f"{name} is missing"
         if not _lies_in(checkpoint, name):  # an untrusted checkpoint must not copy other files into output_dir
             return (
-                f"{name} is outside of it: put the file itself there instead of a link or a path that leads elsewhere"
+                f"{name} lies outside it: put the file itself there instead of a link or a path that leads elsewhere"
             )
         if _fingerprint(checkpoint / name) != fingerprint:
             return f"{name} is damaged: it differs from what was written"

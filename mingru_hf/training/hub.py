@@ -41,7 +41,7 @@ def files_to_upload(directory: str | Path) -> list[str]:
         weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in ("config.json", *weights) if not (directory / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{directory} does not hold a complete model: {', '.join(missing)} missing")
+        raise FileNotFoundError(f"{directory} does not contain a complete model: it lacks {', '.join(missing)}")
     for name in weights:
         try:
             with safe_open(directory / name, "pt"):
@@ -67,7 +67,7 @@ def make_repository(name: str, private: bool = True) -> str:
     try:
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
     except HTTPError as error:
-        raise OSError(f"the Hub did not make the repository {name}: {error}") from error
+        raise OSError(f"the Hub could not create the repository {name}: {error}") from error
 
 
 def name_model_card(path: str | Path, name: str) -> None:

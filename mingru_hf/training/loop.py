@@ -158,8 +158,8 @@ def start(args: TrainArguments, settings: Sequence[object] = ()) -> Accelerator:
         )
     if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warnings.warn(
-            "The launcher was asked for several processes and started one (as `accelerate launch --cpu` does): use "
-            "torchrun --nproc_per_node N, or accelerate launch --multi_gpu --num_processes N, with --use_cpu.",
+            "The launcher was asked for several processes but started only one (as `accelerate launch --cpu` does): "
+            "use torchrun --nproc_per_node N, or accelerate launch --multi_gpu --num_processes N, with --use_cpu.",
             stacklevel=2,
         )
     if accelerator.device.type == "cpu":
@@ -397,7 +397,7 @@ class _Run:
         _load_weights(self.model, self.processing_class, checkpoint)
         saved_checksum = state.get("training_checksum")
         if _differ(saved_checksum, self.training_checksum):
-            raise SetupError(f"{checkpoint} belongs to a run on other training data: {_SAME_DATA}{changes}")
+            raise SetupError(f"{checkpoint} belongs to a run on different training data: {_SAME_DATA}{changes}")
         if self.is_main and self.now.best is not None:
             restore_best(checkpoint, self.output_dir)
         if self.training_checksum is None:
@@ -419,7 +419,7 @@ class _Run:
         scores = self.evaluate(self.interim_dataset)
         model.load_state_dict(current)
         self.accelerator.print(
-            f"the validation set has changed; on it the best weights, those of step {self.now.best['step']}, have: "
+            f"the validation set has changed; on it, the best weights so far (step {self.now.best['step']}) have "
             f"{summary(scores, self.unit)}"
         )
         self.now.best = self.now.best | scores
@@ -628,7 +628,7 @@ class _Run:
                 write_model_card(card, model, args, result, **about)
             else:
                 accelerator.print(
-                    f"{card} was edited and is kept: add --overwrite_output_dir to replace it by a card with these "
+                    f"{card} was edited and is kept: add --overwrite_output_dir to replace it with a card with these "
                     f"results, which are in {METRICS_FILE}"
                 )
         accelerator.log({f"final/{name[5:]}": value for name, value in result["final"].items()}, step=self.now.step)
@@ -733,7 +733,7 @@ def evaluate(
     totals = torch.cat([counts.sum(0, keepdim=True), counts @ torch.stack(means).cpu().double()])
     targets, loss, *others = accelerator.reduce(totals.to(**numbers), "sum").tolist()
     if targets == 0:
-        raise ValueError("the validation set has no target: every label is -100, or its rows have one token")
+        raise ValueError("the validation set has no targets: every label is -100, or every row has only one token")
     scores = loss_scores(loss / targets, characters_per_token)
     return scores | {f"eval_{name}": total / targets for name, total in zip(metrics, others, strict=True)}
 
@@ -865,10 +865,10 @@ def _check_data(args: TrainArguments, train_dataset: Dataset, eval_dataset: Data
     if isinstance(train_dataset, IterableDataset):
         if (args.max_train_steps or args.max_train_seconds) is None or args.checkpointing_steps == "epoch":
             raise SetupError(
-                "a stream has no epochs: give max_train_steps or max_train_seconds, and checkpoints by steps"
+                "a stream has no epochs: give max_train_steps or max_train_seconds, and numeric checkpointing_steps"
             )
         if args.dataloader_num_workers:
-            raise SetupError("each process reads a stream itself: remove dataloader_num_workers")
+            raise SetupError("a stream is read by the training processes themselves: leave out dataloader_num_workers")
 
 
 def _spread(dataset: Dataset, count: int | None) -> Dataset:
@@ -924,7 +924,7 @@ def _check_state(state: dict, path: Path) -> None:
     """
     missing = [name for name in ("run", "arguments", "progress") if not isinstance(state.get(name), dict)]
     if missing:
-        raise SetupError(f"{path} holds no {', '.join(missing)}: resume from another checkpoint")
+        raise SetupError(f"{path} lacks {', '.join(missing)}: resume from another checkpoint")
     unknown = sorted(state["progress"].keys() - {f.name for f in dataclasses.fields(Progress)})
     if unknown:
         raise SetupError(
@@ -961,16 +961,19 @@ def _load_weights(model: PreTrainedModel, processing_class: object | None, check
     # Otherwise transformers would initialise the weights at random, with only a warning.
     _check_same(checkpoint, "another model", *types, config)
     saved = load_pretrained(type(model), checkpoint)
-    _check_same(checkpoint, "other labels", saved.config.id2label, model.config.id2label, _SAME_DATA)
+    _check_same(checkpoint, "different labels", saved.config.id2label, model.config.id2label, _SAME_DATA)
     if isinstance(processing_class, PreTrainedTokenizerBase):
         tokenizers = (load_pretrained(type(processing_class), checkpoint), processing_class)
         tokens = ({number: token for token, number in t.get_vocab().items()} for t in tokenizers)
-        _check_same(checkpoint, "other tokens", *tokens, _SAME_DATA)
+        _check_same(checkpoint, "different tokens", *tokens, _SAME_DATA)
     elif processing_class is not None:
         processors = (load_pretrained(type(processing_class), checkpoint), processing_class)
         values = [json.loads(processor.to_json_string()) | {"auto_map": None} for processor in processors]
         _check_same(
-            checkpoint, "another processor", *values, "resume with the options and the version that it began with"
+            checkpoint,
+            "another processor",
+            *values,
+            "resume with the options and the version that it was started with",
         )
     weights = saved.state_dict()
     shapes = ({name: list(w.shape) for name, w in part.items()} for part in (weights, model.state_dict()))

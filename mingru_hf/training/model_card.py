@@ -143,7 +143,7 @@ def write_model_card(
         LOADING.get(task, LOADING[None]).format(name=source, auto_class=auto_class),
         "```",
         "",
-        "Where mingru-hf is not installed, leave its import out and pass `trust_remote_code=True` to every call that "
+        "If mingru-hf is not installed, leave out its import and pass `trust_remote_code=True` to every call that "
         "loads: the model's code is stored next to its weights.",
         "",
         "## Training",

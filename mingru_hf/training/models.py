@@ -59,9 +59,7 @@ def make_config(config_name: str | None, overrides: str | None = None, **values:
     model_type = fields.pop("model_type", "mingru")
     changes = parse_overrides(overrides)
     if "model_type" in changes:
-        raise ValueError(
-            "config_overrides: the fields are those of one model_type: name it in the file of config_name"
-        )
+        raise ValueError("config_overrides cannot change the model_type: set it in the JSON file given as config_name")
     default = AutoConfig.for_model(model_type)
     known = {*default.to_dict(), *fields, *getattr(default, "run_choices", ())}
     for name in changes:
@@ -86,7 +84,7 @@ def read_config_file(config_name: str) -> dict:
     if path.is_dir():
         path /= "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"config_name: no file {path}")
+        raise FileNotFoundError(f"config_name: no such file: {path}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -133,13 +131,13 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{name} holds no model: it has no config.json")
+            raise FileNotFoundError(f"{name} contains no model: it has no config.json")
         is_tokenizer = cls is AutoTokenizer or issubclass(cls, PreTrainedTokenizerBase)
         # Otherwise some tokenizer classes would load without an error, with an empty vocabulary.
         if is_tokenizer and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
             raise FileNotFoundError(
-                f"{name} holds a model but no tokenizer (tokenizer.json or the like): save the one it was "
-                "trained with there, by tokenizer.save_pretrained"
+                f"{name} contains a model but no tokenizer (tokenizer.json or the like): add the one that it was "
+                "trained with, using tokenizer.save_pretrained"
             )
     else:
         on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name))
@@ -162,7 +160,7 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
         raise ValueError(f"{name} is a {kind} model, which {cls.__name__} does not load") from None
     except pickle.UnpicklingError:  # torch's message advises running the code in the file
         raise OSError(
-            f"the weights of {name} are damaged, or hold more than tensors, so that loading them could run code"
+            f"the weights of {name} are damaged, or contain more than tensors and could run code when loaded"
         ) from None
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):  # out of memory, for example
@@ -173,7 +171,7 @@ def load_pretrained(cls: type, name: str | Path, **kwargs: object):
     except (StrictDataclassError, KeyError, TypeError, AttributeError, EOFError) as error:
         # transformers raises these where it does not check a file's format.
         raise ValueError(
-            f"{name} could not be loaded, a file in it may be damaged: {type(error).__name__}: {error}"
+            f"{name} could not be loaded; a file in it may be damaged: {type(error).__name__}: {error}"
         ) from None
 
 

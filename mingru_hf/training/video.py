@@ -188,7 +188,7 @@ def evaluate_videos(
     rows = accelerator.reduce(rows.to(accelerator.device), "sum").cpu()
     label, mean, vote, right, count = rows.unbind(1)
     if not count.any():
-        raise ValueError(f"none of the {len(rows)} videos can be read and is long enough: see the warnings")
+        raise ValueError(f"all {len(rows)} videos are unreadable or too short: see the warnings")
     return {
         "label": label - 1,
         "mean": mean - 1,
