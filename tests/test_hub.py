@@ -217,7 +217,7 @@ def test_a_new_repository_is_private_unless_asked_otherwise(hub, directory):
     assert make_repository("user/open", private=False) == make_repository("open") == "user/open"
     assert push_directory(directory, "cub") == f"{hub.endpoint}/user/cub"
     (directory / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"config\.json missing"):
+    with pytest.raises(FileNotFoundError, match=r"it lacks config\.json"):
         push_directory(directory, "half")  # no repository is created for it
     private = {name: repository["private"] for (_, name), repository in hub.repositories.items()}
     assert private == {"user/fox": True, "user/open": False, "user/cub": True}
