@@ -79,7 +79,7 @@ def load_video_datasets(
             the classes, there is only one class, or a file cannot be read.
     """
     if not 0 < validation_split_percentage < 100:
-        raise ValueError(f"validation_split_percentage must lie between 0 and 100, not {validation_split_percentage}")
+        raise ValueError(f"validation_split_percentage must be above 0, below 100, not {validation_split_percentage}")
     if dataset_name == "ucf101":
         return load_ucf101(ucf101_path, ucf101_annpath, fold, validation_split_percentage, seed)
     directory = Path(dataset_name)
