@@ -677,31 +677,28 @@ class _EndedRows(StoppingCriteriaList):
         return ~self.padded.unsqueeze(1)
 
 
-def _refuse_nothing_new(
+def _check_new_tokens(
     input_ids: Tensor, position_ids: Tensor | None, next_sequence_length: int | None, cache: Cache | None
 ) -> None:
-    """Raise a ValueError if there is no new token to generate from.
+    """Raise a ValueError if there is no new token to generate from, or a new token without a position.
 
     GenerationMixin would slice `[:, -0:]`, or prefill in chunks without positions, and the state would read the whole
     prompt a second time.
     """
-    nothing_new = next_sequence_length is not None and next_sequence_length <= 0
-    too_few = position_ids is not None and position_ids.shape[-1] < input_ids.shape[-1]
-    if not nothing_new and not too_few:
+    new = input_ids.shape[-1] if next_sequence_length is None else next_sequence_length
+    given = new if position_ids is None else position_ids.shape[-1]  # a prefill in chunks slices them beforehand
+    if new > 0 and given >= new:
         return
     seen = 0 if cache is None else cache.get_seq_length()
+    if new > 0 and (given > 0 or seen == 0):
+        raise ValueError(f"position_ids has {given} columns, expected one for each of the {new} tokens.")
     if seen > 0:
         raise ValueError(
             f"The cache has seen {seen} tokens, and the ids passed with it contain no new ones. Pass all ids, at "
             "least one more than the cache has seen, or only the new ids, with an attention_mask over both. A cache "
             "that recorded its past can go back: cache.crop(-1)."
         )
-    if nothing_new:
-        raise ValueError("The prompt is empty: give at least one token, or leave input_ids out to begin with BOS.")
-    raise ValueError(
-        f"position_ids has {position_ids.shape[-1]} columns, expected one for each of the {input_ids.shape[-1]} "
-        "tokens."
-    )
+    raise ValueError("The prompt is empty: give at least one token, or leave input_ids out to begin with BOS.")
 
 
 class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
@@ -747,7 +744,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: if the cache has already seen all of the ids or more, if the prompt holds no token, or if
-                position_ids has fewer columns than the prompt.
+                position_ids has fewer columns than there are new tokens.
         """
         if cache is not None and not is_first_iteration:
             position_ids = None
@@ -755,7 +752,7 @@ class MinGRUForCausalLM(MinGRUPreTrainedModel, GenerationMixin):
             attention_mask = None if ended_rows is None else ended_rows.mask(always=cache.is_compileable)
         for name in ("tokenizer", "assistant_tokenizer"):  # generate() takes them for stop strings and passes them on
             kwargs.pop(name, None)
-        _refuse_nothing_new(input_ids, position_ids, next_sequence_length, cache)
+        _check_new_tokens(input_ids, position_ids, next_sequence_length, cache)
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -6,7 +6,9 @@ Decoding needs PyAV or, for the processor only, torchcodec; frames that are alre
 T frames of the video; N frames of a clip; H x W pixels.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import partial
 from io import BytesIO
 from itertools import chain
 
@@ -22,6 +24,12 @@ try:
     import av
 except ImportError:
     av = None
+
+
+# Reading all timestamps of a video takes about as long as decoding one frame in 32, and a keyframe may be some 250
+# frames away: frames nearer to the beginning are reached sooner by decoding from there.
+_SEEK_FROM = 256
+_SEEK_FROM_PART = 1 / 32
 
 
 class VideoReadError(ValueError):
@@ -94,9 +102,9 @@ def read_video(
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the frames of a video that `choose` selects, with PyAV.
 
-    Frames are decoded and counted from the beginning of the video to the last selected one. This is exact for any
-    file, at the cost of decoding all earlier frames. If fewer frames can be decoded than the file declares, `choose`
-    is called again with the actual number.
+    Frames late in a video are found by their timestamps and decoded from the keyframe before them. Where this is not
+    exact, and near the beginning of a video, all frames up to the last selected one are decoded and counted. If fewer
+    frames can be decoded than the file declares, `choose` is called again with the actual number.
 
     Args:
         video: a path, or the bytes of a file.
@@ -117,12 +125,10 @@ def read_video(
     if av is None:
         raise ImportError("reading videos needs PyAV: pip install av")
     try:
-        total, known = _count_frames(video), None
+        total, counted = _count_frames(video), False
         while True:
-            with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
+            with _open(video) as container:
                 stream = container.streams.video[0]
-                stream.codec_context.thread_count = 1  # DataLoader workers already decode in parallel
-                reformatter = av.video.reformatter.VideoReformatter()
                 decoded = decode_frames(container)
                 first = next(decoded, None)  # only decoded frames hold the rotation
                 if first is None:
@@ -137,21 +143,38 @@ def read_video(
                 )
                 if metadata.fps:
                     metadata.duration = total / metadata.fps
-                indices = np.asarray(choose(metadata))
-                wanted, frames, count = set(indices.tolist()), {}, 0
-                for frame in chain([first], decoded):
-                    if count in wanted:
-                        rgb = reformatter.reformat(frame, stream.width, stream.height, "rgb24", threads=1)
-                        frames[count] = fit(upright(rgb.to_ndarray(), frame))
-                    count += 1
-                    if len(frames) == len(wanted):
-                        metadata.frames_indices = indices.tolist()
-                        return np.stack([frames[i] for i in indices.tolist()]), metadata
-            if known is not None:
-                raise VideoReadError(f"{count} of {total} frames can be decoded")
-            total = known = count
+                indices = np.asarray(choose(metadata)).tolist()
+                wanted = set(indices)
+                convert = partial(
+                    _convert, av.video.reformatter.VideoReformatter(), (stream.width, stream.height), fit
+                )
+                frames = None
+                if max(wanted) >= max(_SEEK_FROM, _SEEK_FROM_PART * total):
+                    frames = _decode_from_keyframes(video, wanted, convert)
+                if frames is None:
+                    frames, count = {}, 0
+                    for frame in chain([first], decoded):
+                        if count in wanted:
+                            frames[count] = convert(frame)
+                        count += 1
+                        if len(frames) == len(wanted):
+                            break
+            if len(frames) == len(wanted):
+                metadata.frames_indices = indices
+                return np.stack([frames[index] for index in indices]), metadata
+            if counted:
+                missing = min(wanted - frames.keys())
+                raise VideoReadError(f"frame {missing} was selected, but the video has {count} frames, counted from 0")
+            total, counted = count, True
     except (av.FFmpegError, OSError) as error:
         raise VideoReadError(f"it cannot be decoded: {error or type(error).__name__}") from None
+
+
+def _open(video: str | bytes):
+    container = av.open(BytesIO(video) if isinstance(video, bytes) else video)
+    for stream in container.streams.video[:1]:
+        stream.codec_context.thread_count = 1  # DataLoader workers already decode in parallel
+    return container
 
 
 def _count_frames(video: str | bytes) -> int:
@@ -160,11 +183,66 @@ def _count_frames(video: str | bytes) -> int:
     Raises:
         VideoReadError: if the file has no video stream.
     """
-    with av.open(BytesIO(video) if isinstance(video, bytes) else video) as container:
+    with _open(video) as container:
         if not container.streams.video:
             raise VideoReadError("it has no video stream: expected a video, not an audio file")
         stream = container.streams.video[0]
         return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+
+
+def _convert(reformatter, size: tuple[int, int], fit: Callable[[np.ndarray], np.ndarray], frame) -> np.ndarray:
+    return fit(upright(reformatter.reformat(frame, *size, "rgb24", threads=1).to_ndarray(), frame))
+
+
+def _decode_from_keyframes(
+    video: str | bytes, wanted: set[int], convert: Callable[..., np.ndarray]
+) -> dict[int, np.ndarray] | None:
+    """Decode frames of a video by seeking to the keyframes before them.
+
+    Args:
+        video: a path, or the bytes of a file.
+        wanted: indices of the frames.
+        convert: function from a PyAV frame to its pixels.
+
+    Returns:
+        The pixels by index; None if some frames have no timestamp of their own, as in some older containers, or if
+        a frame that is needed is missing or damaged.
+    """
+    with _open(video) as container:
+        stream = container.streams.video[0]
+        stored = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+        if any(time is None for time, _ in stored):
+            return None
+        shown = sorted(stored)
+        if shown == stored and stream.codec_context.has_b_frames:
+            return None  # frames are shown in another order, but AVI numbers them as they are stored
+        times = [time for time, _ in shown]
+        index_of = {time: index for index, time in enumerate(times)}
+        if len(index_of) < len(times) or max(wanted) >= len(times) or min(wanted) < 0:
+            return None
+        keys = [index for index, (_, is_keyframe) in enumerate(shown) if is_keyframe]
+        frames, remaining = {}, sorted(wanted)
+        while remaining:
+            number = bisect_right(keys, remaining[0])
+            if number == 0:
+                return None
+            key = expected = keys[number - 1]
+            container.seek(times[key], stream=stream)
+            for frame in decode_frames(container):
+                index = index_of.get(frame.pts, len(times))
+                if index < key:
+                    continue  # frames shown before the keyframe may need frames from before it
+                if index != expected:
+                    return None
+                expected += 1
+                if index == remaining[0]:
+                    frames[index] = convert(frame)
+                    del remaining[0]
+                    if not remaining or (number < len(keys) and keys[number] <= remaining[0]):
+                        break
+            else:
+                return None
+        return frames
 
 
 def _check_sampling(num_frames: int, frame_stride: float, fps: float | None) -> None:

@@ -475,6 +475,18 @@ def test_positions_of_too_few_tokens_are_refused(model, input_ids, use_cache):
         model.generate(input_ids, position_ids=torch.arange(3)[None], use_cache=use_cache, max_new_tokens=2)
 
 
+def test_positions_of_the_new_tokens_suffice_beside_a_cache(model, input_ids):
+    def generate(positions):
+        cache = model(input_ids[:, :8], use_cache=True).cache
+        return model.generate(input_ids, position_ids=positions[None], cache=cache, max_new_tokens=4)
+
+    positions = torch.tensor([*range(8), 8, 0, 1, 2])  # a document starts among the new tokens
+    assert torch.equal(generate(positions[8:]), generate(positions))
+    assert not torch.equal(generate(positions[8:]), generate(torch.arange(12)))
+    with pytest.raises(ValueError, match="position_ids has 3 columns, expected one for each of the 4 tokens"):
+        generate(positions[9:])
+
+
 @pytest.mark.parametrize("seen", [12, 10])
 @pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 4}], ids=str)
 def test_a_cache_that_has_seen_all_ids_is_refused(model, input_ids, seen, settings):

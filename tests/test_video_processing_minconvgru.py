@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import wave
+from fractions import Fraction
 
 import numpy as np
 import PIL.Image
@@ -25,6 +26,7 @@ from mingru_hf.video_processing_minconvgru import (
     MinConvGRUVideoProcessor,
     VideoReadError,
     clip_indices,
+    decode_frames,
     read_video,
 )
 
@@ -188,6 +190,95 @@ def test_damaged_frames_are_skipped(file):
     damage(file, range(12))
     with pytest.raises(VideoReadError, match=r"video.mp4: 0 of 12 frames can be decoded"):
         MinConvGRUVideoProcessor(num_frames=2)(str(file))
+
+
+# A container and a codec, and whether the timestamps of its frames can be used.
+LONG_FILES = {
+    "video.mp4": ("libx264", {"g": "50"}, True),
+    "open.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=40:bframes=4"}, True),
+    "video.mkv": ("libx264", {"g": "50"}, True),
+    "video.webm": ("libvpx-vp9", {"g": "50", "deadline": "realtime"}, True),
+    "video.avi": ("mpeg4", {"g": "30"}, True),
+    "reordered.avi": ("libx264", {"g": "50"}, False),
+    "video.mpg": ("mpeg2video", {"g": "15"}, False),
+    "video.ts": ("libx264", {"g": "50"}, False),
+    "video.h264": ("libx264", {"g": "50"}, False),
+}
+
+
+def write_long(path, codec, options, length=400):
+    """Write a moving pattern, at a rate that varies where the container allows it."""
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    random = np.random.default_rng(0)
+    varies = path.suffix in (".mp4", ".mkv")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options={**options, "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        if varies:
+            stream.codec_context.time_base = Fraction(1, 3000)
+        pattern = random.integers(0, 256, (6, 100, 3)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        times = np.cumsum(random.integers(60, 300, length))
+        for number, time in enumerate(times.tolist()):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pattern[:, number : number + 64]), format="rgb24")
+            if varies:
+                frame.pts, frame.time_base = time, Fraction(1, 3000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Return a list that grows by an entry for every frame that `read_video` decodes."""
+    seen = []
+
+    def counting(container):
+        for frame in decode_frames(container):
+            seen.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr("mingru_hf.video_processing_minconvgru.decode_frames", counting)
+    return seen
+
+
+@pytest.mark.parametrize("name", LONG_FILES)
+def test_late_frames_are_those_that_counting_finds(name, decoded, tmp_path):
+    codec, options, seeks = LONG_FILES[name]
+    path = tmp_path / name
+    write_long(path, codec, options)
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert len(expected) == 400
+    for indices in (
+        [399],
+        [300, 301, 302],
+        [380, 262, 262, 3],
+        list(range(10, 400, 39)),
+        [290 + 4 * i for i in range(9)],
+    ):
+        decoded.clear()
+        video, metadata = read_video(str(path), lambda metadata, indices=indices: np.array(indices))
+        assert np.array_equal(video, expected[indices])
+        assert metadata.frames_indices == indices
+        if len(indices) < 10:
+            assert (len(decoded) < 200) == seeks
+    decoded.clear()
+    video, _ = read_video(path.read_bytes(), lambda metadata: np.array([350]))
+    assert np.array_equal(video[0], expected[350])
+    assert (len(decoded) < 200) == seeks
+
+
+def test_damaged_frames_among_late_ones_are_skipped(decoded, tmp_path):
+    path = tmp_path / "video.mp4"
+    write_long(path, "libx264", {"g": "20", "bf": "0"})
+    with pytest.importorskip("av").open(str(path)) as container:
+        whole = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    damage(path, [310])
+    video, _ = read_video(str(path), lambda metadata: np.array([305, 345]))
+    assert np.array_equal(video, whole[[305, 345]])
+    assert len(decoded) < 100
+    video, _ = read_video(str(path), lambda metadata: np.array([305, 315, 345]))
+    assert np.array_equal(video[::2], whole[[305, 346]])  # all were decoded, and those that can be were counted
 
 
 def test_a_short_file_is_named(file):
@@ -392,7 +483,7 @@ def test_a_video_that_players_turn_is_turned(matrix, stored, frames, tmp_path):
 
 
 def test_frames_that_no_file_holds_are_an_error(file):
-    with pytest.raises(VideoReadError, match="12 of 12 frames can be decoded"):
+    with pytest.raises(VideoReadError, match="frame 50 was selected, but the video has 12 frames"):
         read_video(str(file), lambda metadata: np.array([50]))
 
 
