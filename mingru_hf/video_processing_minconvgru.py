@@ -30,6 +30,9 @@ except ImportError:
 # frames away: frames nearer to the beginning are reached sooner by decoding from there.
 _SEEK_FROM = 256
 _SEEK_FROM_PART = 1 / 32
+# Codecs whose packets each hold one frame that is shown, and whose keyframes are found in the packets themselves;
+# other containers and codecs mark frames as keyframes that are not, or store frames that are never shown.
+_SEEKABLE_CODECS = ("h264", "hevc", "av1")
 
 
 class VideoReadError(ValueError):
@@ -102,20 +105,21 @@ def read_video(
 ) -> tuple[np.ndarray, VideoMetadata]:
     """Decode the frames of a video that `choose` selects, with PyAV.
 
-    Frames late in a video are found by their timestamps and decoded from the keyframe before them. Where this is not
-    exact, and near the beginning of a video, all frames up to the last selected one are decoded and counted. If fewer
-    frames can be decoded than the file declares, `choose` is called again with the actual number.
+    Frames late in a video are found by their timestamps and decoded from the keyframe before them, if that gives the
+    same frames as decoding the whole video; see `_decode_from_keyframes`. Otherwise all frames up to the last selected
+    one are decoded and counted. If fewer frames can be decoded than the file declares, `choose` is called again with
+    the actual number.
 
     Args:
         video: a path, or the bytes of a file.
         choose: function from the metadata (`total_num_frames`, `fps`, `height`, `width`) to the indices of the
             selected frames, in any order.
-        fit: function that is called once with each selected frame, (H, W, 3) uint8, as soon as it is decoded. It can
+        fit: function that is called with each selected frame, (H, W, 3) uint8, as soon as it is decoded. It can
             return a smaller frame to save memory: all returned frames are held in memory at once.
 
     Returns:
         (N, H, W, 3) uint8 RGB frames, rotated `upright`, in the order of the indices, and the metadata with
-        `frames_indices`.
+        `frames_indices`. If the size changes within the video, all frames are scaled to that of the first.
 
     Raises:
         VideoReadError: if the file cannot be decoded, has no video stream or no frame, or has too few frames for
@@ -173,6 +177,9 @@ def read_video(
 def _open(video: str | bytes):
     container = av.open(BytesIO(video) if isinstance(video, bytes) else video)
     for stream in container.streams.video[:1]:
+        if stream.codec_context is None:
+            container.close()
+            raise VideoReadError("its codec is unknown")
         stream.codec_context.thread_count = 1  # DataLoader workers already decode in parallel
     return container
 
@@ -199,50 +206,66 @@ def _decode_from_keyframes(
 ) -> dict[int, np.ndarray] | None:
     """Decode frames of a video by seeking to the keyframes before them.
 
+    A packet's place among the timestamps is the number of its frame if every packet gives a frame. This is known of
+    `_SEEKABLE_CODECS` if every packet can be decoded from the last keyframe stored before it, which must then be shown
+    before it as well.
+
     Args:
         video: a path, or the bytes of a file.
         wanted: indices of the frames.
         convert: function from a PyAV frame to its pixels.
 
     Returns:
-        The pixels by index; None if some frames have no timestamp of their own, as in some older containers, or if
-        a frame that is needed is missing or damaged.
+        The pixels by index. None if the above does not hold: for other codecs, files without timestamps, videos that
+        begin between two keyframes or use open groups of pictures, interlaced ones, and where frames are missing.
     """
-    with _open(video) as container:
-        stream = container.streams.video[0]
-        stored = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
-        if any(time is None for time, _ in stored):
-            return None
-        shown = sorted(stored)
-        if shown == stored and stream.codec_context.has_b_frames:
-            return None  # frames are shown in another order, but AVI numbers them as they are stored
-        times = [time for time, _ in shown]
-        index_of = {time: index for index, time in enumerate(times)}
-        if len(index_of) < len(times) or max(wanted) >= len(times) or min(wanted) < 0:
-            return None
-        keys = [index for index, (_, is_keyframe) in enumerate(shown) if is_keyframe]
-        frames, remaining = {}, sorted(wanted)
-        while remaining:
-            number = bisect_right(keys, remaining[0])
-            if number == 0:
+    frames, remaining = {}, sorted(wanted)
+    try:
+        with _open(video) as container:
+            stream = container.streams.video[0]
+            if stream.codec_context.codec.canonical_name not in _SEEKABLE_CODECS:
                 return None
-            key = expected = keys[number - 1]
-            container.seek(times[key], stream=stream)
-            for frame in decode_frames(container):
-                index = index_of.get(frame.pts, len(times))
-                if index < key:
-                    continue  # frames shown before the keyframe may need frames from before it
-                if index != expected:
+            stored, last_key = [], None
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue
+                if packet.is_keyframe:
+                    last_key = packet.pts
+                if packet.pts is None or last_key is None or packet.pts < last_key:
                     return None
-                expected += 1
-                if index == remaining[0]:
-                    frames[index] = convert(frame)
-                    del remaining[0]
-                    if not remaining or (number < len(keys) and keys[number] <= remaining[0]):
-                        break
-            else:
+                if not packet.is_discard:
+                    stored.append((packet.pts, packet.is_keyframe))
+            shown = sorted(stored)
+            if (shown != stored) != stream.codec_context.has_b_frames:
+                return None  # AVI, for example, numbers frames as they are stored, not as they are shown
+            times = [time for time, _ in shown]
+            index_of = {time: index for index, time in enumerate(times)}
+            keys = [index for index, (_, is_keyframe) in enumerate(shown) if is_keyframe]
+            if len(index_of) < len(times) or remaining[0] < 0 or remaining[-1] >= len(times):
                 return None
-        return frames
+            while remaining:
+                number = bisect_right(keys, remaining[0])
+                if number == 0:
+                    return None
+                key = expected = keys[number - 1]
+                container.seek(times[key], stream=stream)
+                for frame in decode_frames(container):
+                    index = index_of.get(frame.pts, len(times))
+                    if index < key:
+                        continue
+                    if index != expected or frame.interlaced_frame or (index == key and not frame.key_frame):
+                        return None
+                    expected += 1
+                    if index == remaining[0]:
+                        frames[index] = convert(frame)
+                        del remaining[0]
+                        if not remaining or keys[bisect_right(keys, remaining[0]) - 1] > index + 1:
+                            break
+                else:
+                    return None
+    except (av.FFmpegError, OSError):
+        return None
+    return frames
 
 
 def _check_sampling(num_frames: int, frame_stride: float, fps: float | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoVideoProcessor, ResNetConfig, pipeline
 from transformers.video_utils import VideoMetadata
 
-from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification
+from mingru_hf import MinConvGRUConfig, MinConvGRUForVideoClassification, video_processing_minconvgru
 
 pytest.importorskip("torchvision", reason="transformers' video processors are built on torchvision")
 
@@ -192,17 +192,20 @@ def test_damaged_frames_are_skipped(file):
         MinConvGRUVideoProcessor(num_frames=2)(str(file))
 
 
-# A container and a codec, and whether the timestamps of its frames can be used.
+# A container, a codec and its options, and whether late frames can be reached without decoding all before them.
 LONG_FILES = {
     "video.mp4": ("libx264", {"g": "50"}, True),
-    "open.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=40:bframes=4"}, True),
     "video.mkv": ("libx264", {"g": "50"}, True),
-    "video.webm": ("libvpx-vp9", {"g": "50", "deadline": "realtime"}, True),
-    "video.avi": ("mpeg4", {"g": "30"}, True),
+    "video.ts": ("libx264", {"g": "50", "bf": "0"}, True),
+    "hevc.mp4": ("libx265", {"x265-params": "keyint=50:open-gop=0:log-level=none:pools=none"}, True),
+    "av1.mp4": ("libsvtav1", {"g": "50", "preset": "12", "svtav1-params": "lp=1"}, True),
+    "open.mp4": ("libx264", {"x264-params": "open-gop=1:keyint=40:bframes=4"}, False),
+    "interlaced.mp4": ("libx264", {"g": "50", "x264-params": "tff=1"}, False),
     "reordered.avi": ("libx264", {"g": "50"}, False),
-    "video.mpg": ("mpeg2video", {"g": "15"}, False),
-    "video.ts": ("libx264", {"g": "50"}, False),
     "video.h264": ("libx264", {"g": "50"}, False),
+    "video.webm": ("libvpx-vp9", {"g": "50", "deadline": "realtime"}, False),
+    "video.avi": ("mpeg4", {"g": "30"}, False),
+    "video.mpg": ("mpeg2video", {"g": "15"}, False),
 }
 
 
@@ -236,8 +239,13 @@ def decoded(monkeypatch):
             seen.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr("mingru_hf.video_processing_minconvgru.decode_frames", counting)
+    monkeypatch.setattr(video_processing_minconvgru, "decode_frames", counting)
     return seen
+
+
+def decode_all(path):
+    with pytest.importorskip("av").open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in decode_frames(container)])
 
 
 @pytest.mark.parametrize("name", LONG_FILES)
@@ -245,22 +253,15 @@ def test_late_frames_are_those_that_counting_finds(name, decoded, tmp_path):
     codec, options, seeks = LONG_FILES[name]
     path = tmp_path / name
     write_long(path, codec, options)
-    av = pytest.importorskip("av")
-    with av.open(str(path)) as container:
-        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    expected = decode_all(path)
     assert len(expected) == 400
-    for indices in (
-        [399],
-        [300, 301, 302],
-        [380, 262, 262, 3],
-        list(range(10, 400, 39)),
-        [290 + 4 * i for i in range(9)],
-    ):
+    spread = list(range(10, 400, 39))
+    for indices in ([399], [300, 301, 302], [380, 262, 262, 3], spread, [290 + 4 * i for i in range(9)]):
         decoded.clear()
         video, metadata = read_video(str(path), lambda metadata, indices=indices: np.array(indices))
         assert np.array_equal(video, expected[indices])
         assert metadata.frames_indices == indices
-        if len(indices) < 10:
+        if indices != spread:
             assert (len(decoded) < 200) == seeks
     decoded.clear()
     video, _ = read_video(path.read_bytes(), lambda metadata: np.array([350]))
@@ -268,11 +269,53 @@ def test_late_frames_are_those_that_counting_finds(name, decoded, tmp_path):
     assert (len(decoded) < 200) == seeks
 
 
+def test_videos_that_begin_between_two_keyframes(decoded, tmp_path):
+    """The decoder drops the frames before the first keyframe, so they are not counted."""
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    write_long(tmp_path / "whole.mp4", "libx264", {"g": "50"})
+    with av.open(str(tmp_path / "whole.mp4")) as whole, av.open(str(tmp_path / "cut.mp4"), "w") as cut:
+        stream = cut.add_stream_from_template(whole.streams.video[0])
+        for number, packet in enumerate(whole.demux(video=0)):
+            if number >= 20 and packet.size:
+                packet.stream = stream
+                cut.mux(packet)
+    expected = decode_all(tmp_path / "cut.mp4")
+    assert len(expected) == 350
+    video, _ = read_video(str(tmp_path / "cut.mp4"), lambda metadata: np.array([300, 349]))
+    assert np.array_equal(video, expected[[300, 349]])
+
+
+def test_all_frames_are_decoded_where_seeking_fails(tmp_path, monkeypatch):
+    path = tmp_path / "video.mp4"
+    write_long(path, "libx264", {"g": "50"})
+    expected = decode_all(path)
+
+    class Container:
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.container.close()
+
+        def seek(self, *args, **kwargs):
+            raise PermissionError("Operation not permitted")
+
+    original = video_processing_minconvgru._open
+    monkeypatch.setattr(video_processing_minconvgru, "_open", lambda video: Container(original(video)))
+    video, _ = read_video(str(path), lambda metadata: np.array([350]))
+    assert np.array_equal(video[0], expected[350])
+
+
 def test_damaged_frames_among_late_ones_are_skipped(decoded, tmp_path):
     path = tmp_path / "video.mp4"
     write_long(path, "libx264", {"g": "20", "bf": "0"})
-    with pytest.importorskip("av").open(str(path)) as container:
-        whole = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    whole = decode_all(path)
     damage(path, [310])
     video, _ = read_video(str(path), lambda metadata: np.array([305, 345]))
     assert np.array_equal(video, whole[[305, 345]])
