@@ -530,6 +530,12 @@ def test_frames_that_no_file_holds_are_an_error(file):
         read_video(str(file), lambda metadata: np.array([50]))
 
 
+def test_a_codec_that_is_not_known_is_named_as_the_reason(file):
+    file.write_bytes(file.read_bytes().replace(b"avc1", b"none"))
+    with pytest.raises(VideoReadError, match="its codec is unknown"):
+        read_video(str(file), lambda metadata: np.array([0]))
+
+
 def test_a_file_of_sound_alone_is_no_video(tmp_path):
     pytest.importorskip("av", reason="reads videos")
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
