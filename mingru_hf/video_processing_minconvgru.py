@@ -26,10 +26,10 @@ except ImportError:
     av = None
 
 
-# Reading all timestamps of a video takes about as long as decoding one frame in 32, and a keyframe may be some 250
-# frames away: frames nearer to the beginning are reached sooner by decoding from there.
+# Reading all timestamps of a video takes as long as decoding a twentieth of small frames, and less of larger ones; a
+# keyframe may be some 250 frames away. Frames nearer to the beginning are reached sooner by decoding from there.
 _SEEK_FROM = 256
-_SEEK_FROM_PART = 1 / 32
+_SEEK_FROM_PART = 1 / 20
 # Codecs whose packets each hold one frame that is shown, and whose keyframes are found in the packets themselves;
 # other containers and codecs mark frames as keyframes that are not, or store frames that are never shown.
 _SEEKABLE_CODECS = ("h264", "hevc", "av1")
