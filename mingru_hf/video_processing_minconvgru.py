@@ -30,8 +30,8 @@ except ImportError:
 # keyframe may be some 250 frames away. Frames nearer to the beginning are reached sooner by decoding from there.
 _SEEK_FROM = 256
 _SEEK_FROM_PART = 1 / 20
-# Codecs whose packets each hold one frame that is shown, and whose keyframes are found in the packets themselves;
-# other containers and codecs mark frames as keyframes that are not, or store frames that are never shown.
+# Codecs whose packets each hold one frame that is shown, and whose keyframes are known from the packets themselves.
+# With other codecs a file may mark frames as keyframes that are not, or hold frames that are never shown.
 _SEEKABLE_CODECS = ("h264", "hevc", "av1")
 
 

@@ -269,7 +269,7 @@ def test_late_frames_are_those_that_counting_finds(name, decoded, tmp_path):
     assert (len(decoded) < 200) == seeks
 
 
-def test_videos_that_begin_between_two_keyframes(decoded, tmp_path):
+def test_videos_that_begin_between_two_keyframes(tmp_path):
     """The decoder drops the frames before the first keyframe, so they are not counted."""
     av = pytest.importorskip("av", reason="videos are written by PyAV")
     write_long(tmp_path / "whole.mp4", "libx264", {"g": "50"})
@@ -310,6 +310,23 @@ def test_all_frames_are_decoded_where_seeking_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(video_processing_minconvgru, "_open", lambda video: Container(original(video)))
     video, _ = read_video(str(path), lambda metadata: np.array([350]))
     assert np.array_equal(video[0], expected[350])
+
+
+def test_frames_of_another_size_are_scaled_to_the_first(frames, tmp_path):
+    av = pytest.importorskip("av", reason="videos are written by PyAV")
+    path = tmp_path / "video.h264"
+    with path.open("wb") as file:
+        for part, video in (("large", frames), ("small", frames[:, ::2, ::2])):
+            with av.open(str(tmp_path / f"{part}.h264"), "w") as container:
+                stream = container.add_stream("libx264", rate=6, options={"threads": "1"})
+                stream.height, stream.width, stream.pix_fmt = *video.shape[1:3], "yuv420p"
+                for frame in np.ascontiguousarray(video):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode())
+            file.write((tmp_path / f"{part}.h264").read_bytes())
+    video, _ = read_video(str(path), lambda metadata: np.array([3, 15, 23]))
+    assert video.shape == (3, 24, 32, 3)
+    assert levels(video.transpose(0, 3, 1, 2)) == [3, 3, 11]
 
 
 def test_damaged_frames_among_late_ones_are_skipped(decoded, tmp_path):
