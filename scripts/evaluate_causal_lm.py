@@ -31,7 +31,7 @@ from mingru_hf.data.text import (
 from mingru_hf.training.arguments import option, parse_dataclasses
 from mingru_hf.training.checkpoints import check_writable, write_json
 from mingru_hf.training.loop import evaluate, loss_scores, resolve_mixed_precision, summary
-from mingru_hf.training.models import check_token_ids, load_pretrained, training_arguments
+from mingru_hf.training.models import check_block_size, check_token_ids, load_pretrained, training_arguments
 
 
 @dataclass(kw_only=True)
@@ -145,9 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 f"carry_state needs a MinGRU, but {args.model_name_or_path} is a {model.config.model_type} model"
             )
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and args.block_size > longest:
-            raise ValueError(f"block_size {args.block_size} is more than the model's {longest} positions: lower it")
+        check_block_size(args.block_size, model)
         trained = training_arguments(args.model_name_or_path)
         if args.split == "validation" and args.test_file is None:
             check_held_out(args, trained)

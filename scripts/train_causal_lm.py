@@ -36,7 +36,13 @@ from mingru_hf.data.text import (
 )
 from mingru_hf.training.arguments import TrainArguments, option, parse_dataclasses
 from mingru_hf.training.loop import start, summary, train
-from mingru_hf.training.models import check_one_source, first_token_id, load_pretrained, make_config
+from mingru_hf.training.models import (
+    check_block_size,
+    check_one_source,
+    first_token_id,
+    load_pretrained,
+    make_config,
+)
 
 
 @dataclass(kw_only=True)
@@ -229,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
                 if data_args.shift_blocks:
                     training = ShiftedBlocks(training, args.seed)
         model = load_model(model_args, tokenizer)
+        check_block_size(data_args.block_size, model)
 
     for name, blocks in counted.items():
         share = unknown_share(blocks, tokenizer)

@@ -411,14 +411,15 @@ def test_documents_that_cannot_be_read_end_with_one_line(tmp_path, capsys):
         assert f"{file} cannot be read: JSON parse error" in error_of(capsys, *train, *more)
 
 
-def test_any_other_causal_model_trains_too(text_file, tmp_path):
+def test_any_other_causal_model_trains_too(text_file, tmp_path, capsys):
     config = tmp_path / "gpt2.json"
     config.write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}')
-    call(
-        "train_causal_lm",
-        *("--train_file", text_file, "--config_name", config, "--output_dir", tmp_path / "gpt2"),
-        *("--max_train_steps", 2, "--block_size", 32, "--use_cpu", *FAST),
+    train = (
+        *("train_causal_lm", "--train_file", text_file, "--config_name", config, "--output_dir", tmp_path / "gpt2"),
+        *("--max_train_steps", 2, "--use_cpu", *FAST, "--block_size"),
     )
+    assert "block_size 33 is more than the model's 32 positions" in error_of(capsys, *train, 33)
+    call(*train, 32)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").config.model_type == "gpt2"
 
 

@@ -197,6 +197,17 @@ def check_token_ids(ids: torch.Tensor, model: PreTrainedModel) -> None:
         )
 
 
+def check_block_size(block_size: int, model: PreTrainedModel) -> None:
+    """Refuse blocks of more tokens than the model has positions for; a MinGRU reads blocks of any size.
+
+    Raises:
+        ValueError: if block_size exceeds the configuration's `max_position_embeddings`.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and block_size > positions:
+        raise ValueError(f"block_size {block_size} is more than the model's {positions} positions: lower it")
+
+
 def first_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Return the token that a text begins with: beginning-of-text, or else a newline, a space or end-of-text."""
     if tokenizer.bos_token_id is not None:
