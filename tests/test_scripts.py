@@ -1298,7 +1298,7 @@ def benchmarking(monkeypatch):
     return importlib.import_module("benchmarking")
 
 
-@pytest.mark.parametrize("name", ["generate", "head", "linear", "lm", "scan", "video"])
+@pytest.mark.parametrize("name", ["generate", "head", "linear", "lm", "scan", "training", "video"])
 def test_help_of_the_benchmarks_explains_every_option(name, capsys, benchmarking):
     if name == "video":
         pytest.importorskip("torchvision", reason="the benchmark needs it")
@@ -1386,6 +1386,43 @@ def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path, cap
         call("benchmark_lm", *words, "--json", tmp_path / "lm.json")
     assert "lm.json already exists: choose another name, or remove it first" in capsys.readouterr().err
     assert json.loads((tmp_path / "lm.json").read_text()) == report
+
+
+def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    runs, picture = tmp_path / "runs", tmp_path / "new" / "losses.png"
+    words = ["--train_file", tmp_path / "text.txt", "--batch_size", 2, "--eval_steps", 5, "--threads", 1]
+    one_second = [*words, "--output_dir", runs, "--block_size", 16, "--seconds", 1]
+    two_rates = ["--models", "torch.nn.GRU", "--learning_rates", 1e-3, 1e-2]
+    call("benchmark_training", *one_second, *two_rates)
+    *_, best, worst = capsys.readouterr().out.splitlines()
+    assert {tuple(row.split()[i] for i in (0, 2)) for row in (best, worst)} == {
+        ("torch.nn.GRU", "0.001"),
+        ("torch.nn.GRU", "0.01"),
+    }
+    assert float(best.split()[-1]) < float(worst.split()[-1])
+    metrics = runs / "torch.nn.GRU-0.01-0" / "metrics.json"
+    seen = json.loads(metrics.read_text())
+    assert 1 <= seen["train_seconds"] < 10
+    assert f"{seen['final']['eval_loss_per_character']:.4f}" in best + worst
+
+    two_models = ["--models", "torch.nn.GRU", "MinGRU, 3 x 256", "--learning_rates", 1e-2]
+    call("benchmark_training", *one_second, *two_models, "--png", picture)
+    out = capsys.readouterr().out
+    assert "MinGRU, 3 x 256, learning rate 0.01" in out
+    assert "torch.nn.GRU, learning rate" not in out  # that run is complete
+    assert (best if best.split()[2] == "0.01" else worst) in out
+    assert picture.stat().st_size > 10_000
+
+    text = error_of(capsys, "benchmark_training", *one_second, *two_rates, "--seconds", 2)
+    assert "holds a run with max_train_seconds 1 instead of 2: choose another output_dir" in text
+    metrics.write_text(json.dumps({key: value for key, value in seen.items() if key != "final"}))
+    text = error_of(capsys, "benchmark_training", *one_second, *two_rates)
+    assert "holds an interrupted run: remove it, or choose another output_dir" in text
+    text = error_of(
+        capsys, "benchmark_training", *words, "--output_dir", tmp_path, "--models", "GPT-2", "--block_size", 300
+    )
+    assert "300" in text
 
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):

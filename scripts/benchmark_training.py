@@ -1,0 +1,288 @@
+#!/usr/bin/env python
+"""Train character models of several architectures for the same time, and compare their losses.
+
+    python scripts/benchmark_training.py --seconds 300 --threads 1 --output_dir runs/comparison
+    python scripts/benchmark_training.py --train_file my.txt --models "MinGRU, 3 x 256" torch.nn.GRU \\
+        --learning_rates 3e-3 1e-2 --output_dir runs/rates --png rates.png
+
+The models are trained one after the other by the loop of scripts/train_causal_lm.py, each from new weights
+and for --seconds. Every run has a directory of its own in --output_dir. A run that is complete there is not
+repeated, so a second command can add models, or draw the plot. The table shows every run, the plot each
+model's best one.
+"""
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from benchmark_lm import GRULM
+from benchmarking import HelpFormatter, at_least_one, machine, new_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
+from mingru_hf.data.text import (
+    ShiftedBlocks,
+    build_tokenizer,
+    characters_per_token,
+    evaluation_blocks,
+    group_texts,
+    load_text_datasets,
+)
+from mingru_hf.training.arguments import TrainArguments, as_settings
+from mingru_hf.training.checkpoints import write_whole
+from mingru_hf.training.loop import start, train
+from mingru_hf.training.models import check_block_size
+
+
+@dataclass(frozen=True)
+class Text:
+    """What all runs read, recorded in their metrics.json."""
+
+    dataset_name: str
+    train_file: str | None
+    block_size: int
+    threads: int
+
+    def load(self) -> tuple:
+        """Return training blocks, validation blocks, the tokenizer, and the validation text's characters per token."""
+        text = load_text_datasets(self.dataset_name, train_file=self.train_file)
+        tokenizer = build_tokenizer("char", text["train"]["text"])
+        training = group_texts(text["train"], tokenizer, self.block_size)
+        validation = evaluation_blocks(text["validation"], tokenizer, self.block_size)
+        return training, validation, tokenizer, characters_per_token(text["validation"], validation)
+
+
+class GRUConfig(PreTrainedConfig):
+    """Sizes of a language model on torch.nn.GRU."""
+
+    model_type = "torch_gru"
+    vocab_size: int = 96
+    hidden_size: int = 512
+    num_hidden_layers: int = 3
+
+
+class GRUForCausalLM(PreTrainedModel):
+    """The language model on torch.nn.GRU of scripts/benchmark_lm.py, with torch's own initial weights."""
+
+    config_class = GRUConfig
+
+    def __init__(self, config: GRUConfig):
+        super().__init__(config)
+        self.model = GRULM(config.vocab_size, config.hidden_size, config.num_hidden_layers)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Keep the weights that torch has drawn."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **unused: object) -> CausalLMOutput:
+        """Compute the loss and the logits (B, T, vocabulary) of input_ids (B, T)."""
+        logits = self.model(input_ids)[0]
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register(GRUConfig.model_type, GRUConfig, exist_ok=True)
+AutoModelForCausalLM.register(GRUConfig, GRUForCausalLM, exist_ok=True)
+
+# Name (for MinGRU with blocks x width) -> config, and the learning rate that was best in trials (LOG.md).
+MODELS: dict[str, tuple[dict, float]] = {
+    "MinGRU, 3 x 256": (
+        {
+            "model_type": "mingru",
+            "hidden_size": 256,
+            "num_hidden_layers": 3,
+            "expand": 1,
+            "intermediate_size": 512,
+            "residual_dropout": 0.1,
+        },
+        1e-2,
+    ),
+    "MinGRU, 4 x 320": (
+        {
+            "model_type": "mingru",
+            "hidden_size": 320,
+            "num_hidden_layers": 4,
+            "expand": 1,
+            "intermediate_size": 640,
+            "residual_dropout": 0.1,
+        },
+        3e-3,
+    ),
+    "MinGRU, 3 x 512": (
+        {
+            "model_type": "mingru",
+            "hidden_size": 512,
+            "num_hidden_layers": 3,
+            "expand": 1,
+            "intermediate_size": 1024,
+            "residual_dropout": 0.1,
+        },
+        5e-3,
+    ),
+    "MinGRU, 6 x 256": ({"model_type": "mingru", "hidden_size": 256, "num_hidden_layers": 6}, 2e-3),
+    "torch.nn.GRU": ({"model_type": "torch_gru", "hidden_size": 512, "num_hidden_layers": 3}, 4e-3),
+    "Llama": (
+        {
+            "model_type": "llama",
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "intermediate_size": 704,
+            "max_position_embeddings": 256,
+        },
+        2e-3,
+    ),
+    "GPT-2": (
+        {
+            "model_type": "gpt2",
+            "hidden_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        4e-3,
+    ),
+}
+
+
+def run(name: str, args: TrainArguments, text: Text, data: tuple) -> dict:
+    """Train one model on the data from `text.load()`, or read the metrics of the complete run in its directory.
+
+    Raises:
+        ValueError: if the directory holds an interrupted run, or one with other settings, or cannot be written.
+        OSError: if the disk is full.
+    """
+    metrics_file = Path(args.output_dir) / "metrics.json"
+    if metrics_file.exists():
+        result = json.loads(metrics_file.read_text())
+        found, asked = result["arguments"], as_settings(args, text)
+        changed = {key: value for key, value in asked.items() if key != "output_dir" and found.get(key) != value}
+        if changed:
+            given = ", ".join(f"{key} {found.get(key)} instead of {value}" for key, value in changed.items())
+            raise ValueError(f"{args.output_dir} holds a run with {given}: choose another output_dir")
+        if "final" not in result:
+            raise ValueError(f"{args.output_dir} holds an interrupted run: remove it, or choose another output_dir")
+        return result
+    print(f"\n{name}, learning rate {args.learning_rate:g}, seed {args.seed}", flush=True)
+    accelerator = start(args, [text])
+    training, validation, tokenizer, characters = data
+    config = AutoConfig.for_model(
+        **MODELS[name][0],
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    check_block_size(text.block_size, model)
+    return train(
+        model,
+        ShiftedBlocks(training, args.seed),
+        validation,
+        args,
+        accelerator,
+        processing_class=tokenizer,
+        settings=[text],
+        characters_per_token=characters,
+        dataset_name=Path(text.train_file).name if text.train_file else text.dataset_name,
+        task="text-generation",
+        auto_class="AutoModelForCausalLM",
+    )
+
+
+def plot(best: dict[str, dict], path: Path, title: str) -> None:
+    """Plot the losses of each model's best run against minutes of training, training loss as a thin line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, result in best.items():
+        history, color = result["history"], f"C{list(MODELS).index(name)}"
+        training = [(record["seconds"] / 60, record["loss"]) for record in history if "loss" in record]
+        validation = [(record["seconds"] / 60, per_character(record)) for record in history if "eval_loss" in record]
+        label = f"{name}, {result['parameters'] / 1e6:.1f} M parameters: {per_character(result['final']):.3f}"
+        axes.plot(*zip(*training, strict=True), linewidth=1, color=color, alpha=0.5)
+        axes.plot(*zip(*validation, strict=True), marker="o", markersize=4, color=color, label=label)
+    lowest = min(per_character(result["final"]) for result in best.values())
+    axes.set(xlabel="minutes of training", ylabel="loss (nats per character)", title=title)
+    axes.set_xlim(left=0)
+    axes.set_ylim(lowest - 0.1, lowest + 1.5)
+    axes.legend(title="validation loss at the end")
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, figure.savefig)
+
+
+def per_character(record: dict) -> float:
+    return record.get("eval_loss_per_character", record["eval_loss"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="train only these; default: all")
+    parser.add_argument("--dataset_name", default="shakespeare", help="text, as for scripts/train_causal_lm.py")
+    parser.add_argument("--train_file", help="train on this file instead; its last tenth is for validation")
+    parser.add_argument("--output_dir", required=True, help="directory of the runs")
+    parser.add_argument("--seconds", type=at_least_one, default=900, help="seconds of training for each run")
+    parser.add_argument(
+        "--learning_rates", nargs="+", type=float, metavar="RATE", help="rates to try; default: each model's own"
+    )
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="runs for each rate, with seeds 0, 1, ...")
+    parser.add_argument("--batch_size", type=at_least_one, default=16, help="sequences in a batch")
+    parser.add_argument("--block_size", type=at_least_one, default=256, help="characters in a sequence")
+    parser.add_argument("--eval_steps", type=at_least_one, default=200, help="steps between evaluations")
+    parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
+    parser.add_argument("--png", type=new_file, metavar="FILE", help="plot the losses against time to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    text = Text(args.dataset_name, args.train_file, args.block_size, args.threads)
+    runs = [
+        (name, rate, seed)
+        for name in args.models or MODELS
+        for rate in args.learning_rates or [MODELS[name][1]]
+        for seed in range(args.seeds)
+    ]
+    results = []
+    try:
+        data = text.load()
+        for name, rate, seed in runs:
+            directory = re.sub(r"[, ]+", "-", f"{name}, {rate:g}, {seed}")
+            settings = TrainArguments(
+                output_dir=str(Path(args.output_dir) / directory),
+                max_train_seconds=args.seconds,
+                per_device_train_batch_size=args.batch_size,
+                learning_rate=rate,
+                adam_beta2=0.99,
+                eval_steps=args.eval_steps,
+                max_eval_samples=100,
+                seed=seed,
+            )
+            results.append((name, rate, seed, run(name, settings, text, data)))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+
+    print(f"\n{machine()}; {args.seconds} s of training, B={args.batch_size}, T={args.block_size}")
+    print(f"{'model':18} parameters    rate seed  steps characters/s   nats per character")
+    results.sort(key=lambda row: per_character(row[3]["final"]))
+    best: dict[str, dict] = {}
+    for name, rate, seed, result in results:
+        best.setdefault(name, result)
+        print(
+            f"{name:18} {result['parameters']:10,} {rate:7g} {seed:4} {result['step']:6,} "
+            f"{result['tokens_per_second']:12,.0f}   {per_character(result['final']):.4f}"
+        )
+    if args.png:
+        plot(best, args.png, machine())
+
+
+if __name__ == "__main__":
+    main()
