@@ -90,7 +90,7 @@ class GRUForCausalLM(PreTrainedModel):
 AutoConfig.register(GRUConfig.model_type, GRUConfig, exist_ok=True)
 AutoModelForCausalLM.register(GRUConfig, GRUForCausalLM, exist_ok=True)
 
-# Name (for MinGRU with blocks x width) -> config, and the learning rate that was best in trials (LOG.md).
+# Name (for MinGRU with blocks x width) -> config, and a learning rate that does well in LOG.md.
 MODELS: dict[str, tuple[dict, float]] = {
     "MinGRU, 3 x 256": (
         {
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", required=True, help="directory of the runs")
     parser.add_argument("--seconds", type=at_least_one, default=900, help="seconds of training for each run")
     parser.add_argument(
-        "--learning_rates", nargs="+", type=float, metavar="RATE", help="rates to try; default: each model's own"
+        "--learning_rates", nargs="+", type=float, metavar="RATE", help="rates to try; default: one for each model"
     )
     parser.add_argument("--seeds", type=at_least_one, default=1, help="runs for each rate, with seeds 0, 1, ...")
     parser.add_argument("--batch_size", type=at_least_one, default=16, help="sequences in a batch")
