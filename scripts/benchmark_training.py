@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from benchmark_lm import GRULM
 from benchmarking import HelpFormatter, at_least_one, machine, new_file
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-import mingru_hf  # noqa: F401  registers MinGRU with the Auto classes
 from mingru_hf.data.text import (
     ShiftedBlocks,
     build_tokenizer,
@@ -37,12 +37,11 @@ from mingru_hf.data.text import (
 from mingru_hf.training.arguments import TrainArguments, as_settings
 from mingru_hf.training.checkpoints import write_whole
 from mingru_hf.training.loop import start, train
-from mingru_hf.training.models import check_block_size
 
 
 @dataclass(frozen=True)
-class Text:
-    """What all runs read, recorded in their metrics.json."""
+class Common:
+    """What all runs have in common, recorded in their metrics.json."""
 
     dataset_name: str
     train_file: str | None
@@ -50,7 +49,12 @@ class Text:
     threads: int
 
     def load(self) -> tuple:
-        """Return training blocks, validation blocks, the tokenizer, and the validation text's characters per token."""
+        """Load the text.
+
+        Returns:
+            The training and the validation blocks, of block_size token ids each, the tokenizer, and the characters per
+            token of the validation text.
+        """
         text = load_text_datasets(self.dataset_name, train_file=self.train_file)
         tokenizer = build_tokenizer("char", text["train"]["text"])
         training = group_texts(text["train"], tokenizer, self.block_size)
@@ -89,6 +93,8 @@ class GRUForCausalLM(PreTrainedModel):
 
 AutoConfig.register(GRUConfig.model_type, GRUConfig, exist_ok=True)
 AutoModelForCausalLM.register(GRUConfig, GRUForCausalLM, exist_ok=True)
+
+LOSS = "eval_loss_per_character"  # in the records of metrics.json
 
 # Name (for MinGRU with blocks x width) -> config, and a learning rate that does well in LOG.md.
 MODELS: dict[str, tuple[dict, float]] = {
@@ -134,7 +140,6 @@ MODELS: dict[str, tuple[dict, float]] = {
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "intermediate_size": 704,
-            "max_position_embeddings": 256,
         },
         2e-3,
     ),
@@ -144,7 +149,6 @@ MODELS: dict[str, tuple[dict, float]] = {
             "hidden_size": 256,
             "num_hidden_layers": 6,
             "num_attention_heads": 4,
-            "max_position_embeddings": 256,
             "resid_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "attn_pdrop": 0.0,
@@ -154,46 +158,54 @@ MODELS: dict[str, tuple[dict, float]] = {
 }
 
 
-def run(name: str, args: TrainArguments, text: Text, data: tuple) -> dict:
-    """Train one model on the data from `text.load()`, or read the metrics of the complete run in its directory.
+def complete_run(args: TrainArguments, common: Common) -> dict | None:
+    """Read the metrics of the complete run in `args.output_dir`; None if there is no run.
 
     Raises:
-        ValueError: if the directory holds an interrupted run, or one with other settings, or cannot be written.
-        OSError: if the disk is full.
+        ValueError: if the run was interrupted or had other settings.
     """
     metrics_file = Path(args.output_dir) / "metrics.json"
-    if metrics_file.exists():
-        result = json.loads(metrics_file.read_text())
-        found, asked = result["arguments"], as_settings(args, text)
-        changed = {key: value for key, value in asked.items() if key != "output_dir" and found.get(key) != value}
-        if changed:
-            given = ", ".join(f"{key} {found.get(key)} instead of {value}" for key, value in changed.items())
-            raise ValueError(f"{args.output_dir} holds a run with {given}: choose another output_dir")
-        if "final" not in result:
-            raise ValueError(f"{args.output_dir} holds an interrupted run: remove it, or choose another output_dir")
-        return result
+    if not metrics_file.exists():
+        return None
+    result = json.loads(metrics_file.read_text())
+    found, asked = result.get("arguments", {}), as_settings(args, common)
+    changed = {key: value for key, value in asked.items() if key != "output_dir" and found.get(key) != value}
+    if changed:
+        given = ", ".join(f"{key} {found.get(key)} instead of {value}" for key, value in changed.items())
+        raise ValueError(f"{args.output_dir} holds a run with {given}: choose another output_dir")
+    if "final" not in result:
+        raise ValueError(f"{args.output_dir} holds an interrupted run: remove it, or choose another output_dir")
+    return result
+
+
+def run(name: str, args: TrainArguments, common: Common, data: tuple) -> dict:
+    """Train a new model of this name on the data from `common.load()`, and return the content of metrics.json.
+
+    Raises:
+        ValueError: if `output_dir` cannot be written to.
+        OSError: if the disk is full.
+    """
     print(f"\n{name}, learning rate {args.learning_rate:g}, seed {args.seed}", flush=True)
-    accelerator = start(args, [text])
+    accelerator = start(args, [common])
     training, validation, tokenizer, characters = data
     config = AutoConfig.for_model(
         **MODELS[name][0],
+        max_position_embeddings=common.block_size,  # the recurrent models ignore it
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = AutoModelForCausalLM.from_config(config)
-    check_block_size(text.block_size, model)
     return train(
-        model,
+        AutoModelForCausalLM.from_config(config),
         ShiftedBlocks(training, args.seed),
         validation,
         args,
         accelerator,
         processing_class=tokenizer,
-        settings=[text],
+        settings=[common],
         characters_per_token=characters,
-        dataset_name=Path(text.train_file).name if text.train_file else text.dataset_name,
+        dataset_name=Path(common.train_file).name if common.train_file else common.dataset_name,
         task="text-generation",
         auto_class="AutoModelForCausalLM",
     )
@@ -201,18 +213,16 @@ def run(name: str, args: TrainArguments, text: Text, data: tuple) -> dict:
 
 def plot(best: dict[str, dict], path: Path, title: str) -> None:
     """Plot the losses of each model's best run against minutes of training, training loss as a thin line."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, result in best.items():
         history, color = result["history"], f"C{list(MODELS).index(name)}"
         training = [(record["seconds"] / 60, record["loss"]) for record in history if "loss" in record]
-        validation = [(record["seconds"] / 60, per_character(record)) for record in history if "eval_loss" in record]
-        label = f"{name}, {result['parameters'] / 1e6:.1f} M parameters: {per_character(result['final']):.3f}"
+        validation = [(record["seconds"] / 60, record[LOSS]) for record in history if LOSS in record]
+        label = f"{name}, {result['parameters'] / 1e6:.1f} M parameters: {result['final'][LOSS]:.3f}"
         axes.plot(*zip(*training, strict=True), linewidth=1, color=color, alpha=0.5)
         axes.plot(*zip(*validation, strict=True), marker="o", markersize=4, color=color, label=label)
-    lowest = min(per_character(result["final"]) for result in best.values())
+    lowest = min(result["final"][LOSS] for result in best.values())
     axes.set(xlabel="minutes of training", ylabel="loss (nats per character)", title=title)
     axes.set_xlim(left=0)
     axes.set_ylim(lowest - 0.1, lowest + 1.5)
@@ -220,10 +230,6 @@ def plot(best: dict[str, dict], path: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, figure.savefig)
-
-
-def per_character(record: dict) -> float:
-    return record.get("eval_loss_per_character", record["eval_loss"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -244,20 +250,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--png", type=new_file, metavar="FILE", help="plot the losses against time to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    text = Text(args.dataset_name, args.train_file, args.block_size, args.threads)
+    common = Common(args.dataset_name, args.train_file, args.block_size, args.threads)
     runs = [
         (name, rate, seed)
         for name in args.models or MODELS
         for rate in args.learning_rates or [MODELS[name][1]]
         for seed in range(args.seeds)
     ]
-    results = []
     try:
-        data = text.load()
-        for name, rate, seed in runs:
-            directory = re.sub(r"[, ]+", "-", f"{name}, {rate:g}, {seed}")
-            settings = TrainArguments(
-                output_dir=str(Path(args.output_dir) / directory),
+        settings = [
+            TrainArguments(
+                output_dir=str(Path(args.output_dir) / re.sub(r"[, ]+", "-", f"{name}, {rate:g}, {seed}")),
                 max_train_seconds=args.seconds,
                 per_device_train_batch_size=args.batch_size,
                 learning_rate=rate,
@@ -266,19 +269,26 @@ def main(argv: list[str] | None = None) -> None:
                 max_eval_samples=100,
                 seed=seed,
             )
-            results.append((name, rate, seed, run(name, settings, text, data)))
+            for name, rate, seed in runs
+        ]
+        found = [complete_run(of_run, common) for of_run in settings]  # mistakes must show before hours of training
+        data = common.load()
+        results = [
+            (*key, result or run(key[0], of_run, common, data))
+            for key, of_run, result in zip(runs, settings, found, strict=True)
+        ]
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
 
     print(f"\n{machine()}; {args.seconds} s of training, B={args.batch_size}, T={args.block_size}")
     print(f"{'model':18} parameters    rate seed  steps characters/s   nats per character")
-    results.sort(key=lambda row: per_character(row[3]["final"]))
+    results.sort(key=lambda row: row[3]["final"][LOSS])
     best: dict[str, dict] = {}
     for name, rate, seed, result in results:
         best.setdefault(name, result)
         print(
             f"{name:18} {result['parameters']:10,} {rate:7g} {seed:4} {result['step']:6,} "
-            f"{result['tokens_per_second']:12,.0f}   {per_character(result['final']):.4f}"
+            f"{result['tokens_per_second']:12,.0f}   {result['final'][LOSS]:.4f}"
         )
     if args.png:
         plot(best, args.png, machine())

@@ -1419,10 +1419,23 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     metrics.write_text(json.dumps({key: value for key, value in seen.items() if key != "final"}))
     text = error_of(capsys, "benchmark_training", *one_second, *two_rates)
     assert "holds an interrupted run: remove it, or choose another output_dir" in text
-    text = error_of(
-        capsys, "benchmark_training", *words, "--output_dir", tmp_path, "--models", "GPT-2", "--block_size", 300
+    metrics.write_text("{}")  # another program's
+    text = error_of(capsys, "benchmark_training", *one_second, *two_rates[:3], 2e-2, 1e-2)
+    assert "torch.nn.GRU-0.01-0 holds a run with" in text
+    assert not (runs / "torch.nn.GRU-0.02-0").exists()  # mistakes show before any training
+    call(
+        "benchmark_training",
+        *words,
+        "--output_dir",
+        tmp_path,
+        "--models",
+        "GPT-2",
+        "--block_size",
+        300,
+        "--seconds",
+        1,
     )
-    assert "300" in text
+    assert capsys.readouterr().out.splitlines()[-1].startswith("GPT-2 ")
 
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):
