@@ -7,9 +7,9 @@
 
 The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
 "MinGRU" has neither MLP nor convolution, like torch-mingru's model; "MinGRU, default block" uses the defaults
-of MinGRUConfig. The process keeps freed memory for all models, as in the training scripts. The log-scan model
-is torch-mingru's text model, rebuilt here on the log-space scan that it uses. Where this package multiplies
-few rows with its own kernel, decoding is also timed without the kernel.
+of MinGRUConfig. No model uses dropout. The process keeps freed memory for all models, as in the training
+scripts. The log-scan model is torch-mingru's text model, rebuilt here on the log-space scan that it uses.
+Where this package multiplies few rows with its own kernel, decoding is also timed without the kernel.
 """
 
 import argparse
@@ -91,7 +91,7 @@ class MatrixProducts(nn.Module):
 def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     """Make the models to compare, by name; ours come first."""
     sizes = (args.vocab_size, args.hidden_size, args.num_layers)
-    common = {"vocab_size": args.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    common = {"vocab_size": args.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     longest = max(args.sequence_length, args.decode_steps + 1)
     makers: dict[str, Callable[[], nn.Module]] = {
         "MinGRU": lambda: MinGRUForCausalLM(
@@ -111,7 +111,14 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
         "torch.nn.GRU": lambda: GRULM(*sizes),
         "GPT-2": lambda: GPT2LMHeadModel(
             GPT2Config(
-                **common, n_embd=args.hidden_size, n_layer=args.num_layers, n_head=args.num_heads, n_positions=longest
+                **common,
+                n_embd=args.hidden_size,
+                n_layer=args.num_layers,
+                n_head=args.num_heads,
+                n_positions=longest,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
             )
         ),
         "Mamba": lambda: MambaForCausalLM(
