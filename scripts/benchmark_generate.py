@@ -51,6 +51,7 @@ from transformers.utils import logging
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 
 MODELS = ("MinGRU", "Mamba2", "RWKV", "GPT-2")
+FUSED_GELU = "gelu_pytorch_tanh"  # the function of GPT-2's gelu_new in one operator
 VOCABULARY = 40
 NEW_TOKENS = 12
 
@@ -413,7 +414,9 @@ def print_speed(args: argparse.Namespace) -> None:
     config = MinGRUConfig(**common, hidden_size=size, num_hidden_layers=depth, expand=1, conv_kernel=0, use_mlp=False)
     mingru = MinGRUForCausalLM(config).eval().to(device)
     longest = max(args.prompt_length, steps + 1)
-    gpt2_config = GPT2Config(**common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest)
+    gpt2_config = GPT2Config(
+        **common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest, activation_function=FUSED_GELU
+    )
     gpt2 = GPT2LMHeadModel(gpt2_config).eval().to(device)
     mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval().to(device)
     products = Products(size, depth).to(device)
@@ -476,11 +479,18 @@ def print_speed(args: argparse.Namespace) -> None:
 
         return run
 
-    readers = {"MinGRU": mingru, "log scan": log_scan, "Mamba": mamba, "GPT-2": gpt2}
+    default_block = MinGRUForCausalLM(MinGRUConfig(**common, hidden_size=size, num_hidden_layers=depth))
+    readers = {
+        "MinGRU": mingru,
+        "MinGRU, default block": default_block.eval().to(device),
+        "log scan": log_scan,
+        "Mamba": mamba,
+        "GPT-2": gpt2,
+    }
     seconds = interleave({name: prefill(model) for name, model in readers.items()}, min(args.rounds, 3), device)
-    print(f"\nprefill, B=1, T={args.prompt_length}      ms   over MinGRU's")
+    print(f"\nprefill, B=1, T={args.prompt_length}        ms   over MinGRU's")
     for name, value in seconds.items():
-        print(f"{name:20} {1e3 * value:10.1f}   {value / seconds['MinGRU']:10.2f}")
+        print(f"{name:22} {1e3 * value:10.1f}   {value / seconds['MinGRU']:10.2f}")
 
 
 # --- Batches
@@ -504,7 +514,9 @@ def print_batch(args: argparse.Namespace) -> None:
     """Print tokens per second for prompts and outputs of 16 to 256 tokens each; models as in `print_speed`."""
     common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = MinGRUConfig(**common, hidden_size=384, num_hidden_layers=6, expand=1, conv_kernel=0, use_mlp=False)
-    gpt2_config = GPT2Config(**common, n_embd=384, n_layer=6, n_head=6, n_positions=1024)
+    gpt2_config = GPT2Config(
+        **common, n_embd=384, n_layer=6, n_head=6, n_positions=1024, activation_function=FUSED_GELU
+    )
     models = {"MinGRU": MinGRUForCausalLM(config).eval(), "GPT-2": GPT2LMHeadModel(gpt2_config).eval()}
     lengths = torch.randint(16, 257, (2, args.requests)).tolist()
     prompts = [torch.randint(2, 96, (length,)).tolist() for length in lengths[0]]

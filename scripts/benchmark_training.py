@@ -2,7 +2,7 @@
 """Train character models of several architectures for the same time, and compare their losses.
 
     python scripts/benchmark_training.py --seconds 300 --threads 1 --output_dir runs/comparison
-    python scripts/benchmark_training.py --train_file my.txt --models "MinGRU, 3 x 256" torch.nn.GRU \\
+    python scripts/benchmark_training.py --train_file my.txt --models "MinGRU, 3 x 256" "Llama, 4 x 160" \\
         --learning_rates 3e-3 1e-2 --output_dir runs/rates --png rates.png
 
 The models are trained one after the other by the loop of scripts/train_causal_lm.py, each from new weights
@@ -96,65 +96,63 @@ AutoModelForCausalLM.register(GRUConfig, GRUForCausalLM, exist_ok=True)
 
 LOSS = "eval_loss_per_character"  # in the records of metrics.json
 
-# Name (for MinGRU with blocks x width) -> config, and a learning rate that does well in LOG.md.
+
+def mingru(blocks: int, width: int) -> dict:
+    """Return the config of a MinGRU with states of this width and a narrower MLP than the default."""
+    return {
+        "model_type": "mingru",
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "expand": 1,
+        "intermediate_size": 2 * width,
+        "residual_dropout": 0.1,
+    }
+
+
+def gru(layers: int, width: int) -> dict:
+    """Return the config of a language model on torch.nn.GRU."""
+    return {"model_type": "torch_gru", "hidden_size": width, "num_hidden_layers": layers}
+
+
+def llama(blocks: int, width: int) -> dict:
+    """Return the config of a Llama with four attention heads and larger initial weights than the usual 0.02."""
+    return {
+        "model_type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "intermediate_size": 11 * width // 4,
+        "initializer_range": width**-0.5,
+    }
+
+
+def gpt2(blocks: int, width: int) -> dict:
+    """Return the config of a GPT-2 like that, without dropout."""
+    return {
+        "model_type": "gpt2",
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "initializer_range": width**-0.5,
+        "activation_function": "gelu_pytorch_tanh",  # the function of gelu_new in one operator
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+# Name, with blocks x width -> config, and a learning rate that does well in LOG.md.
 MODELS: dict[str, tuple[dict, float]] = {
-    "MinGRU, 3 x 256": (
-        {
-            "model_type": "mingru",
-            "hidden_size": 256,
-            "num_hidden_layers": 3,
-            "expand": 1,
-            "intermediate_size": 512,
-            "residual_dropout": 0.1,
-        },
-        1e-2,
-    ),
-    "MinGRU, 4 x 320": (
-        {
-            "model_type": "mingru",
-            "hidden_size": 320,
-            "num_hidden_layers": 4,
-            "expand": 1,
-            "intermediate_size": 640,
-            "residual_dropout": 0.1,
-        },
-        3e-3,
-    ),
-    "MinGRU, 3 x 512": (
-        {
-            "model_type": "mingru",
-            "hidden_size": 512,
-            "num_hidden_layers": 3,
-            "expand": 1,
-            "intermediate_size": 1024,
-            "residual_dropout": 0.1,
-        },
-        5e-3,
-    ),
+    "MinGRU, 3 x 256": (mingru(3, 256), 1e-2),
+    "MinGRU, 4 x 320": (mingru(4, 320), 3e-3),
+    "MinGRU, 3 x 512": (mingru(3, 512), 5e-3),
     "MinGRU, 6 x 256": ({"model_type": "mingru", "hidden_size": 256, "num_hidden_layers": 6}, 2e-3),
-    "torch.nn.GRU": ({"model_type": "torch_gru", "hidden_size": 512, "num_hidden_layers": 3}, 4e-3),
-    "Llama": (
-        {
-            "model_type": "llama",
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "intermediate_size": 704,
-        },
-        2e-3,
-    ),
-    "GPT-2": (
-        {
-            "model_type": "gpt2",
-            "hidden_size": 256,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        },
-        4e-3,
-    ),
+    "torch.nn.GRU, 3 x 256": (gru(3, 256), 6e-3),
+    "torch.nn.GRU, 3 x 512": (gru(3, 512), 4e-3),
+    "Llama, 4 x 160": (llama(4, 160), 2e-3),
+    "Llama, 6 x 256": (llama(6, 256), 1e-3),
+    "GPT-2, 4 x 160": (gpt2(4, 160), 4e-3),
+    "GPT-2, 6 x 256": (gpt2(6, 256), 2e-3),
 }
 
 
@@ -281,13 +279,13 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
     print(f"\n{machine()}; {args.seconds} s of training, B={args.batch_size}, T={args.block_size}")
-    print(f"{'model':18} parameters    rate seed  steps characters/s   nats per character")
+    print(f"{'model':21} parameters    rate seed  steps characters/s   nats per character")
     results.sort(key=lambda row: row[3]["final"][LOSS])
     best: dict[str, dict] = {}
     for name, rate, seed, result in results:
         best.setdefault(name, result)
         print(
-            f"{name:18} {result['parameters']:10,} {rate:7g} {seed:4} {result['step']:6,} "
+            f"{name:21} {result['parameters']:10,} {rate:7g} {seed:4} {result['step']:6,} "
             f"{result['tokens_per_second']:12,.0f}   {result['final'][LOSS]:.4f}"
         )
     if args.png:

@@ -1393,25 +1393,24 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     runs, picture = tmp_path / "runs", tmp_path / "new" / "losses.png"
     words = ["--train_file", tmp_path / "text.txt", "--batch_size", 2, "--eval_steps", 5, "--threads", 1]
     one_second = [*words, "--output_dir", runs, "--block_size", 16, "--seconds", 1]
-    two_rates = ["--models", "torch.nn.GRU", "--learning_rates", 1e-3, 1e-2]
+    two_rates = ["--models", "torch.nn.GRU, 3 x 256", "--learning_rates", 1e-3, 1e-2]
     call("benchmark_training", *one_second, *two_rates)
     *_, best, worst = capsys.readouterr().out.splitlines()
-    assert {tuple(row.split()[i] for i in (0, 2)) for row in (best, worst)} == {
-        ("torch.nn.GRU", "0.001"),
-        ("torch.nn.GRU", "0.01"),
-    }
+    names = [row[:21] for row in (best, worst)]
+    assert names == ["torch.nn.GRU, 3 x 256"] * 2
+    assert {row.split()[5] for row in (best, worst)} == {"0.001", "0.01"}
     assert float(best.split()[-1]) < float(worst.split()[-1])
-    metrics = runs / "torch.nn.GRU-0.01-0" / "metrics.json"
+    metrics = runs / "torch.nn.GRU-3-x-256-0.01-0" / "metrics.json"
     seen = json.loads(metrics.read_text())
     assert 1 <= seen["train_seconds"] < 10
     assert f"{seen['final']['eval_loss_per_character']:.4f}" in best + worst
 
-    two_models = ["--models", "torch.nn.GRU", "MinGRU, 3 x 256", "--learning_rates", 1e-2]
+    two_models = ["--models", "torch.nn.GRU, 3 x 256", "MinGRU, 3 x 256", "--learning_rates", 1e-2]
     call("benchmark_training", *one_second, *two_models, "--png", picture)
     out = capsys.readouterr().out
     assert "MinGRU, 3 x 256, learning rate 0.01" in out
-    assert "torch.nn.GRU, learning rate" not in out  # that run is complete
-    assert (best if best.split()[2] == "0.01" else worst) in out
+    assert "torch.nn.GRU, 3 x 256, learning rate" not in out  # that run is complete
+    assert (best if best.split()[5] == "0.01" else worst) in out
     assert picture.stat().st_size > 10_000
 
     text = error_of(capsys, "benchmark_training", *one_second, *two_rates, "--seconds", 2)
@@ -1421,21 +1420,21 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     assert "holds an interrupted run: remove it, or choose another output_dir" in text
     metrics.write_text("{}")  # another program's
     text = error_of(capsys, "benchmark_training", *one_second, *two_rates[:3], 2e-2, 1e-2)
-    assert "torch.nn.GRU-0.01-0 holds a run with" in text
-    assert not (runs / "torch.nn.GRU-0.02-0").exists()  # mistakes show before any training
+    assert "torch.nn.GRU-3-x-256-0.01-0 holds a run with" in text
+    assert not (runs / "torch.nn.GRU-3-x-256-0.02-0").exists()  # mistakes show before any training
     call(
         "benchmark_training",
         *words,
         "--output_dir",
         tmp_path,
         "--models",
-        "GPT-2",
+        "GPT-2, 4 x 160",
         "--block_size",
         300,
         "--seconds",
         1,
     )
-    assert capsys.readouterr().out.splitlines()[-1].startswith("GPT-2 ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("GPT-2, 4 x 160 ")
 
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):
