@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from benchmark_lm import LogScanLM
+from benchmark_lm import FASTEST_GPT2, LogScanLM
 from benchmarking import HelpFormatter, at_least_one, device_name, interleave, is_cuda, machine, process_megabytes
 from torch import Tensor, nn
 from transformers import (
@@ -51,7 +51,6 @@ from transformers.utils import logging
 from mingru_hf import MinGRUConfig, MinGRUForCausalLM
 
 MODELS = ("MinGRU", "Mamba2", "RWKV", "GPT-2")
-FUSED_GELU = "gelu_pytorch_tanh"  # the function of GPT-2's gelu_new in one operator
 VOCABULARY = 40
 NEW_TOKENS = 12
 
@@ -414,9 +413,7 @@ def print_speed(args: argparse.Namespace) -> None:
     config = MinGRUConfig(**common, hidden_size=size, num_hidden_layers=depth, expand=1, conv_kernel=0, use_mlp=False)
     mingru = MinGRUForCausalLM(config).eval().to(device)
     longest = max(args.prompt_length, steps + 1)
-    gpt2_config = GPT2Config(
-        **common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest, activation_function=FUSED_GELU
-    )
+    gpt2_config = GPT2Config(**common, n_embd=size, n_layer=depth, n_head=6, n_positions=longest, **FASTEST_GPT2)
     gpt2 = GPT2LMHeadModel(gpt2_config).eval().to(device)
     mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval().to(device)
     products = Products(size, depth).to(device)
@@ -514,9 +511,7 @@ def print_batch(args: argparse.Namespace) -> None:
     """Print tokens per second for prompts and outputs of 16 to 256 tokens each; models as in `print_speed`."""
     common = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     config = MinGRUConfig(**common, hidden_size=384, num_hidden_layers=6, expand=1, conv_kernel=0, use_mlp=False)
-    gpt2_config = GPT2Config(
-        **common, n_embd=384, n_layer=6, n_head=6, n_positions=1024, activation_function=FUSED_GELU
-    )
+    gpt2_config = GPT2Config(**common, n_embd=384, n_layer=6, n_head=6, n_positions=1024, **FASTEST_GPT2)
     models = {"MinGRU": MinGRUForCausalLM(config).eval(), "GPT-2": GPT2LMHeadModel(gpt2_config).eval()}
     lengths = torch.randint(16, 257, (2, args.requests)).tolist()
     prompts = [torch.randint(2, 96, (length,)).tolist() for length in lengths[0]]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_lm import GRULM
+from benchmark_lm import FASTEST_GPT2, GRULM
 from benchmarking import HelpFormatter, at_least_one, machine, new_file
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -114,30 +114,15 @@ def gru(layers: int, width: int) -> dict:
     return {"model_type": "torch_gru", "hidden_size": width, "num_hidden_layers": layers}
 
 
-def llama(blocks: int, width: int) -> dict:
-    """Return the config of a Llama with four attention heads and larger initial weights than the usual 0.02."""
+def transformer(model_type: str, blocks: int, width: int, **others: object) -> dict:
+    """Return the config of a transformer with four heads and larger initial weights than the usual 0.02."""
     return {
-        "model_type": "llama",
-        "hidden_size": width,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": 4,
-        "intermediate_size": 11 * width // 4,
-        "initializer_range": width**-0.5,
-    }
-
-
-def gpt2(blocks: int, width: int) -> dict:
-    """Return the config of a GPT-2 like that, without dropout."""
-    return {
-        "model_type": "gpt2",
+        "model_type": model_type,
         "hidden_size": width,
         "num_hidden_layers": blocks,
         "num_attention_heads": 4,
         "initializer_range": width**-0.5,
-        "activation_function": "gelu_pytorch_tanh",  # the function of gelu_new in one operator
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        **others,
     }
 
 
@@ -149,18 +134,18 @@ MODELS: dict[str, tuple[dict, float]] = {
     "MinGRU, 6 x 256": ({"model_type": "mingru", "hidden_size": 256, "num_hidden_layers": 6}, 2e-3),
     "torch.nn.GRU, 3 x 256": (gru(3, 256), 6e-3),
     "torch.nn.GRU, 3 x 512": (gru(3, 512), 4e-3),
-    "Llama, 4 x 160": (llama(4, 160), 2e-3),
-    "Llama, 6 x 256": (llama(6, 256), 1e-3),
-    "GPT-2, 4 x 160": (gpt2(4, 160), 4e-3),
-    "GPT-2, 6 x 256": (gpt2(6, 256), 2e-3),
+    "Llama, 4 x 160": (transformer("llama", 4, 160, intermediate_size=440), 2e-3),
+    "Llama, 6 x 256": (transformer("llama", 6, 256, intermediate_size=704), 1e-3),
+    "GPT-2, 4 x 160": (transformer("gpt2", 4, 160, **FASTEST_GPT2), 4e-3),
+    "GPT-2, 6 x 256": (transformer("gpt2", 6, 256, **FASTEST_GPT2), 2e-3),
 }
 
 
-def complete_run(args: TrainArguments, common: Common) -> dict | None:
-    """Read the metrics of the complete run in `args.output_dir`; None if there is no run.
+def complete_run(name: str, args: TrainArguments, common: Common) -> dict | None:
+    """Read the metrics of the complete run of this model in `args.output_dir`; None if there is no run.
 
     Raises:
-        ValueError: if the run was interrupted or had other settings.
+        ValueError: if the run was interrupted, had other settings or another config.
     """
     metrics_file = Path(args.output_dir) / "metrics.json"
     if not metrics_file.exists():
@@ -173,6 +158,11 @@ def complete_run(args: TrainArguments, common: Common) -> dict | None:
         raise ValueError(f"{args.output_dir} holds a run with {given}: choose another output_dir")
     if "final" not in result:
         raise ValueError(f"{args.output_dir} holds an interrupted run: remove it, or choose another output_dir")
+    config = AutoConfig.from_pretrained(args.output_dir)
+    changed = {key: value for key, value in MODELS[name][0].items() if getattr(config, key) != value}
+    if changed:
+        given = ", ".join(f"{key} {getattr(config, key)} instead of {value}" for key, value in changed.items())
+        raise ValueError(f"{args.output_dir} holds a model with {given}: choose another output_dir")
     return result
 
 
@@ -269,7 +259,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             for name, rate, seed in runs
         ]
-        found = [complete_run(of_run, common) for of_run in settings]  # mistakes must show before hours of training
+        found = [  # mistakes must show before hours of training
+            complete_run(name, of_run, common) for (name, *_), of_run in zip(runs, settings, strict=True)
+        ]
         data = common.load()
         results = [
             (*key, result or run(key[0], of_run, common, data))

@@ -1413,6 +1413,12 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     assert (best if best.split()[5] == "0.01" else worst) in out
     assert picture.stat().st_size > 10_000
 
+    config = runs / "torch.nn.GRU-3-x-256-0.01-0" / "config.json"
+    right = config.read_text()
+    config.write_text(right.replace('"hidden_size": 256', '"hidden_size": 255'))
+    text = error_of(capsys, "benchmark_training", *one_second, *two_rates)
+    assert "holds a model with hidden_size 255 instead of 256: choose another output_dir" in text
+    config.write_text(right)
     text = error_of(capsys, "benchmark_training", *one_second, *two_rates, "--seconds", 2)
     assert "holds a run with max_train_seconds 1 instead of 2: choose another output_dir" in text
     metrics.write_text(json.dumps({key: value for key, value in seen.items() if key != "final"}))
