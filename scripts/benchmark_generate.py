@@ -418,6 +418,7 @@ def print_speed(args: argparse.Namespace) -> None:
     mamba = MambaForCausalLM(MambaConfig(**common, hidden_size=size, num_hidden_layers=depth)).eval().to(device)
     products = Products(size, depth).to(device)
     graphs = {"triton.cudagraphs": is_cuda(device)}  # generate(), too, uses CUDA graphs on a GPU
+    compiled_gpt2 = torch.compile(gpt2, fullgraph=True, dynamic=False, options=graphs)
     compiled, unguarded = (
         torch.compile(MinGRUForCausalLM(config).eval().to(device), fullgraph=True, dynamic=False, options=options)
         for options in (
@@ -442,10 +443,13 @@ def print_speed(args: argparse.Namespace) -> None:
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=steps, do_sample=False, use_cache=True
             )
 
-        def static_cache(prompt=prompt) -> StaticCache:
-            cache = StaticCache(config=config, max_cache_len=steps + 1)
-            mingru(prompt, cache=cache)  # allocates its tensors
-            return cache
+        def static(model, prompt=prompt):
+            def make() -> StaticCache:
+                cache = StaticCache(config=model.config, max_cache_len=steps + 1)
+                model(prompt, cache=cache)  # allocates its tensors
+                return cache
+
+            return make
 
         def dynamic(model):
             return lambda: DynamicCache(config=model.config)
@@ -454,10 +458,11 @@ def print_speed(args: argparse.Namespace) -> None:
             "linears": linears,
             "MinGRU, raw loop": raw_loop(mingru, dynamic(mingru), prompt, steps),
             "MinGRU, generate()": generated,
-            "MinGRU, static + compile": raw_loop(compiled, static_cache, prompt, steps),
-            "the same, no guards, C++": raw_loop(unguarded, static_cache, prompt, steps),
+            "MinGRU, static + compile": raw_loop(compiled, static(mingru), prompt, steps),
+            "the same, no guards, C++": raw_loop(unguarded, static(mingru), prompt, steps),
             "Mamba, raw loop": raw_loop(mamba, dynamic(mamba), prompt, steps),
             "GPT-2, raw loop": raw_loop(gpt2, dynamic(gpt2), prompt, steps),
+            "GPT-2, static + compile": raw_loop(compiled_gpt2, static(gpt2), prompt, steps),
         }
         seconds = interleave(runs, args.rounds, device)
         print(f"\ndecoding, B={batch_size}, {steps} tokens    ms per step   over the {depth} linears")

@@ -3,14 +3,14 @@
 
     python scripts/benchmark_lm.py --dtype float32
     python scripts/benchmark_lm.py --dtype bfloat16 --threads 1 --json runs/lm.json
-    python scripts/benchmark_lm.py --dtype bfloat16 --device cuda
+    python scripts/benchmark_lm.py --dtype bfloat16 --device cuda --compile
 
 The models take turns, so that a busy machine slows all of them alike; medians and their ratios are shown.
 "MinGRU" has neither MLP nor convolution, like torch-mingru's model; "MinGRU, default block" uses the defaults
 of MinGRUConfig. No model uses dropout, and GPT-2's gelu is a fused one. The process keeps freed memory for
 all models, as in the training scripts. The log-scan model is torch-mingru's text model, rebuilt here on the
 log-space scan that it uses. Where this package multiplies few rows with its own kernel, decoding is also
-timed without the kernel.
+timed without the kernel. With --compile, training is also timed with each model compiled by torch.compile.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from mingru_hf import MinGRUConfig, MinGRUForCausalLM, mingru_scan
 from mingru_hf.calling import module_call
 from mingru_hf.training.memory import keep_freed_memory
 
+COMPILED = ", compiled"  # after the name of a model
 MODELS = ("MinGRU", "MinGRU, default block", "log scan", "torch.nn.GRU", "GPT-2", "Mamba")
 # GPT-2 without dropout, which the other models do not have and which rules out fused attention, and with the function
 # of gelu_new in one operator.
@@ -135,13 +136,14 @@ def build_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     return {name: make().to(args.device) for name, make in makers.items() if not args.models or name in args.models}
 
 
-def training_step(model: nn.Module, ids: Tensor, autocast: bool) -> Callable[[], None]:
+def training_step(model: nn.Module, ids: Tensor, autocast: bool, compiled: bool = False) -> Callable[[], None]:
     """Return a function that makes one update on the batch `ids` (B, T): forward, loss, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
 
     def step() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-            output = model(ids, use_cache=False) if isinstance(model, PreTrainedModel) else model(ids)
+            output = forward(ids, use_cache=False) if isinstance(model, PreTrainedModel) else forward(ids)
         logits = output.logits if isinstance(model, PreTrainedModel) else output
         logits = logits[0] if isinstance(logits, tuple) else logits
         F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         default="float32",
         help="dtype of autocast in training and of the weights in decoding",
     )
+    parser.add_argument("--compile", action="store_true", help="also train the models compiled by torch.compile")
     parser.add_argument("--device", type=device_name, default="cpu", help="where to measure: cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds per measurement; the median is shown")
@@ -252,22 +255,24 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     steps = {name: training_step(model, ids, autocast) for name, model in models.items()}
+    if args.compile:
+        steps |= {f"{name}{COMPILED}": training_step(model, ids, autocast, True) for name, model in models.items()}
     ways = {"products, torch's": lambda module, x: module(x), "products, ours": module_call}
     sizes = (args.vocab_size, args.hidden_size, args.num_layers)
     products = {name: MatrixProducts(*sizes, way).to(args.device) for name, way in ways.items()}
+    modules = {**models, **products}
     for name, model in products.items():
         steps[name] = matrix_product_step(model, ids, args.hidden_size, autocast)
     seconds = interleave(steps, args.rounds, args.device)
     reference = next(iter(models))
     report: dict[str, dict] = {"training": {}, "decoding": {}}
-    print(f"\ntraining               parameters   tokens/s   time per step over {reference}'s")
+    print(f"\n{'training':31} parameters   tokens/s   time per step over {reference}'s")
     for name, value in seconds.items():
-        module = models[name] if name in models else products[name]
-        count = sum(parameter.numel() for parameter in module.parameters())
+        count = sum(parameter.numel() for parameter in modules[name.removesuffix(COMPILED)].parameters())
         tokens = ids.numel() / value
         ratio = value / seconds[reference]
         report["training"][name] = {"parameters": count, "tokens_per_second": tokens, "ratio": ratio}
-        print(f"{name:22} {count:10,} {tokens:10,.0f}   {ratio:8.2f}")
+        print(f"{name:31} {count:10,} {tokens:10,.0f}   {ratio:8.2f}")
     if reference == "MinGRU" and not is_cuda(args.device):
         report["share_of_scan"] = share_of_scan(steps["MinGRU"])
         print(f"MinGRU: {100 * report['share_of_scan']:.0f} % of a step's CPU time in the scan")

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: on a tiny text, with a tiny model, and with mistakes."""
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
@@ -1358,25 +1359,15 @@ def test_linear_benchmark_compares_the_kernel_with_torch(benchmarking, capsys):
     assert many[2:6:2] == ["99", "-"]
 
 
-def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path, capsys):
+def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # inductor takes minutes
+    models = ["MinGRU", "MinGRU, default block", "log scan", "GPT-2"]
     words = ["--hidden_size", 8, "--num_layers", 1, "--num_heads", 2, "--sequence_length", 9, "--batch_size", 2]
-    words += [
-        "--threads",
-        1,
-        "--rounds",
-        1,
-        "--decode_steps",
-        2,
-        "--models",
-        "MinGRU",
-        "MinGRU, default block",
-        "log scan",
-        "GPT-2",
-    ]
+    words += ["--threads", 1, "--rounds", 1, "--decode_steps", 2, "--compile", "--models", *models]
     call("benchmark_lm", *words, "--json", tmp_path / "lm.json")
     report = json.loads((tmp_path / "lm.json").read_text())
-    models = ["MinGRU", "MinGRU, default block", "log scan", "GPT-2"]
-    assert list(report["training"]) == [*models, "products, torch's", "products, ours"]
+    compiled = [f"{name}, compiled" for name in models]
+    assert list(report["training"]) == [*models, *compiled, "products, torch's", "products, ours"]
     ours = ["MinGRU", "MinGRU, default block"]
     twins = [f"{name}, torch's products" for name in ours] if FEW_ROWS_ARE_FASTER else []
     assert list(report["decoding"]) == [*ours, "GPT-2", *twins]
