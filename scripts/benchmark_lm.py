@@ -69,17 +69,18 @@ class LogScanLM(nn.Module):
 
 
 class GRULM(nn.Module):
-    """A language model on torch.nn.GRU."""
+    """A language model on torch.nn.GRU, with dropout before and after each layer."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int):
+    def __init__(self, vocab_size: int, hidden_size: int, num_layers: int, dropout: float = 0.0):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, hidden_size)
-        self.rnn = nn.GRU(hidden_size, hidden_size, num_layers, batch_first=True)
+        self.rnn = nn.GRU(hidden_size, hidden_size, num_layers, batch_first=True, dropout=dropout)
         self.head = nn.Linear(hidden_size, vocab_size)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out, state = self.rnn(self.embedding(ids), state)
-        return self.head(out), state
+        out, state = self.rnn(self.dropout(self.embedding(ids)), state)
+        return self.head(self.dropout(out)), state
 
 
 class MatrixProducts(nn.Module):

@@ -3,7 +3,7 @@
 
     python scripts/benchmark_training.py --seconds 300 --threads 1 --output_dir runs/comparison
     python scripts/benchmark_training.py --train_file my.txt --models "MinGRU, 3 x 256" "Llama, 4 x 160" \\
-        --learning_rates 3e-3 1e-2 --output_dir runs/rates --png rates.png
+        --learning_rates 3e-3 1e-2 --dropouts 0 0.1 --output_dir runs/rates --png rates.png
 
 The models are trained one after the other by the loop of scripts/train_causal_lm.py, each from new weights
 and for --seconds. Every run has a directory of its own in --output_dir. A run that is complete there is not
@@ -69,6 +69,7 @@ class GRUConfig(PreTrainedConfig):
     vocab_size: int = 96
     hidden_size: int = 512
     num_hidden_layers: int = 3
+    dropout: float = 0.0
 
 
 class GRUForCausalLM(PreTrainedModel):
@@ -78,7 +79,7 @@ class GRUForCausalLM(PreTrainedModel):
 
     def __init__(self, config: GRUConfig):
         super().__init__(config)
-        self.model = GRULM(config.vocab_size, config.hidden_size, config.num_hidden_layers)
+        self.model = GRULM(config.vocab_size, config.hidden_size, config.num_hidden_layers, config.dropout)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -105,7 +106,6 @@ def mingru(blocks: int, width: int) -> dict:
         "num_hidden_layers": blocks,
         "expand": 1,
         "intermediate_size": 2 * width,
-        "residual_dropout": 0.1,
     }
 
 
@@ -126,23 +126,58 @@ def transformer(model_type: str, blocks: int, width: int, **others: object) -> d
     }
 
 
-# Name, with blocks x width -> config, and a learning rate that does well in LOG.md.
-MODELS: dict[str, tuple[dict, float]] = {
-    "MinGRU, 3 x 256": (mingru(3, 256), 1e-2),
-    "MinGRU, 4 x 320": (mingru(4, 320), 3e-3),
-    "MinGRU, 3 x 512": (mingru(3, 512), 5e-3),
-    "MinGRU, 6 x 256": ({"model_type": "mingru", "hidden_size": 256, "num_hidden_layers": 6}, 2e-3),
-    "torch.nn.GRU, 3 x 256": (gru(3, 256), 6e-3),
-    "torch.nn.GRU, 3 x 512": (gru(3, 512), 4e-3),
-    "Llama, 4 x 160": (transformer("llama", 4, 160, intermediate_size=440), 2e-3),
-    "Llama, 6 x 256": (transformer("llama", 6, 256, intermediate_size=704), 1e-3),
-    "GPT-2, 4 x 160": (transformer("gpt2", 4, 160, **FASTEST_GPT2), 4e-3),
-    "GPT-2, 6 x 256": (transformer("gpt2", 6, 256, **FASTEST_GPT2), 2e-3),
+# What is dropped, by model type: outputs of the branches, inputs and outputs of layers, attention weights.
+DROPOUTS = {
+    "mingru": ["residual_dropout"],
+    "torch_gru": ["dropout"],
+    "gpt2": ["resid_pdrop", "embd_pdrop"],
+    "llama": ["attention_dropout"],
+}
+# Name, with blocks x width -> config, and a learning rate and a dropout that do well in LOG.md.
+MODELS: dict[str, tuple[dict, float, float]] = {
+    "MinGRU, 3 x 256": (mingru(3, 256), 1e-2, 0.1),
+    "MinGRU, 4 x 320": (mingru(4, 320), 3e-3, 0.1),
+    "MinGRU, 3 x 512": (mingru(3, 512), 5e-3, 0.1),
+    "MinGRU, 6 x 256": ({"model_type": "mingru", "hidden_size": 256, "num_hidden_layers": 6}, 2e-3, 0.0),
+    "torch.nn.GRU, 3 x 256": (gru(3, 256), 6e-3, 0.0),
+    "torch.nn.GRU, 3 x 512": (gru(3, 512), 4e-3, 0.0),
+    "Llama, 4 x 160": (transformer("llama", 4, 160, intermediate_size=440), 2e-3, 0.0),
+    "Llama, 6 x 256": (transformer("llama", 6, 256, intermediate_size=704), 1e-3, 0.0),
+    "GPT-2, 4 x 160": (transformer("gpt2", 4, 160, **FASTEST_GPT2), 4e-3, 0.0),
+    "GPT-2, 6 x 256": (transformer("gpt2", 6, 256, **FASTEST_GPT2), 2e-3, 0.0),
 }
 
 
-def complete_run(name: str, args: TrainArguments, common: Common) -> dict | None:
-    """Read the metrics of the complete run of this model in `args.output_dir`; None if there is no run.
+def probability(text: str) -> float:
+    """Check and convert a value of --dropouts, as argparse's `type`."""
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return number
+
+
+def config_of(name: str, dropout: float) -> dict:
+    """Return the settings that make a model's config, without those of the text."""
+    settings = MODELS[name][0]
+    return {**settings, **dict.fromkeys(DROPOUTS[settings["model_type"]], dropout)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What distinguishes a run from the others."""
+
+    name: str
+    rate: float
+    dropout: float
+    seed: int
+
+    @property
+    def directory(self) -> str:
+        return re.sub(r"[, ]+", "-", f"{self.name}, {self.rate:g}, {self.dropout:g}, {self.seed}")
+
+
+def complete(run: Run, args: TrainArguments, common: Common) -> dict | None:
+    """Read the metrics of the complete run in `args.output_dir`; None if there is no run.
 
     Raises:
         ValueError: if the run was interrupted, had other settings or another config.
@@ -159,25 +194,26 @@ def complete_run(name: str, args: TrainArguments, common: Common) -> dict | None
     if "final" not in result:
         raise ValueError(f"{args.output_dir} holds an interrupted run: remove it, or choose another output_dir")
     config = AutoConfig.from_pretrained(args.output_dir)
-    changed = {key: value for key, value in MODELS[name][0].items() if getattr(config, key) != value}
+    settings = config_of(run.name, run.dropout)
+    changed = {key: value for key, value in settings.items() if getattr(config, key) != value}
     if changed:
         given = ", ".join(f"{key} {getattr(config, key)} instead of {value}" for key, value in changed.items())
         raise ValueError(f"{args.output_dir} holds a model with {given}: choose another output_dir")
     return result
 
 
-def run(name: str, args: TrainArguments, common: Common, data: tuple) -> dict:
-    """Train a new model of this name on the data from `common.load()`, and return the content of metrics.json.
+def train_new(run: Run, args: TrainArguments, common: Common, data: tuple) -> dict:
+    """Train a new model on the data from `common.load()`, and return the content of metrics.json.
 
     Raises:
         ValueError: if `output_dir` cannot be written to.
         OSError: if the disk is full.
     """
-    print(f"\n{name}, learning rate {args.learning_rate:g}, seed {args.seed}", flush=True)
+    print(f"\n{run.name}, learning rate {run.rate:g}, dropout {run.dropout:g}, seed {run.seed}", flush=True)
     accelerator = start(args, [common])
     training, validation, tokenizer, characters = data
     config = AutoConfig.for_model(
-        **MODELS[name][0],
+        **config_of(run.name, run.dropout),
         max_position_embeddings=common.block_size,  # the recurrent models ignore it
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
@@ -230,7 +266,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--learning_rates", nargs="+", type=float, metavar="RATE", help="rates to try; default: one for each model"
     )
-    parser.add_argument("--seeds", type=at_least_one, default=1, help="runs for each rate, with seeds 0, 1, ...")
+    parser.add_argument(
+        "--dropouts", nargs="+", type=probability, metavar="P", help="dropouts to try; default: one for each model"
+    )
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="runs for each of these, with seeds 0, 1, ...")
     parser.add_argument("--batch_size", type=at_least_one, default=16, help="sequences in a batch")
     parser.add_argument("--block_size", type=at_least_one, default=256, help="characters in a sequence")
     parser.add_argument("--eval_steps", type=at_least_one, default=200, help="steps between evaluations")
@@ -240,45 +279,45 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     common = Common(args.dataset_name, args.train_file, args.block_size, args.threads)
     runs = [
-        (name, rate, seed)
+        Run(name, rate, dropout, seed)
         for name in args.models or MODELS
         for rate in args.learning_rates or [MODELS[name][1]]
+        for dropout in args.dropouts or [MODELS[name][2]]
         for seed in range(args.seeds)
     ]
     try:
         settings = [
             TrainArguments(
-                output_dir=str(Path(args.output_dir) / re.sub(r"[, ]+", "-", f"{name}, {rate:g}, {seed}")),
+                output_dir=str(Path(args.output_dir) / run.directory),
                 max_train_seconds=args.seconds,
                 per_device_train_batch_size=args.batch_size,
-                learning_rate=rate,
+                learning_rate=run.rate,
                 adam_beta2=0.99,
                 eval_steps=args.eval_steps,
                 max_eval_samples=100,
-                seed=seed,
+                seed=run.seed,
             )
-            for name, rate, seed in runs
+            for run in runs
         ]
-        found = [  # mistakes must show before hours of training
-            complete_run(name, of_run, common) for (name, *_), of_run in zip(runs, settings, strict=True)
-        ]
+        # Mistakes must show before hours of training.
+        found = [complete(run, of_run, common) for run, of_run in zip(runs, settings, strict=True)]
         data = common.load()
         results = [
-            (*key, result or run(key[0], of_run, common, data))
-            for key, of_run, result in zip(runs, settings, found, strict=True)
+            (run, result or train_new(run, of_run, common, data))
+            for run, of_run, result in zip(runs, settings, found, strict=True)
         ]
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
 
     print(f"\n{machine()}; {args.seconds} s of training, B={args.batch_size}, T={args.block_size}")
-    print(f"{'model':21} parameters    rate seed  steps characters/s   nats per character")
-    results.sort(key=lambda row: row[3]["final"][LOSS])
+    print(f"{'model':21} parameters    rate dropout seed  steps characters/s   nats per character")
+    results.sort(key=lambda pair: pair[1]["final"][LOSS])
     best: dict[str, dict] = {}
-    for name, rate, seed, result in results:
-        best.setdefault(name, result)
+    for run, result in results:
+        best.setdefault(run.name, result)
         print(
-            f"{name:21} {result['parameters']:10,} {rate:7g} {seed:4} {result['step']:6,} "
-            f"{result['tokens_per_second']:12,.0f}   {result['final'][LOSS]:.4f}"
+            f"{run.name:21} {result['parameters']:10,} {run.rate:7g} {run.dropout:7g} {run.seed:4} "
+            f"{result['step']:6,} {result['tokens_per_second']:12,.0f}   {result['final'][LOSS]:.4f}"
         )
     if args.png:
         plot(best, args.png, machine())

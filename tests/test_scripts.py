@@ -1391,7 +1391,7 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     assert names == ["torch.nn.GRU, 3 x 256"] * 2
     assert {row.split()[5] for row in (best, worst)} == {"0.001", "0.01"}
     assert float(best.split()[-1]) < float(worst.split()[-1])
-    metrics = runs / "torch.nn.GRU-3-x-256-0.01-0" / "metrics.json"
+    metrics = runs / "torch.nn.GRU-3-x-256-0.01-0-0" / "metrics.json"
     seen = json.loads(metrics.read_text())
     assert 1 <= seen["train_seconds"] < 10
     assert f"{seen['final']['eval_loss_per_character']:.4f}" in best + worst
@@ -1399,12 +1399,12 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     two_models = ["--models", "torch.nn.GRU, 3 x 256", "MinGRU, 3 x 256", "--learning_rates", 1e-2]
     call("benchmark_training", *one_second, *two_models, "--png", picture)
     out = capsys.readouterr().out
-    assert "MinGRU, 3 x 256, learning rate 0.01" in out
+    assert "MinGRU, 3 x 256, learning rate 0.01, dropout 0.1, seed 0" in out
     assert "torch.nn.GRU, 3 x 256, learning rate" not in out  # that run is complete
     assert (best if best.split()[5] == "0.01" else worst) in out
     assert picture.stat().st_size > 10_000
 
-    config = runs / "torch.nn.GRU-3-x-256-0.01-0" / "config.json"
+    config = runs / "torch.nn.GRU-3-x-256-0.01-0-0" / "config.json"
     right = config.read_text()
     config.write_text(right.replace('"hidden_size": 256', '"hidden_size": 255'))
     text = error_of(capsys, "benchmark_training", *one_second, *two_rates)
@@ -1417,21 +1417,15 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
     assert "holds an interrupted run: remove it, or choose another output_dir" in text
     metrics.write_text("{}")  # another program's
     text = error_of(capsys, "benchmark_training", *one_second, *two_rates[:3], 2e-2, 1e-2)
-    assert "torch.nn.GRU-3-x-256-0.01-0 holds a run with" in text
-    assert not (runs / "torch.nn.GRU-3-x-256-0.02-0").exists()  # mistakes show before any training
-    call(
-        "benchmark_training",
-        *words,
-        "--output_dir",
-        tmp_path,
-        "--models",
-        "GPT-2, 4 x 160",
-        "--block_size",
-        300,
-        "--seconds",
-        1,
-    )
+    assert "torch.nn.GRU-3-x-256-0.01-0-0 holds a run with" in text
+    assert not (runs / "torch.nn.GRU-3-x-256-0.02-0-0").exists()  # mistakes show before any training
+    gpt2 = [*words, "--output_dir", tmp_path, "--models", "GPT-2, 4 x 160", "--block_size", 300, "--seconds", 1]
+    call("benchmark_training", *gpt2, "--dropouts", 0.5)
     assert capsys.readouterr().out.splitlines()[-1].startswith("GPT-2, 4 x 160 ")
+    assert AutoConfig.from_pretrained(tmp_path / "GPT-2-4-x-160-0.004-0.5-0").resid_pdrop == 0.5
+    assert "must be at least 0 and below 1, got 1.5" in error_of(
+        capsys, "benchmark_training", *gpt2, "--dropouts", 1.5
+    )
 
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):
