@@ -173,7 +173,15 @@ class Run:
 
     @property
     def directory(self) -> str:
+        """The name of the run's directory in --output_dir."""
         return re.sub(r"[, ]+", "-", f"{self.name}, {self.rate:g}, {self.dropout:g}, {self.seed}")
+
+
+def check_same(directory: str, what: str, asked: dict, found: dict) -> None:
+    """Raise a ValueError if what is in the directory has not the settings that were asked for."""
+    changed = [f"{key} {found.get(key)} instead of {value}" for key, value in asked.items() if found.get(key) != value]
+    if changed:
+        raise ValueError(f"{directory} holds {what} with {', '.join(changed)}: choose another output_dir")
 
 
 def complete(run: Run, args: TrainArguments, common: Common) -> dict | None:
@@ -186,19 +194,12 @@ def complete(run: Run, args: TrainArguments, common: Common) -> dict | None:
     if not metrics_file.exists():
         return None
     result = json.loads(metrics_file.read_text())
-    found, asked = result.get("arguments", {}), as_settings(args, common)
-    changed = {key: value for key, value in asked.items() if key != "output_dir" and found.get(key) != value}
-    if changed:
-        given = ", ".join(f"{key} {found.get(key)} instead of {value}" for key, value in changed.items())
-        raise ValueError(f"{args.output_dir} holds a run with {given}: choose another output_dir")
+    asked = {key: value for key, value in as_settings(args, common).items() if key != "output_dir"}
+    check_same(args.output_dir, "a run", asked, result.get("arguments", {}))
     if "final" not in result:
         raise ValueError(f"{args.output_dir} holds an interrupted run: remove it, or choose another output_dir")
-    config = AutoConfig.from_pretrained(args.output_dir)
-    settings = config_of(run.name, run.dropout)
-    changed = {key: value for key, value in settings.items() if getattr(config, key) != value}
-    if changed:
-        given = ", ".join(f"{key} {getattr(config, key)} instead of {value}" for key, value in changed.items())
-        raise ValueError(f"{args.output_dir} holds a model with {given}: choose another output_dir")
+    asked, config = config_of(run.name, run.dropout), AutoConfig.from_pretrained(args.output_dir)
+    check_same(args.output_dir, "a model", asked, {key: getattr(config, key) for key in asked})
     return result
 
 

@@ -1360,7 +1360,7 @@ def test_linear_benchmark_compares_the_kernel_with_torch(benchmarking, capsys):
 
 
 def test_lm_benchmark_compares_training_and_decoding(benchmarking, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # inductor takes minutes
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # inductor takes long
     models = ["MinGRU", "MinGRU, default block", "log scan", "GPT-2"]
     words = ["--hidden_size", 8, "--num_layers", 1, "--num_heads", 2, "--sequence_length", 9, "--batch_size", 2]
     words += ["--threads", 1, "--rounds", 1, "--decode_steps", 2, "--compile", "--models", *models]
