@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Train character models of several architectures for the same time, and compare their losses.
+"""Train text models of several architectures for the same time, and compare their losses.
 
     python scripts/benchmark_training.py --seconds 300 --threads 1 --output_dir runs/comparison
     python scripts/benchmark_training.py --train_file my.txt --models "MinGRU, 3 x 256" "Llama, 4 x 160" \\
         --learning_rates 3e-3 1e-2 --dropouts 0 0.1 --output_dir runs/rates --png rates.png
+    python scripts/benchmark_training.py --train_file my.txt --tokenizer_name bpe --output_dir runs/bpe
 
 The models are trained one after the other by the loop of scripts/train_causal_lm.py, each from new weights
 and for --seconds. Every run has a directory of its own in --output_dir. A run that is complete there is not
@@ -47,6 +48,8 @@ class Common:
     train_file: str | None
     block_size: int
     threads: int
+    tokenizer_name: str = "char"
+    vocab_size: int | None = None
 
     def load(self) -> tuple:
         """Load the text.
@@ -56,7 +59,7 @@ class Common:
             token of the validation text.
         """
         text = load_text_datasets(self.dataset_name, train_file=self.train_file)
-        tokenizer = build_tokenizer("char", text["train"]["text"])
+        tokenizer = build_tokenizer(self.tokenizer_name, text["train"]["text"], self.vocab_size)
         training = group_texts(text["train"], tokenizer, self.block_size)
         validation = evaluation_blocks(text["validation"], tokenizer, self.block_size)
         return training, validation, tokenizer, characters_per_token(text["validation"], validation)
@@ -262,6 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help="train only these; default: all")
     parser.add_argument("--dataset_name", default="shakespeare", help="text, as for scripts/train_causal_lm.py")
     parser.add_argument("--train_file", help="train on this file instead; its last tenth is for validation")
+    parser.add_argument("--tokenizer_name", default="char", help="char, bpe, or a pretrained tokenizer")
+    parser.add_argument("--vocab_size", type=at_least_one, help="vocabulary size of a bpe tokenizer; default: 4096")
     parser.add_argument("--output_dir", required=True, help="directory of the runs")
     parser.add_argument("--seconds", type=at_least_one, default=900, help="seconds of training for each run")
     parser.add_argument(
@@ -272,13 +277,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=at_least_one, default=1, help="runs for each of these, with seeds 0, 1, ...")
     parser.add_argument("--batch_size", type=at_least_one, default=16, help="sequences in a batch")
-    parser.add_argument("--block_size", type=at_least_one, default=256, help="characters in a sequence")
+    parser.add_argument("--block_size", type=at_least_one, default=256, help="tokens in a sequence")
     parser.add_argument("--eval_steps", type=at_least_one, default=200, help="steps between evaluations")
     parser.add_argument("--threads", type=at_least_one, default=torch.get_num_threads(), help="CPU threads to use")
     parser.add_argument("--png", type=new_file, metavar="FILE", help="plot the losses against time to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    common = Common(args.dataset_name, args.train_file, args.block_size, args.threads)
+    common = Common(
+        args.dataset_name, args.train_file, args.block_size, args.threads, args.tokenizer_name, args.vocab_size
+    )
     runs = [
         Run(name, rate, dropout, seed)
         for name in args.models or MODELS
@@ -311,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
 
     print(f"\n{machine()}; {args.seconds} s of training, B={args.batch_size}, T={args.block_size}")
-    print(f"{'model':21} parameters    rate dropout seed  steps characters/s   nats per character")
+    print(f"{'model':21} parameters    rate dropout seed  steps     tokens/s   nats per character")
     results.sort(key=lambda pair: pair[1]["final"][LOSS])
     best: dict[str, dict] = {}
     for run, result in results:

@@ -1427,6 +1427,11 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
         capsys, "benchmark_training", *gpt2, "--dropouts", 1.5
     )
 
+    words[words.index("--eval_steps") :] = ["--tokenizer_name", "bpe", "--vocab_size", 300, "--block_size", 16]
+    call("benchmark_training", *words, *two_models, "--seconds", 1, "--output_dir", tmp_path / "bpe")
+    for name in ("MinGRU-3-x-256-0.01-0.1-0", "torch.nn.GRU-3-x-256-0.01-0-0"):
+        assert AutoConfig.from_pretrained(tmp_path / "bpe" / name).vocab_size == 300
+
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):
     report, picture = tmp_path / "scan.json", tmp_path / "scan.png"
