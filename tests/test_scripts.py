@@ -1427,10 +1427,13 @@ def test_training_benchmark_compares_models_and_repeats_no_run(benchmarking, tmp
         capsys, "benchmark_training", *gpt2, "--dropouts", 1.5
     )
 
-    words[words.index("--eval_steps") :] = ["--tokenizer_name", "bpe", "--vocab_size", 300, "--block_size", 16]
-    call("benchmark_training", *words, *two_models, "--seconds", 1, "--output_dir", tmp_path / "bpe")
+    bpe = [*words, "--tokenizer_name", "bpe", "--vocab_size", 300, "--block_size", 16, "--seconds", 1]
+    call("benchmark_training", *bpe, *two_models, "--output_dir", tmp_path / "bpe")
     for name in ("MinGRU-3-x-256-0.01-0.1-0", "torch.nn.GRU-3-x-256-0.01-0-0"):
-        assert AutoConfig.from_pretrained(tmp_path / "bpe" / name).vocab_size == 300
+        run = tmp_path / "bpe" / name
+        assert AutoConfig.from_pretrained(run).vocab_size == 300
+        final = json.loads((run / "metrics.json").read_text())["final"]
+        assert 0 < final["eval_loss_per_character"] < final["eval_loss"]  # a token has several characters
 
 
 def test_scan_benchmark_compares_all_that_can_run(tmp_path, capsys, benchmarking):
