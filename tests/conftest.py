@@ -26,8 +26,11 @@ MODEL_KINDS = {
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
+    """Start each test with the same random numbers, and with nothing compiled that counts towards dynamo's limit."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:  # importing it takes a second
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=MODEL_KINDS)

@@ -152,7 +152,6 @@ def static_inputs(model, cache, ids):
         model.forward, fullgraph=True, dynamic=False, backend=lambda *args: aot_module_simplified(*args, look)
     )
     step(ids, cache=cache)
-    torch._dynamo.reset()
     return written, static
 
 
@@ -188,7 +187,6 @@ def test_generation_compiles_only_calls_that_find_a_static_caches_tensors(model,
     compiling = CompileConfig(backend=look, mode=None, dynamic=True)
     compiling._compile_all_devices = True
     assert torch.equal(model.generate(input_ids, compile_config=compiling, **settings), expected)
-    torch._dynamo.reset()
     assert made_within
     assert not any(made_within)
 

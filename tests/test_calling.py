@@ -374,7 +374,6 @@ def test_decoding_goes_the_short_way(model, input_ids):
 def test_blocks_compiled_one_by_one_decode_the_same(model, input_ids):
     """The uncompiled model around the blocks chooses direct calls; those inside the blocks must be traceable."""
     expected = model.generate(input_ids, max_new_tokens=5, do_sample=False)
-    torch._dynamo.reset()
     for block in model.model.layers:
         block.compile(backend="eager", fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=64):  # the blocks share code, and so its limit

@@ -183,7 +183,6 @@ def test_a_turn_after_a_crop_and_after_the_disk(model, input_ids, tmp_path):
 
 
 def test_generation_on_a_compiled_model_compiles_once_a_shape(model, input_ids):
-    torch._dynamo.reset()
     settings = {"max_new_tokens": 6, "repetition_penalty": 1.3, "cache_implementation": "static"}
     expected = model.generate(input_ids, **settings)
     longer = model.generate(input_ids, **settings | {"max_new_tokens": 10})

@@ -399,7 +399,6 @@ def test_packed_and_padded_rows_compile_without_a_break(model, input_ids):
     mask = torch.ones_like(input_ids)
     mask[1, :3] = 0
     kwargs = {"attention_mask": mask, "position_ids": torch.arange(6).repeat(2).unsqueeze(0)}
-    torch._dynamo.reset()  # what other tests compiled counts towards the recompile limit
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(input_ids, **kwargs).logits[mask > 0], model(input_ids, **kwargs).logits[mask > 0])
 
@@ -564,7 +563,6 @@ def test_padding_at_the_end_of_a_prompt_is_skipped_in_a_chunk_of_one_token(model
 
 @torch.no_grad()
 def test_decoding_step_with_a_static_cache_compiles_once(model, input_ids):
-    torch._dynamo.reset()
     graphs = []
     compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     cache = StaticCache(config=model.config, max_cache_len=20)

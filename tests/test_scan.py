@@ -921,14 +921,6 @@ def test_the_profiler_names_the_scan_and_the_numbers_stay(backend):
         assert torch.equal(actual, expected)
 
 
-@pytest.fixture
-def compiler():
-    """Yield torch.compile, without the cached results of other tests."""
-    torch._dynamo.reset()
-    yield torch.compile
-    torch._dynamo.reset()
-
-
 TRANSFORMS = {
     "grad": torch.func.grad,
     "grad of grad": lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sin().sum()),
@@ -939,7 +931,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_are_compiled(transform, compiler, monkeypatch):
+def test_transforms_are_compiled(transform, monkeypatch):
     """A compiled function that takes a derivative does not use the kernels, and the derivative is not zero instead."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     x, _, mask, reset = make_inputs(3, 6, 2, flags="mask reset")
@@ -953,16 +945,16 @@ def test_transforms_are_compiled(transform, compiler, monkeypatch):
 
         return TRANSFORMS[transform](loss)
 
-    compiled = compiler(function(), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(function(), backend="aot_eager", fullgraph=True)
     for inputs in (x, x.flip(0)):
         torch.testing.assert_close(compiled(inputs), function("reference")(inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_scan_is_used_in_transforms(compiler, monkeypatch):
+def test_a_compiled_scan_is_used_in_transforms(monkeypatch):
     """Use one compiled function in several transforms: after a graph break, the operators' own code is not traced."""
     monkeypatch.delenv("MINGRU_SCAN", raising=False)
     x = torch.randn(3, 5, 8)
-    compiled = compiler(mingru_scan, backend="aot_eager")
+    compiled = torch.compile(mingru_scan, backend="aot_eager")
     grad = torch.func.grad(lambda x: compiled(x).square().sum())(x)
     torch.testing.assert_close(grad, torch.func.grad(lambda x: scan_reference(x).square().sum())(x))
     torch.testing.assert_close(torch.vmap(lambda row: compiled(row[None])[0])(x), scan_reference(x))
@@ -980,11 +972,11 @@ def test_what_was_traced_before_has_no_tangent_of_zero(monkeypatch):
             torch.func.jvp(traced, (x,), (x.cos(),))
 
 
-def test_forward_mode_of_others_changes_nothing(compiler):
+def test_forward_mode_of_others_changes_nothing():
     """The level of forward mode is global to the process: another thread may have entered it."""
     x = torch.randn(2, 5, 8)
     expected = torch.func.grad(lambda x: scan_reference(x).square().sum())(x)
-    compiled = compiler(lambda x: mingru_scan(x).square().sum(), backend="aot_eager")
+    compiled = torch.compile(lambda x: mingru_scan(x).square().sum(), backend="aot_eager")
     for enters_before in (False, True):
         leaf = x.clone().requires_grad_()
         with contextlib.ExitStack() as stack:
